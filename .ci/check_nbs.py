@@ -1,0 +1,53 @@
+"House limits for notebooks: size, title, imports apart, a lesson for every public name, small pictures. `--table` prints the sizes."
+import ast, re, statistics, sys
+from book import cells, directive, finish, nbs, notebooks
+
+CELL, MEDIAN, CELLS, LINES, IMAGE = 25, 12, 60, 250, 100_000   # lines of a cell, of the median cell, cells, exported lines, bytes
+IMPORT = ast.Import, ast.ImportFrom
+
+def size(src): return sum(bool(l.strip()) and not l.lstrip().startswith('#') for l in src.splitlines())
+
+def tree(src):
+    try: return ast.parse(src).body
+    except SyntaxError: return []
+
+def outputs(cell):
+    "Faults of stored outputs."
+    for o in cell.get('outputs', []):
+        image = ''.join(o.get('data', {}).get('image/png', ''))
+        if len(image)*3//4 > IMAGE: yield f'a picture of {len(image)*3//4:,} bytes, over {IMAGE:,}'
+        if o['output_type'] == 'error': yield f'a stored error: {o["ename"]}'
+
+def lessons(code, exported):
+    "Public names without a later cell that asserts something about them."
+    for i, c in enumerate(code):
+        later = [d['src'] for d in code[i+1:] if d not in exported and re.search(r'test_\w+\(|assert |expect_fail|check_method', d['src'])]
+        for b in tree(c['src']) if c in exported else []:
+            if isinstance(b, (ast.FunctionDef, ast.ClassDef)) and not b.name.startswith('_'):
+                if not any(re.search(rf'\b{b.name}\b', s) for s in later): yield f'`{b.name}` has no asserted lesson'
+
+def check(nb):
+    "Sizes of a notebook and its faults."
+    every = cells(nb)
+    code = [c for c in every if c['cell_type'] == 'code']
+    exported = [c for c in code if directive(c, 'exports?', 'exporti')]
+    sizes = [size(c['src']) for c in exported] or [0]
+    row = dict(cells=len(every), exported=len(exported), median=statistics.median(sizes), max=max(sizes), lines=sum(sizes))
+    out = [*lessons(code, exported), *(f for c in code for f in outputs(c))]
+    if not any(re.match(r'# .+\n\s*\n?> .+', c['src']) for c in every[:2] if c['cell_type'] == 'markdown'): out.append('no `# title` with `> sentence`')
+    if max(sizes) > CELL: out.append(f'{sum(s > CELL for s in sizes)} exported cells over {CELL} lines')
+    if row['median'] > MEDIAN: out.append(f'median exported cell over {MEDIAN} lines')
+    if len(every) > CELLS or sum(sizes) > LINES: out.append(f'over {CELLS} cells or {LINES} exported lines')
+    for c in code:
+        kinds = [isinstance(b, IMPORT) for b in tree(c['src'])]
+        deep = c not in exported and any(isinstance(n, IMPORT) for b in tree(c['src']) for n in ast.walk(b))   # nbdev runs such a cell to build the page
+        if (any(kinds) or deep) and not all(kinds): out.append(f'cell {c["id"]} mixes imports with code')
+    return row, out
+
+rows = {nb.relative_to(nbs): check(nb) for nb in notebooks()}
+if '--table' in sys.argv:
+    heads = ['cells', 'exported', 'median', 'max', 'lines']
+    print(f"{'notebook':44}", *(f'{h:>8}' for h in heads))
+    for nb, (row, _) in rows.items(): print(f'{str(nb):44}', *(f'{row[h]:8g}' for h in heads))
+    print(f"{'all':44}", *(f'{sum(r[h] for r, _ in rows.values()):8g}' if h not in ('median', 'max') else ' '*8 for h in heads))
+finish([f'{nb}: {fault}' for nb, (_, faults) in rows.items() for fault in faults], f'{len(rows)} notebooks keep the house limits')
