@@ -15,6 +15,7 @@ def orphans():
         if made and not (f.parent/made[1]).resolve().exists(): yield f'{f.relative_to(root)}: its notebook {made[1]} is gone'
         if not made and f.name not in ('_modidx.py', '__init__.py'): yield f'{f.relative_to(root)}: not exported from a notebook'
 
+if sys.argv[1:]: sys.exit(__doc__)   # it writes: never by accident
 before = state()
 for tool in 'nbdev_export', 'nbdev_clean':
     subprocess.run([Path(sys.executable).parent/tool], cwd=root, check=True)

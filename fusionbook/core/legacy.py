@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['KINDS', 'our_target', 'translate', 'build']
 
-# %% ../../nbs/00_core/07_legacy.ipynb #4caf5fa2
+# %% ../../nbs/00_core/07_legacy.ipynb #205963b5
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from omegaconf import OmegaConf
-from .config import CONFIG, instantiate, mirrored, plain, published
+from .config import CONFIG, check_targets, instantiate, known_keys, locate, mirrored, plain, published
 from .errors import FusionError, nearest
 
 # %% ../../nbs/00_core/07_legacy.ipynb #b00d8e2a
@@ -78,7 +78,7 @@ def translate(
     cfg = {k: v for k, v in cfg.items() if not (foreign and k in _DROP)}
     return cfg | {'_target_': our_target(cfg['_target_'], kind)} | ({} if kind == 'method' else {'_recursive_': False})
 
-# %% ../../nbs/00_core/07_legacy.ipynb #668b5724
+# %% ../../nbs/00_core/07_legacy.ipynb #6b83185b
 def build(
     cfg,                        # configuration in any of the schemas
     kind:str,                   # method, modelpool or taskpool
@@ -87,4 +87,7 @@ def build(
 ):                              # the object
     "Build a method or a pool from its configuration."
     if kind not in KINDS: raise FusionError(f'expected one of {", ".join(KINDS)}, got `{kind}`')
-    return instantiate(mirrored(translate(cfg, kind), mirror), allow=allow)
+    cfg = mirrored(translate(cfg, kind), mirror)
+    check_targets(cfg, allow)
+    vouched = {'allow_target': list(allow)} if allow and 'allow_target' in known_keys(locate(cfg['_target_'], allow)) else {}
+    return instantiate(cfg | vouched, allow=allow)

@@ -98,34 +98,34 @@ def _cells(ax, x, limit, colors, fmt, font):
         dark = np.dot(im.to_rgba(v)[:3], [.299, .587, .114]) < .55
         if np.isfinite(v): ax.text(j, i, fmt(v), ha='center', va='center', color='white' if dark else theme['ink'], fontsize=font)
 
-# %% ../../nbs/00_core/04_plot.ipynb #5f9fdc47
+# %% ../../nbs/00_core/04_plot.ipynb #44f0e6e8
 def matrices(
     named:dict, # title -> tensor, (rows, columns) or (columns,)
 ):              # Figure
     "Small tensors side by side on one colour scale, their entries written in."
     named = {k: _numbers(v) for k, v in named.items()}
     limit = max([np.abs(v[np.isfinite(v)]).max(initial=0) for v in named.values()]) or 1
-    tall, wide = (max(v.shape[i] for v in named.values()) for i in (0, 1))
-    per_row = min(len(named), max(1, min(5, int(theme['width']/(.36*wide + .2)))))
-    n_rows, inch = math.ceil(len(named)/per_row), min(.5, theme['width']/per_row/wide - .02)
+    wide, shown = max(v.shape[1] for v in named.values()), list(named.items())
+    per_row = min(len(named), max(1, min(5, int(theme['width']/(.3*wide + .2)))))
+    rows = [shown[i:i+per_row] for i in range(0, len(shown), per_row)]
+    tall = [max(v.shape[0] for _, v in row) for row in rows]
+    inch = min(.5, (theme['width']/per_row - .15)/wide)
     letters = max(len(_short(x, limit)) for v in named.values() for x in v.flat)
-    font = min(8, inch/letters/.0092) if inch > .25 and tall <= 24 else 0
-    fig, axes = figure(n_rows, per_row, height=n_rows*(.5 + min(2.2, .32*tall)), width=max(2, per_row*(inch*wide + .2)))
-    for ax in axes.flat: ax.set_axis_off()
-    for ax, (title, v) in zip(axes.flat, named.items()):
-        full = np.full((tall, wide), np.nan)
-        full[:v.shape[0], :v.shape[1]] = v
-        _cells(ax, full, (-limit, limit), 'RdBu_r', lambda x: _short(x, limit), font)
+    font = min(8, inch/letters/.0092) if inch > .25 and max(tall) <= 24 else 0
+    heights = [.5 + min(2.2, .32*t) for t in tall]
+    fig, axes = figure(len(rows), per_row, height=sum(heights), width=max(2, per_row*(inch*wide + .15)), height_ratios=heights, frame=False)
+    for ax, title, v, t in ((ax, title, v, t) for line, row, t in zip(axes, rows, tall) for ax, (title, v) in zip(line, row)):
+        _cells(ax, np.pad(v, ((0, t - v.shape[0]), (0, wide - v.shape[1])), constant_values=np.nan), (-limit, limit), 'RdBu_r', lambda x: _short(x, limit), font)
         ax.set_title('\n'.join(textwrap.wrap(title, 18)), fontsize=theme['font'], color=theme['ink'])
     return fig
 
 # %% ../../nbs/00_core/04_plot.ipynb #010e1768
 def _color(i): return theme['colors'][i % len(theme['colors'])]
 
-# %% ../../nbs/00_core/04_plot.ipynb #3a2c5fbf
+# %% ../../nbs/00_core/04_plot.ipynb #019eedb1
 def _label(ax, names, inches):
     "Name the ticks of the lower axis: level where the names fit into `inches`, wrapped or turned where not."
-    letters = max(3, int(inches / len(names) / .075))
+    letters = max(3, int(inches / len(names) / .07))
     lines = [textwrap.wrap(str(n).replace('_', ' '), letters, break_long_words=False) or [''] for n in names]
     level = max(len(l) for n in lines for l in n) <= letters and max(map(len, lines)) <= 3
     ax.set_xticks(range(len(names)), ['\n'.join(l) if level else textwrap.shorten(str(n), 32, placeholder='…') for l, n in zip(lines, names)])
@@ -242,7 +242,13 @@ def heatmap(
     _label(ax, columns, fig.get_figwidth()*.75)
     return fig
 
-# %% ../../nbs/00_core/04_plot.ipynb #388cd5a3
+# %% ../../nbs/00_core/04_plot.ipynb #cf9c013c
+def _few_lines(text, letters):
+    "`text` in at most three lines of so many letters, cut with `…` where it is longer."
+    lines = textwrap.wrap(str(text), letters) or ['']
+    return '\n'.join(lines if len(lines) <= 3 else [*lines[:2], lines[2][:letters-1] + '…'])
+
+# %% ../../nbs/00_core/04_plot.ipynb #33362a0b
 def _tiles(images, columns, tall):
     "One white sheet with the images in rows of height `tall`."
     n, h, w = images.shape[:3]
@@ -252,7 +258,7 @@ def _tiles(images, columns, tall):
         sheet[y:y+h, x+1:x+1+w] = image
     return sheet
 
-# %% ../../nbs/00_core/04_plot.ipynb #a6d99b43
+# %% ../../nbs/00_core/04_plot.ipynb #f795188e
 def contact_sheet(
     images,           # uint8 (N, H, W, 3)
     titles:list=None, # N names, one below each image
@@ -264,11 +270,11 @@ def contact_sheet(
     if titles is not None and len(titles) != len(images): raise FusionError(f"expected {len(images)} titles, got {len(titles)}")
     columns, (h, w) = min(columns, len(images)), images.shape[1:3]
     inch = min(.9, theme['width']/columns)/(w + 2)  # of one pixel
-    tall = h + 2 + (round(.17/inch) if titles is not None else 0)
+    names = [_few_lines(t, max(4, int((w + 2)*inch/.068))) for t in titles] if titles is not None else []
+    tall = h + 2 + round(max((.05 + .12*len(n.split('\n')) for n in names), default=0)/inch)
     sheet = _tiles(images, columns, tall)
     fig, ((ax,),) = figure(height=sheet.shape[0]*inch, width=sheet.shape[1]*inch, frame=False)
     ax.imshow(sheet, interpolation='nearest')
-    for i, title in enumerate(titles or ()):
-        ax.text(i % columns*(w + 2) + 1 + w/2, i//columns*tall + h, textwrap.shorten(str(title), max(4, int((w + 2)*inch/.068)), placeholder='…'),
-                ha='center', va='top', fontsize=theme['font']-2, color=theme['ink'])
+    for i, name in enumerate(names):
+        ax.text(i % columns*(w + 2) + 1 + w/2, i//columns*tall + h, name, ha='center', va='top', fontsize=theme['font']-2, color=theme['ink'])
     return fig

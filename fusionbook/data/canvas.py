@@ -57,7 +57,7 @@ def press(
     low = flat[at + wide] + (flat[at + wide + 1] - flat[at + wide]) * (p - i)
     return top + (low - top) * (q - j)
 
-# %% ../../nbs/10_data/02_canvas.ipynb #a43bd303
+# %% ../../nbs/10_data/02_canvas.ipynb #5af39870
 def clouds(
     n:int,                   # number of images
     rng:np.random.Generator, # source of the clouds
@@ -68,6 +68,7 @@ def clouds(
     hat = hat.clip(0)
     return (hat @ rng.standard_normal((n, 3, cells, cells), dtype='f4') @ hat.T).transpose(0, 2, 3, 1)
 
+# %% ../../nbs/10_data/02_canvas.ipynb #a5f93843
 def speckle(
     image,                   # colours, (n, 32, 32, 3), around [0, 1]
     rng:np.random.Generator, # source of clouds and noise
@@ -79,6 +80,7 @@ def speckle(
     image = image + (.02 + .06 * level) * clouds(n, rng) + sigma * rng.standard_normal(image.shape, dtype='f4')
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
+# %% ../../nbs/10_data/02_canvas.ipynb #bda8bbac
 def ink(
     mask,                    # amount of ink, (n, 32, 32) in [0, 1]
     rng:np.random.Generator, # source of colours and speckle
@@ -89,7 +91,7 @@ def ink(
     paper, light = [rng.uniform(0, tint, (len(mask), 1, 1, 3)).astype('f4') for _ in range(2)]
     return speckle(paper + (1 - light - paper) * mask[..., None], rng, level)
 
-# %% ../../nbs/10_data/02_canvas.ipynb #c2cc43db
+# %% ../../nbs/10_data/02_canvas.ipynb #7d610f4f
 def hsv(
     h,           # hue, 0 red, 1/3 green, 2/3 blue, (n,)
     s,           # saturation, 0 grey, (n,)
@@ -100,7 +102,7 @@ def hsv(
     s, v = np.clip(s, 0, 1)[..., None], np.clip(v, 0, 1)[..., None]
     return (v * (1 - s * np.clip(np.minimum(k, 4 - k), 0, 1))).astype('f4')
 
-# %% ../../nbs/10_data/02_canvas.ipynb #e9eb6b49
+# %% ../../nbs/10_data/02_canvas.ipynb #9711ac04
 @lru_cache
 def scans() -> tuple: # stamps (1797, 24, 24) in [0, 1] and the digit of each, (1797,)
     "Real handwritten digits, enlarged smoothly."
@@ -110,6 +112,7 @@ def scans() -> tuple: # stamps (1797, 24, 24) in [0, 1] and the digit of each, (
     large = [Image.fromarray((i * 15.9).astype(np.uint8)).resize((24, 24), Image.BICUBIC) for i in data.images]
     return np.stack([np.asarray(i, 'f4') for i in large]) / 255, data.target
 
+# %% ../../nbs/10_data/02_canvas.ipynb #ff6b73bb
 @lru_cache
 def letters(
     fonts:tuple,   # names of font files that matplotlib carries
@@ -126,6 +129,7 @@ def letters(
             out.append(np.asarray(page.resize((32, 32), Image.BOX), 'f4') / 255)
     return np.stack(out)
 
+# %% ../../nbs/10_data/02_canvas.ipynb #5310b9e7
 def outline(
     inside,      # (x, y, r, t) -> is this point inside the shape?
 ) -> np.ndarray: # (32, 32) in [0, 1]
@@ -134,13 +138,14 @@ def outline(
     x, y = np.broadcast_arrays(u[None, :], -u[:, None])
     return inside(x, y, np.hypot(x, y), np.arctan2(x, y)).astype('f4').reshape(32, 3, 32, 3).mean((1, 3))
 
-# %% ../../nbs/10_data/02_canvas.ipynb #b65589e7
+# %% ../../nbs/10_data/02_canvas.ipynb #641aa195
 @lru_cache
 def photographs() -> np.ndarray: # (2, 427, 640, 3) in [0, 1]
     "The temple and the flower."
     from sklearn.datasets import load_sample_images
     return np.stack([np.asarray(i, 'f4') / 255 for i in load_sample_images().images])
 
+# %% ../../nbs/10_data/02_canvas.ipynb #458d62d7
 def crops(
     n:int,                   # number of crops
     rng:np.random.Generator, # source of photograph, place and zoom

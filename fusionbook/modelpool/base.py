@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['module_state', 'fill', 'BaseModelPool', 'load_modelpool_from_config']
 
-# %% ../../nbs/50_modelpool/00_base.ipynb #beaf40b8
+# %% ../../nbs/50_modelpool/00_base.ipynb #7aac5d5a
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..core.config import BaseYAMLSerializable, instantiate
 from ..core.errors import FusionError, nearest
 from ..core.legacy import build
 from ..core.state_dict import Lazy, StateDict, check_same, common, content_hash, select, shared
+from ..data.datasets import opened
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #183aa2ff
 def module_state(
@@ -50,7 +51,7 @@ def _special(name): return name.startswith('_') and name.endswith('_')
 
 def _is_state(x): return isinstance(x, Mapping) and '_target_' not in x and all(isinstance(v, Tensor) for v in getattr(x, 'meta', x).values())
 
-# %% ../../nbs/50_modelpool/00_base.ipynb #7d213838
+# %% ../../nbs/50_modelpool/00_base.ipynb #ba7d605b
 class BaseModelPool(BaseYAMLSerializable):
     "Models by name: modules, state dicts, paths or configurations with `_target_`; a list is named `0`, `1`, …"
     _config_key = 'modelpool'
@@ -69,6 +70,8 @@ class BaseModelPool(BaseYAMLSerializable):
         self._models = dict(models) if isinstance(models, Mapping) else {str(i): m for i, m in enumerate(models)}
         self._train_datasets, self._val_datasets, self._test_datasets = train_datasets, val_datasets, test_datasets
         self.common_only, self.allow_target, self.seen, self._states, self._hashes = common_only, list(allow_target), set(), {}, {}
+    @property
+    def config(self) -> dict: return super().config | {'_recursive_': False} # models and data are opened when needed
     def __len__(self): return len(self.model_names)
     def __contains__(self, name): return name in self._models
     def __repr__(self): return f'{type(self).__name__}({", ".join(self.all_model_names)})'
@@ -181,13 +184,12 @@ def models(self:BaseModelPool) -> Iterator:
     "The experts as networks, one in memory at a time."
     return (m for _, m in self.named_models())
 
-# %% ../../nbs/50_modelpool/00_base.ipynb #21bd0513
+# %% ../../nbs/50_modelpool/00_base.ipynb #59dacee0
 def _dataset(pool, kind, name):
     table = {'train': pool._train_datasets, 'validation': pool._val_datasets, 'unlabeled_test': pool._test_datasets}[kind] or {}
     if name not in table: raise FusionError(f'expected a {kind} data set of the pool, got `{name}`; {nearest(name, table)}')
     pool.seen.add(kind)
-    data = table[name]
-    return instantiate(data, allow=pool.allow_target) if isinstance(data, Mapping) and '_target_' in data else data
+    return opened(table[name], pool.allow_target)
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #1bbe1e76
 @patch

@@ -53,7 +53,21 @@ def _endless(batches):
             yield batch
         if empty: raise FusionError('expected at least one batch, got none (an iterator that is used up cannot be read again)')
 
-# %% ../../nbs/20_models/02_train.ipynb #de91153e
+# %% ../../nbs/20_models/02_train.ipynb #a41b72a0
+def _finite(value, step, steps, smaller):
+    "The loss as a number; stops at the first that is none."
+    if math.isfinite(number := value.item()): return number
+    raise FusionError(f'expected a finite loss, got {number} at step {step} of {steps}; try a smaller {smaller}, or look for NaN in the data')
+
+def _move(optimizer, free, value, clip, rate):
+    "One step down the gradient of `value`."
+    for g in optimizer.param_groups: g['lr'] = rate
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(free, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+# %% ../../nbs/20_models/02_train.ipynb #21fc7dc3
 def train(
     model,                      # a `torch.nn.Module`, changed in place
     batches,                    # iterable of batches, read again when it ends
@@ -71,18 +85,11 @@ def train(
     optimizer, free = _optimizer(model, learning_rate, weight_decay)
     device, curve, batches, was_training = free[0].device.type, [], _endless(batches), model.training
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for step in track(range(steps), label):
-            for g in optimizer.param_groups: g['lr'] = learning_rate * schedule(step, steps=steps, warmup=warmup)
             with torch.autocast(device, torch.bfloat16, enabled=precision == 'bfloat16'): value = loss(model, next(batches))
-            if not math.isfinite(value.item()):
-                raise FusionError(f'expected a finite loss, got {value.item()} at step {step + 1} of {steps}; try a smaller '
-                                  f'learning_rate (now {learning_rate:g}), a longer warmup (now {warmup:g}), or look for NaN in the data')
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(free, clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            curve.append(value.item())
+            curve.append(_finite(value, step + 1, steps, f'learning_rate (now {learning_rate:g}), a longer warmup (now {warmup:g})'))
+            _move(optimizer, free, value, clip, learning_rate * schedule(step, steps=steps, warmup=warmup))
     model.train(was_training)
     return curve

@@ -103,10 +103,12 @@ def evaluating(
     finally:
         for m, mode in modes.items(): m.training = mode
 
-# %% ../../nbs/55_taskpool/00_base.ipynb #b227d62b
+# %% ../../nbs/55_taskpool/00_base.ipynb #a91974f6
 class BaseTaskPool(BaseYAMLSerializable):
     "The evaluations of one run; a subclass has `task_names`, `predict` and `fingerprint`."
     _config_key, task_names = 'taskpool', ()
+    @property
+    def config(self) -> dict: return super().config | {'_recursive_': False} # data sets are loaded when needed
     def predict(self,
         model:nn.Module, # network of the kind that the pool evaluates
         task:str,        # one of `task_names`

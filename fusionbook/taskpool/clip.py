@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['OWN', 'RESERVED', 'class_table', 'split_entry', 'task_prompts', 'pooled', 'CLIPTask', 'CLIPVisionModelTaskPool']
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #8fb11b1b
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #54d365c2
 import hashlib, json
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 import torch
 from torch import nn
-from ..core.config import CONFIG, FILLED, check_targets, instantiate, plain
+from ..core.config import CONFIG, plain
 from ..core.errors import FusionError, check_known, nearest
 from ..core.state_dict import content_hash
 from ..data import datasets as data
@@ -58,16 +58,7 @@ def split_entry(
     if '_target_' not in rest: raise FusionError(f'expected a task with `_target_` or `dataset`, got the keys {", ".join(map(str, entry))}')
     return rest, own
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #d49a4892
-def _load(source):
-    "A data set from an object, a path or a configuration."
-    if isinstance(source, (str, Path)): return data.load(source)
-    if not isinstance(source, Mapping): return source
-    if source['_target_'] != 'datasets.load_dataset': return instantiate(source)
-    check_targets(source)
-    return data.load(*source.get('_args_', ())[:2], **{k: v for k, v in source.items() if k not in FILLED})
-
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #80f4bf4e
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #77ef1e84
 def _check_names(task, names, brought, vouched):
     "Refuse names that contradict the data set's own, in number or, unless the entry vouches for them, in order."
     if len(brought) != len(names):
@@ -79,7 +70,7 @@ def _check_names(task, names, brought, vouched):
         raise FusionError(f'{task}: expected class {moved[0]} to be `{brought[moved[0]]}` as in the data set, got `{names[moved[0]]}` from '
                           'config/classnames; give `classnames` in its entry, as a list or as the name of a table that you know is right')
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #6f580183
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a0ee9f31
 def task_prompts(
     task:str,  # name of the task
     own:dict,  # the task's own keys, as from `split_entry`
@@ -95,12 +86,12 @@ def task_prompts(
     templates = own.get('templates') or table.get('templates') or ['a photo of a {}.']
     return dict(classnames=names, templates=[templates] if isinstance(templates, str) else list(templates))
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #bd1a54cd
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a29ffc20
 _LOADER = ('batch_size', 'num_workers', 'pin_memory', 'shuffle', 'drop_last', 'prefetch_factor', 'persistent_workers', 'timeout')
 _KEYS = ('name', 'test_datasets', 'base_model', 'clip_model', 'processor', 'data_processor', 'dataloader_kwargs', 'fast_dev_run')
 RESERVED = ('rows', 'config', 'average', 'model_info', 'models')
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #6e57a242
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #ddd54057
 def _path(value, key):
     "The path that a string or a `from_pretrained` configuration names."
     if isinstance(value, Mapping) and str(value.get('_target_', '')).endswith('.from_pretrained'):
@@ -114,7 +105,7 @@ def _processor(source):
     if isinstance(source, Mapping) and '_target_' in source: source = _path(source, 'processor')
     return Processor(source)
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #b6387901
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #c0be523b
 def _check_tasks(tasks):
     "Refuse names that a report uses for something else."
     if not isinstance(tasks, Mapping) or not tasks: raise FusionError(f'expected `test_datasets` as task: data set, got {tasks!r:.60}')
@@ -135,7 +126,7 @@ def _supported(kwargs):
     idle = ('layer_wise_feature_save_path', 'layer_wise_feature_first_token_only', 'layer_wise_feature_max_num', 'move_to_device')
     return {k: v for k, v in kwargs.items() if k not in idle}
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #f67c48e1
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #bb1ecbb9
 def pooled(
     model:nn.Module,       # tower: pixel values -> pooled features, or an output that has them as `pooler_output`
     pixels:torch.Tensor,   # (n, 3, H, W) float32
@@ -150,7 +141,7 @@ def pooled(
         raise FusionError(f'expected pooled features (n, {width}) as the CLIP model\'s projection takes them, got {got}')
     return out.float()
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #b21ef100
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #57500759
 class CLIPTask:
     "One data set with its zero-shot head."
     def __init__(self,
@@ -158,14 +149,15 @@ class CLIPTask:
         entry,               # see `split_entry`
         clip,                # CLIP of the text side: folder or hub id
         processor=None,      # see `Processor`; the CLIP's own when None
+        allow=(),            # further targets the user vouches for
         **loop,              # batch_size, num_workers, fast_dev_run of `predict_batches`
     ):
-        self.name, self.clip, self.loop = name, clip, dict(loop)
+        self.name, self.clip, self.allow, self.loop = name, clip, allow, dict(loop)
         (self.source, self.own), self.from_ = split_entry(entry), clip if processor is None else processor
     @cached_property
     def dataset(self):
         "The rows, with no columns but image and label."
-        rows = _load(self.source)
+        rows = data.opened(self.source, self.allow)
         keys = data.columns(rows, self.own.get('image'), self.own.get('label'))
         return rows.select_columns(list(keys)) if hasattr(rows, 'select_columns') else rows
     @cached_property
@@ -175,7 +167,7 @@ class CLIPTask:
     @cached_property
     def processor(self): return _processor(self.from_)
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #8274b35f
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #6b88379a
 def _predict(task, model, device):
     "Answers of a model that is in evaluation mode on `device`."
     head = task.head.to(device)
@@ -190,16 +182,20 @@ def _fingerprint(task):
     parts = [data.content_hash(task.dataset), task.own.get('image'), task.own.get('label'), content_hash(head), task.processor.settings, quick]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #ee16068d
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #bb654970
 def _tasks_of(pool):
     "Check what a pool was given, before any work, and make its tasks."
     _check_tasks(pool.test_datasets)
     clip = _path(pool.base_model if pool.clip_model is None else pool.clip_model, 'clip_model')
     loop = _loop(pool.dataloader_kwargs or {}, pool.fast_dev_run)
     processor = pool.processor if pool.data_processor is None else pool.data_processor
-    return {name: CLIPTask(name, entry, clip, processor, **loop) for name, entry in pool.test_datasets.items()}
+    return {name: CLIPTask(name, entry, clip, processor, pool.allow_target, **loop) for name, entry in pool.test_datasets.items()}
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a70fb1eb
+def _task_of(pool, name):
+    if name not in pool.tasks: raise FusionError(f'expected a task of the pool, got `{name}`; {nearest(name, pool.tasks)}')
+    return pool.tasks[name]
+
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #6683c13c
 class CLIPVisionModelTaskPool(BaseTaskPool):
     "Zero-shot classification by a CLIP vision tower on several data sets."
     _config_mapping = BaseTaskPool._config_mapping | {k: k for k in _KEYS}
@@ -212,8 +208,10 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
         dataloader_kwargs=None, # batch_size (128), num_workers (0), and keys of PyTorch's loader that change no result
         fast_dev_run=False,     # one batch per task
         name=None,              # of the pool, for people
+        allow_target=(),        # further targets the user vouches for
         **kwargs,               # FusionBench's further keys
     ):
+        self.allow_target = list(allow_target)
         for key in _KEYS: setattr(self, key, plain(locals()[key]))
         super().__init__(**_supported(kwargs))
         self.tasks = _tasks_of(self)
@@ -221,7 +219,4 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
     def predict(self, model, task):
         with evaluating(model) as device: return _predict(self.task(task), model, device)
     def fingerprint(self, task): return _fingerprint(self.task(task))
-    def task(self, name):
-        "The `CLIPTask` of that name."
-        if name not in self.tasks: raise FusionError(f'expected a task of the pool, got `{name}`; {nearest(name, self.tasks)}')
-        return self.tasks[name]
+    def task(self, name:str) -> CLIPTask: return _task_of(self, name)
