@@ -13,7 +13,7 @@ from difflib import get_close_matches
 class FusionError(ValueError):
     "Something the user can mend: the message says what was expected, then what came."
 
-# %% ../../nbs/00_core/00_errors.ipynb #024d431a
+# %% ../../nbs/00_core/00_errors.ipynb #750b1843
 def nearest(
     name:str,            # what came
     valid:Iterable[str], # the names that would have worked
@@ -22,7 +22,7 @@ def nearest(
     "Say which valid names are close to `name`, or what the valid names are."
     valid = sorted(map(str, valid))
     low = {v.lower(): v for v in valid}
-    close = [low[m] for m in get_close_matches(name.lower(), low, n=3, cutoff=.6)]
+    close = [low[m] for m in get_close_matches(name.lower(), low, n=3, cutoff=.6)] or [v for v in valid if name and name.lower() in v.lower()][:3]
     if close: return 'did you mean ' + ' or '.join(f'`{c}`' for c in close) + '?'
     more = f' and {len(valid) - limit} more' if len(valid) > limit else ''
     return 'valid: ' + (', '.join(valid[:limit]) + more if valid else 'none')
