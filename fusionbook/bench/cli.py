@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['HELP', 'GROUPS', 'catalogue', 'listing', 'hydra_arguments', 'explain', 'main']
 
-# %% ../../nbs/80_bench/08_cli.ipynb #74396a36
-import os, re, sys
+# %% ../../nbs/80_bench/08_cli.ipynb #d436f359
+import json, os, re, sys
 from collections.abc import Sequence
 from pathlib import Path
 from ..core.config import CONFIG, composed
 from ..core.errors import FusionError, nearest
 
-# %% ../../nbs/80_bench/08_cli.ipynb #6f7c68fe
+# %% ../../nbs/80_bench/08_cli.ipynb #aa2219a3
 HELP = '''fusionbook: merge trained networks and measure the result.
 
   fusionbook                                    eight experts of mini8, merged by task arithmetic and measured
@@ -20,7 +20,7 @@ HELP = '''fusionbook: merge trained networks and measure the result.
   fusionbook method=simple_average modelpool=clip-vit-base-patch32_TA8 taskpool=clip-vit-base-patch32_TA8 device=cuda
   fusionbook run.yaml [key=value ...]           a run from a file, ours or FusionBench's (either schema)
   fusionbook list [methods|modelpools|taskpools|experiments]
-  fusionbook experiment NAME [-p key value ...] [-o OUTPUT.ipynb]
+  fusionbook experiment NAME [-p key value ...] [--grid key=a,b,c ...] [-o OUTPUT] [--report]
 
 keys      method modelpool taskpool             what to merge, how, and what to measure; with a modelpool and nothing else,
                                                 method and taskpool are `dummy`
@@ -100,7 +100,14 @@ def _primary(options, files):
         raise FusionError(f'expected a file `{(name or "fusionbook").removesuffix(".yaml")}.yaml` in `{path}`, got none')
     return (str(Path(path).resolve()) if path else None), (name.removesuffix('.yaml').removesuffix('.yml') if name else None)
 
-# %% ../../nbs/80_bench/08_cli.ipynb #245a0427
+# %% ../../nbs/80_bench/08_cli.ipynb #dfaba0af
+def _quoted(word):
+    "A path with braces, brackets or blanks, quoted for Hydra's grammar."
+    key, _, value = word.partition('=')
+    if key.lstrip('+') not in ('save_report', 'merged_model_save_path') or value[:1] in ('"', "'") or not re.search(r'[{}()\[\]\s]', value): return word
+    return f'{key}={json.dumps(value, ensure_ascii=False)}'
+
+# %% ../../nbs/80_bench/08_cli.ipynb #08570771
 def hydra_arguments(
     argv:Sequence[str], # what the user typed
     keys:Sequence[str], # keys of a run, such as `seed`
@@ -110,26 +117,26 @@ def hydra_arguments(
     path, name = _primary(options, files)
     given = {o.lstrip('+~').split('=')[0].split('@')[0] for o in overrides}
     if not path and not name and 'modelpool' in given: overrides += [f'{g}=dummy' for g in ('method', 'taskpool') if g not in given]
-    overrides = [f'++{o}' if o.split('=')[0].split('.')[0] in keys and '=' in o else o for o in overrides]
+    overrides = [_quoted(f'++{o}') if o.split('=')[0].split('.')[0] in keys and '=' in o else o for o in overrides]
     head = [w for k, v in options.items() for w in ([k] if v is None else [k, v])]
     head += (['--config-path', path] if path else []) + (['--config-name', name] if name else [])
     search = [f'hydra.searchpath=[file://{CONFIG}]'] if path else []
     return head + overrides + search + ['hydra.output_subdir=null', 'hydra/job_logging=disabled', 'hydra/hydra_logging=disabled',
-                                        'hydra.run.dir=.', 'hydra.sweep.dir=.', 'hydra.sweep.subdir=.', 'hydra.job.chdir=false']
+                                        'hydra.run.dir=.', 'hydra.sweep.dir=_runs', 'hydra.sweep.subdir=.', 'hydra.job.chdir=false']
 
-# %% ../../nbs/80_bench/08_cli.ipynb #0f36dad3
+# %% ../../nbs/80_bench/08_cli.ipynb #4ce3fb72
 def _options(argv):
     "Folders in which configurations are looked up."
     extra = [argv[i + 1] for i, w in enumerate(argv[:-1]) if w in ('--config-dir', '-cd')]
     return [CONFIG, *map(Path, extra), *(Path(w.split('=', 1)[1]) for w in argv if w.startswith('--config-dir='))]
 
-# %% ../../nbs/80_bench/08_cli.ipynb #5f4d4f16
+# %% ../../nbs/80_bench/08_cli.ipynb #5f8dcbf1
 def _composed(argv, without):
     "The configuration without the override that failed, to see which keys there are."
     overrides = [o for o in argv if '=' in o and not o.startswith(('-', 'hydra')) and o.lstrip('+').split('=')[0] != without]
     return composed(*overrides)
 
-# %% ../../nbs/80_bench/08_cli.ipynb #e4a37733
+# %% ../../nbs/80_bench/08_cli.ipynb #e1d45ec6
 def explain(
     error:Exception,    # raised by Hydra while composing
     argv:Sequence[str], # what Hydra got
@@ -149,7 +156,7 @@ def explain(
         except Exception: pass # another part is wrong too: fall back to Hydra's own line
     return ' '.join(text.split('\n')[:1])
 
-# %% ../../nbs/80_bench/08_cli.ipynb #f67febf0
+# %% ../../nbs/80_bench/08_cli.ipynb #27f69ab0
 def _prepare(argv):
     "Set the environment before torch is imported."
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
@@ -157,16 +164,20 @@ def _prepare(argv):
     for word in argv:
         if m := re.fullmatch(r'\+*threads=(\d+)', word): os.environ['OMP_NUM_THREADS'] = m[1]
 
-# %% ../../nbs/80_bench/08_cli.ipynb #35cd03a0
+# %% ../../nbs/80_bench/08_cli.ipynb #7d4a271b
 def _note(argv):
     here = Path('config')
     if here.resolve() != CONFIG and any((here/g).is_dir() for g in _GROUP) and not any('--config-dir' in w or w == '-cd' for w in argv):
         print('note: the folder `config` here is not searched; add --config-dir config to use it', file=sys.stderr)
 
-# %% ../../nbs/80_bench/08_cli.ipynb #a05a0afb
+# %% ../../nbs/80_bench/08_cli.ipynb #b7f8a6f9
+class _Stop(BaseException):
+    "Carries the error of a run past Hydra, which would print a line of its own about it."
+
 def _job(cfg):
     from fusionbook.bench.configured import run_config
-    run_config(cfg)
+    try: run_config(cfg)
+    except Exception as e: raise _Stop(e)
 
 def _hydra(argv):
     "Compose with Hydra and run."
@@ -175,36 +186,26 @@ def _hydra(argv):
     _note(argv)
     arguments = hydra_arguments(argv, [k for k in OmegaConf.load(CONFIG/'fusionbook.yaml') if k != 'defaults'])
     old, sys.argv = sys.argv, ['fusionbook', *arguments]
-    try: hydra.main(version_base='1.3', config_path=str(CONFIG), config_name='fusionbook')(_job)()
-    except Exception as e:
-        if type(e).__module__.startswith(('hydra', 'omegaconf')): raise FusionError(explain(e, arguments)) from e
-        raise
+    try: return hydra.main(version_base='1.3', config_path=str(CONFIG), config_name='fusionbook')(_job)()
+    except _Stop as stop: error = stop.args[0]
+    except Exception as e: error = e
     finally: sys.argv = old
+    if type(error).__module__.startswith('yaml'): raise FusionError(f'expected YAML, got an error {error}') from error
+    if type(error).__module__.startswith(('hydra', 'omegaconf')): raise FusionError(explain(error, arguments)) from error
+    raise error
 
-# %% ../../nbs/80_bench/08_cli.ipynb #6aba443d
-def _experiment(argv):
-    "fusionbook experiment NAME [-p key value ...] [-o OUTPUT]"
-    import yaml
-    from fusionbook.bench.experiment import run_experiment
-    given, output, names, rest = {}, None, [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word == '-p' and len(rest) > 1: key, value = rest.pop(0), rest.pop(0); given[key] = yaml.safe_load(value)
-        elif word == '-o' and rest: output = rest.pop(0)
-        elif word.startswith('-'): raise FusionError(f'expected -p KEY VALUE or -o OUTPUT, got `{word}`')
-        else: names.append(word)
-    if len(names) != 1: raise FusionError('expected the name of one experiment: fusionbook experiment NAME [-p KEY VALUE ...] [-o OUTPUT]')
-    print(f'report   {run_experiment(names[0], given, output=output)}')
-
-# %% ../../nbs/80_bench/08_cli.ipynb #95b05b08
+# %% ../../nbs/80_bench/08_cli.ipynb #545e24a4
 def _dispatch(argv):
     if any(w in ('-h', '--help') for w in argv): return print(HELP)
     if '--version' in argv:
         from fusionbook import __version__
         return print(f'fusionbook {__version__}')
-    if argv[:1] == ['list']: return print(listing(next((a for a in argv[1:] if not a.startswith('-')), None)))
+    if argv[:1] == ['list']: return print(listing(next(iter(_split(argv[1:])[1]), None), _options(argv)))
     _prepare(argv)
-    return _experiment(argv[1:]) if argv[:1] == ['experiment'] else _hydra(argv)
+    if argv[:1] == ['experiment']:
+        from fusionbook.bench.batch import experiment_command
+        return experiment_command(argv[1:])
+    return _hydra(argv)
 
 # %% ../../nbs/80_bench/08_cli.ipynb #7440deef
 def main(

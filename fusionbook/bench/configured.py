@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['root_defaults', 'complete', 'restricted', 'check_output', 'check_device', 'run_folder', 'logged', 'summary',
-           'run_config', 'run_model_fusion']
+           'check_places', 'made', 'run_config', 'run_model_fusion']
 
-# %% ../../nbs/80_bench/04_configured.ipynb #86e6f977
+# %% ../../nbs/80_bench/04_configured.ipynb #a620b085
 import logging, tempfile, time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 import torch
 from omegaconf import OmegaConf
-from .report import Report, show
-from .run import fusion
-from ..core.checkpoint import atomic
+from .report import Report, predictions_path, save_predictions, show
+from .run import check_seeds, fusion, seed_path, seeded
+from ..core.checkpoint import atomic, check_replaceable
 from ..core.config import CONFIG, composed, known_keys, locate, plain
 from ..core.errors import FusionError, check_known, nearest
 from ..core.legacy import build, translate
@@ -54,14 +53,16 @@ def restricted(
         raise FusionError(f'expected a task of the run, got `{lost[0]}`; {nearest(lost[0], cfg["taskpool"].get("test_datasets", {}))}')
     return {k: part(v) if tasks and k in ('modelpool', 'taskpool') else v for k, v in cfg.items()}
 
-# %% ../../nbs/80_bench/04_configured.ipynb #1bd4284e
+# %% ../../nbs/80_bench/04_configured.ipynb #5a713003
 def check_output(
     path:str|Path, # a file or folder that a run will write
     what:str,      # its key, for the message
+    *, of_model:bool=False, # a model, which may be a folder, also one that replaces an earlier model
 ) -> Path:         # the path
     "Make sure that a file or folder can be written."
     path = Path(path).expanduser()
-    if path.is_dir() and path.suffix: raise FusionError(f'expected `{what}` as a file, got the folder `{path}`')
+    if path.is_dir() and not of_model: raise FusionError(f'expected `{what}` as a file, got the folder `{path}`')
+    if of_model: check_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent): pass
@@ -77,21 +78,21 @@ def check_device(
     except (RuntimeError, AssertionError) as e: raise FusionError(f'expected a device of this machine, got `{name}`: {str(e).splitlines()[0]}') from None
     return name
 
-# %% ../../nbs/80_bench/04_configured.ipynb #20be24f2
+# %% ../../nbs/80_bench/04_configured.ipynb #e3aff94a
 def run_folder(
     cfg:Mapping,            # a completed run
     root:str|Path='_runs',  # where runs are kept
 ) -> Path:                  # a new folder
     "Make the folder of a run, such as `_runs/2026-01-31_12-00-00_ties_merging`."
     stem = time.strftime('%Y-%m-%d_%H-%M-%S') + '_' + cfg['method']['_target_'].rpartition('.')[2]
-    check_output(Path(root)/stem, 'the folder of the run')
+    check_output(Path(root)/f'.{stem}', 'the folder of the run')
     for i in range(1000):
         folder = Path(root)/(stem + (f'_{i}' if i else ''))
         try: folder.mkdir(parents=True)
         except FileExistsError: continue
         return folder
 
-# %% ../../nbs/80_bench/04_configured.ipynb #c119eda7
+# %% ../../nbs/80_bench/04_configured.ipynb #cf60bf7e
 @contextmanager
 def logged(
     folder:Path, # of a run
@@ -99,7 +100,7 @@ def logged(
     "Write what the run logs to `run.log` in its folder, a traceback included."
     log, handler = logging.getLogger('fusionbook'), logging.FileHandler(folder/'run.log')
     handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-    log.addHandler(handler); log.setLevel(logging.INFO); log.propagate = False
+    log.addHandler(handler); log.setLevel(logging.INFO); log.propagate = log.disabled = False # Hydra disables it between two runs
     try: yield log
     except BaseException: log.exception('the run ended early'); raise
     finally: log.removeHandler(handler); handler.close()
@@ -116,11 +117,13 @@ def summary(
     def names(xs): return f'{len(xs)}' + (f' ({", ".join(map(str, xs[:10]))}{", …" if len(xs) > 10 else ""})' if xs else '')
     return f'method   {short(cfg["method"])}({hyper})\nmodels   {names(models)}\ntasks    {names(tasks)}'
 
-# %% ../../nbs/80_bench/04_configured.ipynb #776480f1
-def _keeper(folder, copy):
-    "Write report and picture into the run's folder, and beside `copy`."
+# %% ../../nbs/80_bench/04_configured.ipynb #f8d3d7f8
+def _keeper(folder, copy, notes):
+    "Write report, answers and picture into the run's folder, and beside `copy`."
     def keep(report):
+        report.data |= notes
         for file in [folder/'report.json'] + ([copy] if copy else []):
+            if report.answers: save_predictions(report.answers, predictions_path(file)) # before the report: where that is, they are
             report.save(file)
             if report['rows']:
                 from fusionbook.core.plot import save_figure
@@ -131,44 +134,64 @@ def _say(cfg, folder, text):
     if cfg['print_config']: print(OmegaConf.to_yaml(OmegaConf.create(cfg)) if cfg['print_config'] == 'full' else text, end='\n\n', flush=True)
     with atomic(folder/'config.yaml') as new: new.write_text(OmegaConf.to_yaml(OmegaConf.create(cfg)))
 
-# %% ../../nbs/80_bench/04_configured.ipynb #a5a46296
+# %% ../../nbs/80_bench/04_configured.ipynb #dc08f243
 def _closing(report, folder, copy, saved):
     "Print the table and where things lie."
     show(report)
     print(f'report   {copy or folder/"report.json"}')
     if report['rows']: print(f'picture  {(copy or folder/"report.json").with_suffix(".png")}')
-    if saved: print(f'model    {saved}')
+    for path in saved: print(f'model    {path}')
 
-def _place(template, folder): return str(template).replace('{log_dir}', str(folder)) if template else None
+def _place(template, folder): return str(template).replace('{log_dir}', str(folder))
 
-# %% ../../nbs/80_bench/04_configured.ipynb #37227fd6
+# %% ../../nbs/80_bench/04_configured.ipynb #24769f95
+def check_places(
+    cfg:Mapping, # a completed run
+    folder:Path, # of the run
+) -> tuple[Path|None, Path|None]: # where the report and the model are written besides
+    "Check, before any work, the places that a run will write, its device and its seeds."
+    copy = check_output(_place(cfg['save_report'], folder), 'save_report') if isinstance(cfg['save_report'], str) else None
+    saved, suffixes = cfg['merged_model_save_path'], ['', *(f', seed {k}' for k in check_seeds(cfg['seeds']))]
+    saved = Path(_place(saved, folder)).expanduser() if saved else None
+    for suffix in suffixes if saved else ():
+        check_output(seed_path(saved, suffix), 'merged_model_save_path', of_model=True)
+    check_output(folder/'report.json', 'the folder of the run')
+    check_device(cfg['device'])
+    if cfg['threads']: torch.set_num_threads(int(cfg['threads']))
+    return copy, saved
+
+def made(
+    cfg:Mapping, # a completed run
+    kind:str,    # method, modelpool or taskpool
+):               # the object
+    "Build one part of a run; a method works on the run's device unless it names its own."
+    part = build(cfg[kind], kind, allow=cfg['allow_target'], mirror=cfg['hub_mirror'])
+    if kind == 'method' and getattr(part, 'device', None) == 'cpu': part.device = cfg['device']
+    return part
+
+# %% ../../nbs/80_bench/04_configured.ipynb #ecdfd319
 def run_config(
     cfg,                         # a run's configuration, see `complete`
     folder:str|Path|None=None,   # where to write; a new folder below `_runs` when None
+    *, pool=None,                # the model pool, where it has been built
+    notes:Mapping={},            # further keys of the report
 ) -> Report|None:                # with the merged network as `model`; None for a dry run
     "Run what a configuration describes."
     cfg = complete(cfg)
     folder = Path(folder) if folder else run_folder(cfg)
-    copy = check_output(cfg['save_report'], 'save_report') if isinstance(cfg['save_report'], str) else None
-    saved = _place(cfg['merged_model_save_path'], folder)
-    if saved: check_output(saved, 'merged_model_save_path')
-    check_output(folder/'report.json', 'the folder of the run')
-    check_device(cfg['device'])
-    if cfg['threads']: torch.set_num_threads(int(cfg['threads']))
+    copy, saved = check_places(cfg, folder)
     _say(cfg, folder, summary(cfg))
     if cfg['dry_run']: return None
-    make = partial(build, allow=cfg['allow_target'], mirror=cfg['hub_mirror'])
     with logged(folder) as log:
-        method, pool, taskpool = (make(cfg[k], k) for k in ('method', 'modelpool', 'taskpool'))
-        if getattr(method, 'device', None) == 'cpu': method.device = cfg['device']
+        method, pool, taskpool = made(cfg, 'method'), pool or made(cfg, 'modelpool'), made(cfg, 'taskpool')
         log.info(summary(cfg))
-        report = fusion(method, pool, taskpool, seed=cfg['seed'], device=cfg['device'], dtype=cfg['dtype'], references=cfg['references'],
-                        save_path=saved, shard_size=cfg['shard_size'], keep=_keeper(folder, copy))
+        report = fusion(method, pool, taskpool, save_path=saved, keep=_keeper(folder, copy, notes),
+                        **{k: cfg[k] for k in ('seed', 'seeds', 'device', 'dtype', 'references', 'shard_size')})
         log.info('average %s', report.get('average'))
-    _closing(report, folder, copy, saved)
+    _closing(report, folder, copy, [seed_path(saved, s) for s in seeded(method, cfg['seeds'])] if saved else [])
     return report
 
-# %% ../../nbs/80_bench/04_configured.ipynb #10697338
+# %% ../../nbs/80_bench/04_configured.ipynb #d86f49d4
 def run_model_fusion(
     method_config,           # in ours or one of FusionBench's schemas; likewise the next two
     modelpool_config,

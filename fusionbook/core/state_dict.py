@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from .errors import FusionError
 
-# %% ../../nbs/00_core/01_state_dict.ipynb #9200476b
+# %% ../../nbs/00_core/01_state_dict.ipynb #7b0bd72a
 StateDict = Mapping[str, Tensor] # names to tensors, in any of the three forms
-CHUNK = 1 << 17                  # entries per step of an element-wise merge: eight float32 experts then fill 4 MiB
+CHUNK = 1 << 15                  # entries per step of an element-wise merge: eight float32 experts then fill 1 MiB, a processor's cache
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #d0a1da1c
 def meta(
@@ -107,16 +107,17 @@ def _finite(name, stack, base, experts):
     if base is not None and not torch.isfinite(base).all(): bad.insert(0, 'the base')
     if bad: raise FusionError(f'expected finite numbers in every model, got NaN or infinity in tensor `{name}` of {", ".join(bad)}')
 
-# %% ../../nbs/00_core/01_state_dict.ipynb #bd60b467
+# %% ../../nbs/00_core/01_state_dict.ipynb #425d3aaa
 def pieces(
     name:str,                     # a tensor's name
     base:StateDict|None,          # the pretrained model, or None
     experts:Sequence[StateDict],  # T models
     device:str='cpu',             # where the arithmetic happens
+    step:int=1,                   # give every step-th entry only
 ) -> Iterator[tuple[slice, Tensor|None, Tensor]]: # place, base (n,), experts (T, n), with n <= CHUNK
     "One tensor of every model, flattened, piece by piece, in float32 or float64; numbers are checked to be finite."
-    rows = [e[name].reshape(-1) for e in experts]
-    first = rows[0] if base is None else base[name].reshape(-1)
+    rows = [e[name].reshape(-1)[::step] for e in experts]
+    first = rows[0] if base is None else base[name].reshape(-1)[::step]
     kind = torch.float64 if first.dtype == torch.float64 else torch.float32
     for start in range(0, first.numel(), CHUNK):
         at = slice(start, min(start + CHUNK, first.numel()))

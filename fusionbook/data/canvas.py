@@ -145,16 +145,17 @@ def photographs() -> np.ndarray: # (2, 427, 640, 3) in [0, 1]
     from sklearn.datasets import load_sample_images
     return np.stack([np.asarray(i, 'f4') / 255 for i in load_sample_images().images])
 
-# %% ../../nbs/10_data/02_canvas.ipynb #458d62d7
+# %% ../../nbs/10_data/02_canvas.ipynb #069a1962
 def crops(
     n:int,                   # number of crops
     rng:np.random.Generator, # source of photograph, place and zoom
     bands,                   # numbers of the bands to cut from, each 0 to 9
 ) -> np.ndarray:             # (n, 32, 32, 3) in [0, 1]
-    "Squares of 32 to 64 points from the given bands, shrunk to 32, the one of four with the largest contrast."
-    photo, zoom, u, v = rng.integers(2, size=(n, 4, 1, 1)), rng.uniform(1, 2, (n, 4, 1)), rng.random((n, 4, 1)), rng.random((n, 4, 1))
+    "Squares of 32 to 64 points from the given bands, shrunk to 32, the one of eight with the largest contrast."
+    photo, zoom = rng.integers(2, size=(n, 8, 1, 1)), rng.uniform(1, 2, (n, 8, 1))
+    u, v = rng.random((n, 8, 1)), rng.random((n, 8, 1))
     step, room = (np.arange(SIDE) + .5) * zoom, 64 - SIDE * zoom
-    column = (64 * rng.choice(bands, (n, 4, 1)) + u * room + step).astype(int)
+    column = (64 * rng.choice(bands, (n, 8, 1)) + u * room + step).astype(int)
     row = (v * (427 - SIDE * zoom) + step).astype(int)
     out = photographs()[photo, row[..., :, None], column[..., None, :]]
     return out[np.arange(n), out.std((2, 3)).sum(-1).argmax(1)]

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['kept_share', 'trim', 'elect_sign', 'disjoint_merge', 'ties', 'TiesMerging']
 
-# %% ../../nbs/60_method/31_ties.ipynb #33d29049
+# %% ../../nbs/60_method/31_ties.ipynb #ec6ac990
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 import torch
 from torch import Tensor
 from ..core.errors import FusionError
@@ -16,7 +16,7 @@ from ..core.selection import kth_largest
 from ..core.state_dict import StateDict, check_same, map_tensors, meta, pieces, shared
 from .base import BaseAlgorithm, expert_weights
 
-# %% ../../nbs/60_method/31_ties.ipynb #1460dbed
+# %% ../../nbs/60_method/31_ties.ipynb #1a56fc48
 def kept_share(
     threshold:float, # K: per cent of each task vector that is kept, in (1, 100]; or a fraction in (0, 1]
 ) -> float:          # fraction in (0, 1]
@@ -29,7 +29,9 @@ def trim(
     smallest:Tensor, # the smallest magnitude that is kept in each row, (T,)
 ) -> Tensor:         # (T, n)
     "Zero the entries below their row's threshold; entries equal to it stay."
-    return tau.where(tau.abs() >= smallest[:, None], 0)
+    kept, below = torch.empty_like(tau), smallest.nextafter(-torch.ones_like(smallest))
+    for row, x, b in zip(kept, tau, below.tolist()): torch.hardshrink(x, b, out=row) # zero unless |x| > b
+    return kept
 
 # %% ../../nbs/60_method/31_ties.ipynb #59e8f21a
 def elect_sign(
@@ -41,7 +43,7 @@ def elect_sign(
     votes = (tau if by == 'sum' else tau.sign()).sum(0)
     return torch.where(votes == 0, tie, votes.sign())
 
-# %% ../../nbs/60_method/31_ties.ipynb #2e6099cd
+# %% ../../nbs/60_method/31_ties.ipynb #7d40fb83
 def disjoint_merge(
     tau:Tensor,      # trimmed task vectors, (T, n), not yet weighted
     sign:Tensor,     # elected signs, (n,)
@@ -50,46 +52,49 @@ def disjoint_merge(
 ) -> Tensor:         # (n,); 0 where no task agrees
     "Merge the entries that point the elected way."
     w = weights.to(tau.dtype)[:, None]
-    agree = tau * sign > 0
-    if how == 'max': return (w * tau * agree * sign).amax(0) * sign
-    total = (w * tau * agree).sum(0)
+    agreeing = (tau * sign).clamp_(min=0) # |τ| where a task points the elected way, else 0
+    if how == 'max': return (w * agreeing).amax(0) * sign
+    total = (w * agreeing).sum(0) * sign
     if how == 'sum': return total
-    mass = (agree * (w if how == 'weighted_mean' else 1)).sum(0)
+    mass = (w * agreeing.sign() if how == 'weighted_mean' else agreeing.sign()).sum(0)
     return total / mass.where(mass != 0, 1)
 
-# %% ../../nbs/60_method/31_ties.ipynb #7353d0f1
-def _task_vectors(base, experts, names, device) -> Iterator[Tensor]:
-    "Pieces (T, n) of the task vectors of the named tensors."
+# %% ../../nbs/60_method/31_ties.ipynb #18cf43e1
+def _task_vectors(base, experts, names, device, step) -> Iterator[Tensor]:
+    "Pieces (T, n) of the task vectors of the named tensors, every `step`-th entry."
     for name in names:
-        for _, b, x in pieces(name, base, experts, device): yield x - b
+        for _, b, x in pieces(name, base, experts, device, step): yield x - b
 
 def _thresholds(base, experts, names, share, device):
     "A function from a tensor's name to the smallest magnitude kept, (T,): one threshold for the model, or one for each tensor."
     info = meta(base)
-    def select(some, k): return kth_largest(lambda: _task_vectors(base, experts, some, device), k)
+    def select(some, k, size): return kth_largest(partial(_task_vectors, base, experts, some, device), k, size)
     @cache
     def whole():
         size = sum(info[n].numel() for n in names)
-        return select(names, min(int(size * share) + 1, size))
+        return select(names, min(int(size * share) + 1, size), size)
     @cache
-    def one(name): return select([name], max(1, int(info[name].numel() * share)))
+    def one(name): return select([name], max(1, int(info[name].numel() * share)), info[name].numel())
     return whole, one
 
-# %% ../../nbs/60_method/31_ties.ipynb #f063fd3d
+# %% ../../nbs/60_method/31_ties.ipynb #8dbff631
+def _votes(kept, ballot): return kept if ballot is None else kept * ballot.to(kept.dtype)[:, None]
+
 def _majority(base, experts, names, threshold, weights, by, device):
     "The sign that most weights of the model elect, +1 or -1; draws do not vote."
     total = 0.
     for name in names:
         for _, b, x in pieces(name, base, experts, device):
-            kept = trim(x - b, threshold(name)) * weights.to(x.dtype)[:, None]
-            total += elect_sign(kept, by=by, tie=0.).sum().item()
+            votes = _votes(trim(x - b, threshold(name)), weights)
+            total += elect_sign(votes, by=by, tie=0.).sum().item()
     return 1. if total >= 0 else -1.
 
-# %% ../../nbs/60_method/31_ties.ipynb #0984a813
+# %% ../../nbs/60_method/31_ties.ipynb #eeab9c7f
 def _elect(kept, ballot, by, draw):
     "Elected signs; `draw()` is asked only where non-zero votes cancel."
-    sign = elect_sign(kept * ballot.to(kept.dtype)[:, None], by=by, tie=0.)
-    drawn = (sign == 0) & (kept != 0).any(0)
+    votes = _votes(kept, ballot)
+    sign = elect_sign(votes, by=by, tie=0.)
+    drawn = (sign == 0) & (votes.amax(0) > 0) # votes that cancel: one of them is positive
     return sign.where(~drawn, draw()) if drawn.any() else sign
 
 # %% ../../nbs/60_method/31_ties.ipynb #712830d9
@@ -99,7 +104,7 @@ def _check_choices(**given):
     for key, value in given.items():
         if value not in _CHOICES[key]: raise FusionError(f'expected `{key}` as one of {", ".join(_CHOICES[key])}, got `{value}`')
 
-# %% ../../nbs/60_method/31_ties.ipynb #e801a817
+# %% ../../nbs/60_method/31_ties.ipynb #9a34cc8f
 def ties(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -113,10 +118,10 @@ def ties(
     "Merge `experts` into `base` by trim, elect and disjoint merge."
     check_same(base, experts)
     names = [k for k, t in meta(base).items() if t.is_floating_point() and t.numel() and k not in (*keep_base, *shared(base))]
-    w, by, one = torch.tensor(weights, dtype=torch.float64, device=device), 'count' if elect == 'count' else 'sum', torch.ones(len(experts), device=device)
+    w, by = torch.tensor(weights, dtype=torch.float64, device=device), 'count' if elect == 'count' else 'sum'
     whole, each = _thresholds(base, experts, names, share, device)
     threshold = (lambda name: whole()) if trim_by == 'model' else each
-    ballot = w if elect == 'weighted_sum' else one
+    ballot = w if elect == 'weighted_sum' else None
     draw = cache(lambda: 1. if tie == 'plus' else _majority(base, experts, names, threshold, ballot, by, device))
     def f(name, b, x):
         if name in keep_base: return b

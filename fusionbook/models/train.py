@@ -53,11 +53,12 @@ def _endless(batches):
             yield batch
         if empty: raise FusionError('expected at least one batch, got none (an iterator that is used up cannot be read again)')
 
-# %% ../../nbs/20_models/02_train.ipynb #a41b72a0
-def _finite(value, step, steps, smaller):
+# %% ../../nbs/20_models/02_train.ipynb #ce41972c
+def _finite(value, step, steps, learning_rate, warmup):
     "The loss as a number; stops at the first that is none."
     if math.isfinite(number := value.item()): return number
-    raise FusionError(f'expected a finite loss, got {number} at step {step} of {steps}; try a smaller {smaller}, or look for NaN in the data')
+    raise FusionError(f'expected a finite loss, got {number} at step {step} of {steps}; try a smaller learning_rate '
+                      f'(now {learning_rate:g}), a longer warmup (now {warmup:g}), or look for NaN in the data')
 
 def _move(optimizer, free, value, clip, rate):
     "One step down the gradient of `value`."
@@ -67,7 +68,7 @@ def _move(optimizer, free, value, clip, rate):
     optimizer.step()
     optimizer.zero_grad()
 
-# %% ../../nbs/20_models/02_train.ipynb #21fc7dc3
+# %% ../../nbs/20_models/02_train.ipynb #c6c6c8ff
 def train(
     model,                      # a `torch.nn.Module`, changed in place
     batches,                    # iterable of batches, read again when it ends
@@ -89,7 +90,7 @@ def train(
         torch.manual_seed(seed)
         for step in track(range(steps), label):
             with torch.autocast(device, torch.bfloat16, enabled=precision == 'bfloat16'): value = loss(model, next(batches))
-            curve.append(_finite(value, step + 1, steps, f'learning_rate (now {learning_rate:g}), a longer warmup (now {warmup:g})'))
+            curve.append(_finite(value, step + 1, steps, learning_rate, warmup))
             _move(optimizer, free, value, clip, learning_rate * schedule(step, steps=steps, warmup=warmup))
     model.train(was_training)
     return curve

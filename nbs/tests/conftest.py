@@ -24,10 +24,11 @@ class Result:
     out: str
     err: str
     cwd: Path
+    def __post_init__(self): self.runs = sorted((self.cwd/'_runs').glob('*/'), key=lambda f: f.stat().st_mtime_ns) # up to now
     @property
-    def runs(self): return sorted((self.cwd/'_runs').glob('*/'))
+    def folder(self): return self.runs[-1]
     @property
-    def report(self): return json.loads((self.runs[-1]/'report.json').read_text())
+    def report(self): return json.loads((self.folder/'report.json').read_text())
     @property
     def line(self):
         "The one line of a refusal."
