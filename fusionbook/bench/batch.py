@@ -6,10 +6,10 @@
 __all__ = ['grid_values', 'combinations', 'batch_folder', 'copy_name', 'Run', 'finished', 'summary_table', 'run_batch',
            'publish_batch', 'experiment_arguments', 'experiment_command']
 
-# %% ../../nbs/80_bench/05b_batch.ipynb #2c836619
+# %% ../../nbs/80_bench/05b_batch.ipynb #3485cf5e
 import hashlib, itertools, json, re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 from .experiment import EXPERIMENTS, REPORTS, check_parameters, find_experiment, notebook_hash, parsed, publish, readable, run_experiment
@@ -37,10 +37,14 @@ def combinations(
     if empty := [k for k, v in grid.items() if not v]: raise FusionError(f'expected at least one value of `{empty[0]}`, got an empty grid')
     return [dict(fixed) | dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
-# %% ../../nbs/80_bench/05b_batch.ipynb #bda4c7b6
+# %% ../../nbs/80_bench/05b_batch.ipynb #0537bca4
 def _hash(*parts): return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
-def _content(file): return notebook_hash(json.loads(Path(file).read_text(encoding='utf-8'))['cells'])
+def _cells(file): return json.loads(Path(file).read_text(encoding='utf-8'))['cells']
+
+def _content(file): return notebook_hash(_cells(file))
+
+def _title(file, grid): return ''.join(_cells(file)[0]['source']).partition('\n')[0].removeprefix('# ') + f', over {", ".join(grid)}'
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #a8cf686b
 def batch_folder(
@@ -145,7 +149,7 @@ def _planned(file, fixed, grid, output):
         runs.append(Run(values | ({'out_json': str(copy.with_suffix('.json'))} if 'out_json' in known else {}), named, copy))
     return runs, folder
 
-# %% ../../nbs/80_bench/05b_batch.ipynb #ebd731e7
+# %% ../../nbs/80_bench/05b_batch.ipynb #817522fd
 def run_batch(
     name:str,                     # an experiment of the book, or the path of a notebook
     fixed:Mapping={},             # parameter -> value
@@ -156,7 +160,7 @@ def run_batch(
     "Run an experiment for every combination of a grid."
     file = find_experiment(name, folder)
     runs, place = _planned(file, fixed, grid, output)
-    content, page, title = _content(file), place/'summary.ipynb', f'{file.stem}, a batch over {", ".join(grid)}'
+    content, page, title = _content(file), place/'summary.ipynb', _title(file, grid)
     def write():
         with atomic(page) as new: new.write_text(_page(title, runs), encoding='utf-8')
     write()
@@ -165,18 +169,19 @@ def run_batch(
         write()
     return runs, page
 
-# %% ../../nbs/80_bench/05b_batch.ipynb #e8bc9c3d
+# %% ../../nbs/80_bench/05b_batch.ipynb #bce8dcc9
 def publish_batch(
     runs:Sequence[Run],
-    stem:str,             # first part of the pages' names
+    page:Path,            # the table of the batch
     folder:Path=REPORTS,
 ) -> list[Path]:          # the table first
     "Put the finished copies of a batch, and the table, among the book's reports."
-    done = [r for r in runs if r.state in ('finished', 'kept')]
+    import nbformat
+    done, stem = [r for r in runs if r.state in ('finished', 'kept')], page.parent.name
     pages = [publish(r.copy, folder, f'{stem}_{r.copy.stem}') for r in done]
-    shown = [Run(**asdict(r) | dict(copy=p)) for r, p in zip(done, pages)]
+    shown = [replace(r, copy=p) for r, p in zip(done, pages)]
     table = Path(folder)/f'{stem}.ipynb'
-    with atomic(table) as new: new.write_text(_page(stem, shown), encoding='utf-8')
+    with atomic(table) as new: new.write_text(_page(nbformat.read(str(page), 4).cells[0].source.partition('\n')[0][2:], shown), encoding='utf-8')
     return [table, *pages]
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #6991a0a4
@@ -197,7 +202,7 @@ def experiment_arguments(
     if len(names) != 1: raise FusionError(f'{told} {len(names)} names')
     return dict(name=names[0], fixed=fixed, grid=grid, output=output, report=report)
 
-# %% ../../nbs/80_bench/05b_batch.ipynb #9d83318a
+# %% ../../nbs/80_bench/05b_batch.ipynb #4505cb98
 def _one(name, fixed, output, report, folder):
     copy = run_experiment(name, fixed, output=output, folder=folder)
     print(f'report   {copy}')
@@ -209,7 +214,7 @@ def _many(name, fixed, grid, output, report, folder):
     failed = [r for r in runs if r.state == 'failed']
     print(f'runs     {len(runs)}: ' + ', '.join(f'{n} {s}' for s in ('finished', 'kept', 'failed') if (n := sum(r.state == s for r in runs))))
     print(f'summary  {page}')
-    if report: print('\n'.join(f'page     {p}' for p in publish_batch(runs, page.parent.name)))
+    if report: print('\n'.join(f'page     {p}' for p in publish_batch(runs, page)))
     if failed: raise FusionError(f'expected {len(runs)} runs to finish, got {len(failed)} that failed: ' + '; '.join(f'{r.copy.stem} ({r.error})' for r in failed[:8])
                                  + '; …' * (len(failed) > 8) + f'; the page with all: {page}')
 

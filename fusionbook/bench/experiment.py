@@ -124,7 +124,7 @@ def run_experiment(
     if error: raise FusionError(f'expected `{file.stem}` to run, got {error}; the copy that shows it: {output}')
     return output
 
-# %% ../../nbs/80_bench/05_experiment.ipynb #e750374d
+# %% ../../nbs/80_bench/05_experiment.ipynb #b240db12
 def portable(
     text:str, # of a notebook
 ) -> str:
@@ -133,7 +133,7 @@ def portable(
     text = re.sub(re.escape(tempfile.gettempdir()) + r'/ipykernel_\d+/\d+\.py', '<cell>', text)
     text = text.replace(f'{sys.prefix}/', '<python>/')
     for root in sorted({str(Path.cwd()), str(EXPERIMENTS.parents[1])}, key=len, reverse=True):
-        if len(root) > 1: text = text.replace(f'{root}/', '')
+        if len(root) > 1: text = re.sub(re.escape(root) + r'(/|(?![\w.-]))', lambda m: '' if m[1] else '.', text)
     text = text.replace(f'{tempfile.gettempdir()}/', '<tmp>/')
     return text.replace(f'{home}/', '~/') if len(home) > 1 else text
 

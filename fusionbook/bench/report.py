@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'with_normalised', 'pooled', 'averages', 'spread', 'Report', 'read_report', 'check_task_names',
-           'predictions_path', 'save_predictions', 'read_predictions', 'markdown_table', 'comparison', 'cost_table',
-           'print_table', 'show']
+           'predictions_path', 'save_predictions', 'read_predictions', 'markdown_table', 'half_width', 'comparison',
+           'cost_table', 'print_table', 'show']
 
-# %% ../../nbs/80_bench/01_report.ipynb #b5f5fe54
+# %% ../../nbs/80_bench/01_report.ipynb #a09780b0
 import json, math, statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.checkpoint import atomic
@@ -198,7 +198,17 @@ def figure(self:Report):
     intervals = {role: {t: (100 * r['low'], 100 * r['high']) for t, r in by.items()} for role, by in shown.items()}
     return bars(values, intervals, ylabel='accuracy in %')
 
-# %% ../../nbs/80_bench/01_report.ipynb #e3dc5922
+# %% ../../nbs/80_bench/01_report.ipynb #3a9c34ef
+def half_width(
+    rows:Iterable[Mapping], # rows of one model, one per task: accuracy and n
+) -> float:                 # in units of accuracy
+    "Half of the 95 % interval of the mean over tasks, from the binomial error of each."
+    rows = list(rows)
+    return 1.96 * math.fsum(r['accuracy'] * (1 - r['accuracy']) / r['n'] for r in rows) ** .5 / len(rows)
+
+def _with_half(r): return '' if r is None else f'{_cell(r)} ±{50 * (r["high"] - r["low"]):.1f}'
+
+# %% ../../nbs/80_bench/01_report.ipynb #1e8689de
 def comparison(
     reports:Mapping[str, Report], # name -> report, measured on the same tasks
 ) -> tuple[list[str], list[list[str]]]:
@@ -209,11 +219,11 @@ def comparison(
     def line(name, rows):
         by, m = {r['task']: r for r in pooled(rows)}, averages(rows)
         share = f'{100 * m["normalised_accuracy"]:.1f}' if 'normalised_accuracy' in m else ''
-        return [name] + [_cell(by.get(t)) for t in first.tasks] + [f'{100 * m["accuracy"]:.1f}', share]
+        return [name] + [_with_half(by.get(t)) for t in first.tasks] + [f'{100 * m["accuracy"]:.1f} ±{100 * half_width(by.values()):.1f}', share]
     named = [('pretrained', first.rows('pretrained'))] + [(n, r.rows('merged')) for n, r in reports.items()] + [('experts', first.rows('expert'))]
     return ['', *first.tasks, 'average', 'normalised'], [line(n, rows) for n, rows in named if rows]
 
-# %% ../../nbs/80_bench/01_report.ipynb #3ccfe761
+# %% ../../nbs/80_bench/01_report.ipynb #74fa9423
 def cost_table(
     reports:Mapping[str, Report], # name -> report
 ) -> tuple[list[str], list[list[str]]]:
@@ -222,7 +232,7 @@ def cost_table(
     head = ['', 'sees', 'loading s', 'peak MB', 'merging s', 'peak MB', 'evaluation s', 'peak MB']
     return head, [[n, ', '.join(r['uses']), *cells(r, 'loading'), *cells(r, 'merging'), *cells(r, 'evaluation')] for n, r in reports.items()]
 
-# %% ../../nbs/80_bench/01_report.ipynb #4863577b
+# %% ../../nbs/80_bench/01_report.ipynb #e118826f
 def print_table(
     head:Sequence[str],            # column names; the first column is left-aligned
     lines:Sequence[Sequence[str]], # cells

@@ -26,7 +26,7 @@ from ..modelpool.base import BaseModelPool
 from ..models.clip import cache_folder
 from ..taskpool.base import BaseTaskPool, DummyTaskPool, model_info, row
 
-# %% ../../nbs/80_bench/03_run.ipynb #7f6c76df
+# %% ../../nbs/80_bench/03_run.ipynb #1d9c512d
 def answers(
     pool:BaseTaskPool,    # with `predict` and `fingerprint`
     model:Callable[[], nn.Module], # called only when the answers are not known yet
@@ -38,8 +38,10 @@ def answers(
     where = torch.device(device).type
     file = cache_folder()/'answers'/fusionbook.__version__/f'{model_hash}-{pool.fingerprint(task)}-{where}.safetensors'
     if file.exists():
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
-        return load_file(file)
+        try: return load_file(file)
+        except (SafetensorError, OSError): pass # a damaged cache costs time, never a result
     found = pool.predict(model(), task)
     try: save({k: torch.from_numpy(v) for k, v in found.items()}, file)
     except (FusionError, OSError) as e: logging.getLogger('fusionbook').warning('answers were not cached: %s', e)

@@ -6,8 +6,8 @@
 __all__ = ['StateDict', 'CHUNK', 'meta', 'shared', 'Lazy', 'check_same', 'select', 'common', 'pieces', 'map_tensors',
            'content_hash', 'generator']
 
-# %% ../../nbs/00_core/01_state_dict.ipynb #a615c764
-import hashlib
+# %% ../../nbs/00_core/01_state_dict.ipynb #b338ed6e
+import hashlib, math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from .errors import FusionError
 
-# %% ../../nbs/00_core/01_state_dict.ipynb #7b0bd72a
+# %% ../../nbs/00_core/01_state_dict.ipynb #90faaea7
 StateDict = Mapping[str, Tensor] # names to tensors, in any of the three forms
-CHUNK = 1 << 15                  # entries per step of an element-wise merge: eight float32 experts then fill 1 MiB, a processor's cache
+CHUNK = 1 << 18                  # entries of all experts together per step of an element-wise merge: 1 MiB of float32, a processor's cache
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #d0a1da1c
 def meta(
@@ -99,28 +99,29 @@ def common(
     tables = [{k: partial(sd.__getitem__, k) for k in names} for sd in sds]
     return [Lazy(t, {k: i[k] for k in names}) for t, i in zip(tables, infos)]
 
-# %% ../../nbs/00_core/01_state_dict.ipynb #7ef50075
+# %% ../../nbs/00_core/01_state_dict.ipynb #f3934001
 def _finite(name, stack, base, experts):
     "Refuse NaN and infinity; the sum is a cheap first look, since both survive it."
-    if torch.isfinite(stack.sum()) and (base is None or torch.isfinite(base.sum())): return
+    if math.isfinite(stack.sum().item()) and (base is None or math.isfinite(base.sum().item())): return
     bad = [getattr(e, 'name', f'expert {i}') for i, (e, row) in enumerate(zip(experts, stack)) if not torch.isfinite(row).all()]
     if base is not None and not torch.isfinite(base).all(): bad.insert(0, 'the base')
     if bad: raise FusionError(f'expected finite numbers in every model, got NaN or infinity in tensor `{name}` of {", ".join(bad)}')
 
-# %% ../../nbs/00_core/01_state_dict.ipynb #425d3aaa
+# %% ../../nbs/00_core/01_state_dict.ipynb #88dab261
 def pieces(
     name:str,                     # a tensor's name
     base:StateDict|None,          # the pretrained model, or None
     experts:Sequence[StateDict],  # T models
     device:str='cpu',             # where the arithmetic happens
     step:int=1,                   # give every step-th entry only
-) -> Iterator[tuple[slice, Tensor|None, Tensor]]: # place, base (n,), experts (T, n), with n <= CHUNK
+) -> Iterator[tuple[slice, Tensor|None, Tensor]]: # place, base (n,), experts (T, n), with T n <= CHUNK
     "One tensor of every model, flattened, piece by piece, in float32 or float64; numbers are checked to be finite."
     rows = [e[name].reshape(-1)[::step] for e in experts]
     first = rows[0] if base is None else base[name].reshape(-1)[::step]
     kind = torch.float64 if first.dtype == torch.float64 else torch.float32
-    for start in range(0, first.numel(), CHUNK):
-        at = slice(start, min(start + CHUNK, first.numel()))
+    n = max(1024, CHUNK // len(rows) // 1024 * 1024)
+    for start in range(0, first.numel(), n):
+        at = slice(start, min(start + n, first.numel()))
         b = None if base is None else first[at].to(device, kind)
         stack = torch.stack([r[at].to(device, kind) for r in rows])
         _finite(name, stack, b, experts)

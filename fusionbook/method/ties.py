@@ -33,15 +33,15 @@ def trim(
     for row, x, b in zip(kept, tau, below.tolist()): torch.hardshrink(x, b, out=row) # zero unless |x| > b
     return kept
 
-# %% ../../nbs/60_method/31_ties.ipynb #59e8f21a
+# %% ../../nbs/60_method/31_ties.ipynb #2e17a059
 def elect_sign(
     tau:Tensor,        # trimmed task vectors, (T, n)
     *, by:str,         # `sum` of the entries, or `count` of their signs
-    tie:float,         # sign of a draw, +1 or -1
-) -> Tensor:           # (n,), each entry +1 or -1
+    tie:float,         # sign of a draw, +1 or -1; 0 leaves it open
+) -> Tensor:           # (n,), each entry +1 or -1, or 0 where it is open
     "The direction that the tasks elect for each weight."
-    votes = (tau if by == 'sum' else tau.sign()).sum(0)
-    return torch.where(votes == 0, tie, votes.sign())
+    sign = (tau if by == 'sum' else tau.sign()).sum(0).sign()
+    return sign.where(sign != 0, tie) if tie else sign
 
 # %% ../../nbs/60_method/31_ties.ipynb #7d40fb83
 def disjoint_merge(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tiny_clip', 'vision_config', 'vision_model', 'vision_state', 'Processor', 'cache_folder', 'text_features',
-           'ZeroShotHead', 'zero_shot_head']
+           'ZeroShotHead', 'head_hash', 'zero_shot_head']
 
 # %% ../../nbs/20_models/01_clip.ipynb #d02a997c
 import hashlib, json, os
@@ -213,7 +213,7 @@ def cache_folder() -> Path: # where results that can be computed again are kept
     "The folder named by `FUSIONBOOK_CACHE`, by default `~/.cache/fusionbook`."
     return Path(os.environ.get('FUSIONBOOK_CACHE') or '~/.cache/fusionbook').expanduser()
 
-# %% ../../nbs/20_models/01_clip.ipynb #403c976c
+# %% ../../nbs/20_models/01_clip.ipynb #038c02ab
 def text_features(
     clip_path,         # whole CLIP model: folder or hub id; or a folder with text_features.safetensors
     prompts:list[str], # P sentences
@@ -227,7 +227,9 @@ def text_features(
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=config.max_position_embeddings, return_tensors='pt')
     key = [weights, config.to_dict(), tokens['input_ids'].tolist(), tokens['attention_mask'].tolist()]
     file = cache_folder()/'text'/(hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32] + '.safetensors')
-    if file.exists(): return Checkpoint(file)['text_features']
+    if file.exists():
+        try: return Checkpoint(file)['text_features']
+        except FusionError: pass # damaged: computed again
     rows = _encode(folder, config, tokens['input_ids'], tokens['attention_mask'])
     try: save({'text_features': rows}, file)
     except (FusionError, OSError): pass # a cache that cannot be written costs time, never a result
@@ -253,7 +255,24 @@ class ZeroShotHead(nn.Module):
         return self.scale * F.normalize(F.linear(pooled, self.projection), dim=-1) @ self.text.T
     def extra_repr(self): return f'{len(self.text)} classes, {self.text.shape[1]} dimensions, scale {self.scale:.1f}'
 
-# %% ../../nbs/20_models/01_clip.ipynb #57936959
+# %% ../../nbs/20_models/01_clip.ipynb #e9de192c
+def _head_parts(folder):
+    "What a zero-shot head is made of: frozen features or the text tower, the visual projection, the scale."
+    frozen = folder/'text_features.safetensors'
+    return Checkpoint(frozen) if frozen.exists() else select(Checkpoint(folder), ['text_*', 'visual_projection.weight', 'logit_scale'], exclude=['*position_ids'])
+
+@lru_cache(8)
+def _head_hash(folder, stamp): return content_hash(_head_parts(folder))
+
+# %% ../../nbs/20_models/01_clip.ipynb #0e75ed1f
+def head_hash(
+    clip_path, # whole CLIP model, or a folder with frozen text features
+) -> str:      # 16 hexadecimal digits
+    "Content hash of all weights that a zero-shot head depends on; the same on every machine, whatever its number of threads."
+    folder = find(clip_path)
+    return _head_hash(folder, _text_stamp(folder))
+
+# %% ../../nbs/20_models/01_clip.ipynb #7c82dd81
 def zero_shot_head(
     clip_path,                # whole CLIP model, or a folder with frozen text features
     classnames:list[str],     # C names in the order of the labels

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OWN', 'RESERVED', 'class_table', 'split_entry', 'task_prompts', 'pooled', 'CLIPTask', 'CLIPVisionModelTaskPool']
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #54d365c2
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #6f4e7bc3
 import hashlib, json
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from ..core.config import CONFIG, plain
 from ..core.errors import FusionError, check_known, nearest
-from ..core.state_dict import content_hash
 from ..data import datasets as data
-from ..models.clip import Processor, zero_shot_head
+from ..models.clip import Processor, head_hash, zero_shot_head
 from .base import BaseTaskPool, evaluating, predict_batches
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #d9914858
@@ -167,7 +166,7 @@ class CLIPTask:
     @cached_property
     def processor(self): return _processor(self.from_)
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #6b88379a
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #0830f654
 def _predict(task, model, device):
     "Answers of a model that is in evaluation mode on `device`."
     head = task.head.to(device)
@@ -176,10 +175,9 @@ def _predict(task, model, device):
         image=task.own.get('image'), label=task.own.get('label'), **task.loop)
 
 def _fingerprint(task):
-    "Hash of rows, columns, head and preprocessing, and of the batch where a quick run stops after one."
-    head = {k: v.cpu() for k, v in task.head.state_dict().items()} | {'scale': torch.tensor(task.head.scale)}
+    "Hash of rows, columns, class names, sentences, CLIP and preprocessing, and of the batch where a quick run stops after one."
     quick = task.loop.get('batch_size') if task.loop.get('fast_dev_run') else None
-    parts = [data.content_hash(task.dataset), task.own.get('image'), task.own.get('label'), content_hash(head), task.processor.settings, quick]
+    parts = [data.content_hash(task.dataset), task.own.get('image'), task.own.get('label'), task.prompts, head_hash(task.clip), task.processor.settings, quick]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #bb654970

@@ -20,9 +20,10 @@ from ..models.text import Tokens, embed, padded, text_head
 from .base import BaseTaskPool, evaluating, predict_batches
 from .clip import _check_tasks, _loop, _path, _task_of
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #7348448e
+# %% ../../nbs/55_taskpool/03_text.ipynb #cc73aca7
 USUAL = (('text',), ('sentence',), ('sentence1', 'sentence2'), ('question1', 'question2'), ('premise', 'hypothesis'), ('content',))
 
+# %% ../../nbs/55_taskpool/03_text.ipynb #de653ee6
 def text_columns(
     dataset,   # data set with named columns
     text=None, # name of the column, or names of two; found when None
@@ -37,9 +38,10 @@ def text_columns(
     asked = f' named {", ".join(map(repr, wanted))}' if wanted else ''
     raise FusionError(f'expected a text column or two{asked}, got the columns {", ".join(map(str, names))}')
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #a1f5834a
+# %% ../../nbs/55_taskpool/03_text.ipynb #50ccb017
 OWN = ('sentences', 'classnames', 'template', 'text', 'label', 'dataset')
 
+# %% ../../nbs/55_taskpool/03_text.ipynb #731c97d1
 def class_sentences(
     task:str, # name of the task
     own:dict, # the task's own keys, of `OWN`
@@ -59,7 +61,7 @@ def class_sentences(
     if names and len(found) != len(names): raise FusionError(f'{task}: expected {len(names)} sentences, got {len(found)}')
     return found
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #6ac61b60
+# %% ../../nbs/55_taskpool/03_text.ipynb #4b38cd5c
 def _entry(entry):
     "What is loaded, and what is said about it."
     entry = dict(entry) if isinstance(entry, Mapping) else {'dataset': entry}
@@ -69,6 +71,7 @@ def _entry(entry):
     if source == {}: raise FusionError('expected a task with `_target_` or `dataset`, got neither')
     return source, plain(entry)
 
+# %% ../../nbs/55_taskpool/03_text.ipynb #be48fbb0
 def _labels(task, rows, key):
     "Labels (N,) of a column, checked to be integers."
     try: return np.array([int(v) for v in (rows[key] if hasattr(rows, 'column_names') else [r[key] for r in rows])])
@@ -79,7 +82,7 @@ def _texts(task, rows, key):
     if bad := [i for i, t in enumerate(found) if not isinstance(t, str)]: raise FusionError(f'{task}: expected text in column {key!r}, got {found[bad[0]]!r} in row {bad[0]}')
     return found
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #74014da5
+# %% ../../nbs/55_taskpool/03_text.ipynb #77b86767
 class TextTask:
     "One data set with its frozen head."
     def __init__(self,
@@ -94,8 +97,7 @@ class TextTask:
         **loop,              # batch_size, num_workers, fast_dev_run of `predict_batches`
     ):
         self.name, self.base, self.allow, self.loop = name, base, allow, dict(loop)
-        (self.source, self.own), self.from_, self.max_length = _entry(entry), tokenizer or base, max_length
-        self.scale, self.precision = scale, precision
+        (self.source, self.own), self.from_, self.max_length, self.scale, self.precision = _entry(entry), tokenizer or base, max_length, scale, precision
     @cached_property
     def dataset(self): return data.opened(self.source, self.allow)
     @cached_property
@@ -103,23 +105,23 @@ class TextTask:
     @cached_property
     def sentences(self): return class_sentences(self.name, self.own, getattr(data.features(self.dataset)[self.keys[1]], 'names', None))
     @cached_property
-    def labels(self): return _labels(self.name, self.dataset, self.keys[1])
-    @cached_property
     def tokens(self): return Tokens(self.from_, self.max_length)(*(_texts(self.name, self.dataset, k) for k in self.keys[0]))
     @cached_property
     def head(self): return text_head(self.base, self.sentences, scale=self.scale)
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #ff5cc0ab
+# %% ../../nbs/55_taskpool/03_text.ipynb #82372158
 def _predict(task, model, device):
     "Answers of a model in evaluation mode on `device`: shortest texts first, answers in the data set's order."
     head, n = task.head.to(device), task.loop['batch_size'] if task.loop['fast_dev_run'] else len(task.tokens)
     order = np.argsort([t.shape[1] for t in task.tokens[:n]], kind='stable')
-    rows = [(task.tokens[i], int(task.labels[i])) for i in order]
+    labels = _labels(task.name, task.dataset, task.keys[1])
+    rows = [(task.tokens[i], int(labels[i])) for i in order]
     def logits(batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=task.precision == 'bfloat16'): return head(embed(model, batch).float())
     found, back = predict_batches(logits, rows, prepare=padded, task=task.name, device=device, **task.loop), np.argsort(order)
     return {k: v[back] for k, v in found.items()}
 
+# %% ../../nbs/55_taskpool/03_text.ipynb #004fb4fb
 def _fingerprint(task):
     "Hash of rows, columns, tokens, head and precision, and of the batch where a quick run stops after one."
     head = {k: v.cpu() for k, v in task.head.state_dict().items()} | {'scale': torch.tensor(task.scale)}
@@ -128,7 +130,7 @@ def _fingerprint(task):
     parts = [data.content_hash(task.dataset), task.keys, tokens, content_hash(head), task.precision, quick]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #6282d21c
+# %% ../../nbs/55_taskpool/03_text.ipynb #46d021ca
 _KEYS = ('name', 'test_datasets', 'base_model', 'tokenizer', 'max_length', 'scale', 'precision', 'dataloader_kwargs', 'fast_dev_run')
 
 def _tasks(pool):
@@ -139,7 +141,7 @@ def _tasks(pool):
     how = dict(max_length=int(pool.max_length), scale=float(pool.scale), precision=pool.precision, allow=pool.allow_target)
     return {n: TextTask(n, e, base, pool.tokenizer, **how, **loop) for n, e in pool.test_datasets.items()}
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #c86e32dd
+# %% ../../nbs/55_taskpool/03_text.ipynb #ae15c991
 class TextClassificationTaskPool(BaseTaskPool):
     "Zero-shot classification by a sentence encoder on several data sets."
     _config_mapping = BaseTaskPool._config_mapping | {k: k for k in _KEYS}

@@ -17,6 +17,10 @@ EXPERTS = {'svhn': 'tanganke/clip-vit-base-patch32_svhn', 'mnist': 'tanganke/cli
 TA8 = ('sun397', 'stanford-cars', 'resisc45', 'eurosat', 'svhn', 'gtsrb', 'mnist', 'dtd')
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'browser: opens JupyterLab in a headless Chromium; `-m "not browser"` leaves it out')
+
+
 @dataclass
 class Result:
     "What the program said."

@@ -97,7 +97,7 @@ def lab(tmp_path):
     process = started([sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', f'--ServerApp.root_dir={work}', f'--IdentityProvider.token={token}',
                        '--allow-root', '--expose-app-in-browser', '--ServerApp.port_retries=0', '--ServerApp.open_browser=False'], tmp_path/'lab.log', env)
     try:
-        until('JupyterLab starts', lambda: process.poll() is not None or answers(port, f'/api/status?token={token}'), 60)
+        until('JupyterLab starts', lambda: process.poll() is not None or answers(port, f'/api/status?token={token}'), 180)
         assert process.poll() is None, (tmp_path/'lab.log').read_text()
         yield f'http://127.0.0.1:{port}/lab/tree/%s?token={token}&reset'
     finally: stop(process)
@@ -113,7 +113,7 @@ def page(tmp_path):
     process = started([CHROMIUM, *QUIET, *sandbox, f'--user-data-dir={profile}', 'about:blank'], tmp_path/'chromium.log', os.environ | {'HOME': str(tmp_path)})
     try:
         note = profile/'DevToolsActivePort'
-        until('Chromium starts', lambda: process.poll() is not None or (note.exists() and len(note.read_text().split()) > 1), 30)
+        until('Chromium starts', lambda: process.poll() is not None or (note.exists() and len(note.read_text().split()) > 1), 90)
         assert process.poll() is None, (tmp_path/'chromium.log').read_text()
         connection = http.client.HTTPConnection('127.0.0.1', int(note.read_text().split()[0]), timeout=10)
         connection.request('PUT', '/json/new?about:blank')
@@ -124,19 +124,19 @@ def page(tmp_path):
 @pytest.mark.parametrize('name,pictures', [('a_first_merge', 4)])
 def test_tutorial_in_jupyterlab(page, lab, name, pictures):
     page.call('Page.navigate', url=lab % f'{name}.ipynb')
-    until('the notebook opens and its kernel is idle', lambda: page.js(READY), 60)
+    until('the notebook opens and its kernel is idle', lambda: page.js(READY), 180)
     time.sleep(1)  # a command sent in the same moment is sometimes lost
     page.js('''(() => { window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs'); return true; })()''')
-    assert until('outputs are cleared', lambda: (s := page.js(READ)) and s['stored'] == 0 and s, 10)['drawn'] == 0
+    assert until('outputs are cleared', lambda: (s := page.js(READ)) and s['stored'] == 0 and s, 60)['drawn'] == 0
     for attempt in range(3):
         page.js(RUN)
-        try: until('a cell starts', lambda: any(page.js(READ)['numbers']) or page.js(READ)['errors'], 15); break
+        try: until('a cell starts', lambda: any((s := page.js(READ))['numbers']) or s['errors'], 40); break
         except TimeoutError:
             if attempt == 2: raise
     def over():
         state = page.js(READ)
         return state if state['errors'] or all(state['numbers']) else None
-    state = until('all cells have run', over, 90)
+    state = until('all cells have run', over, 400)
     assert not state['errors'], state['errors']
-    state = until('the pictures are on the page', lambda: (s := page.js(READ)) and s['drawn'] >= pictures and s, 15)
+    state = until('the pictures are on the page', lambda: (s := page.js(READ)) and s['drawn'] >= pictures and s, 60)
     assert state['stored'] == state['drawn'] == pictures

@@ -181,7 +181,7 @@ def test_an_existing_folder_of_the_user_is_kept(tmp_path):
 WRITERS = '''
 import os, sys, torch
 from fusionbook.core.checkpoint import save
-where, writers, rounds = sys.argv[1], 4, 60
+where, writers, rounds = sys.argv[1], 4, 10
 def write(i):
     for _ in range(rounds): save({f't{j}': torch.full((7,), float(i)) for j in range(3)}, where, shard_size=60)
 write(0)
@@ -208,6 +208,20 @@ def test_concurrent_writers_do_not_corrupt(tmp_path, where):
     final = Checkpoint(tmp_path/where)
     assert len(final) == 3 and len({v for t in final.values() for v in t.tolist()}) == 1
     assert [f.name for f in tmp_path.iterdir()] == [where] # no temporary name is left
+
+
+def test_a_faster_writer_is_replaced(tmp_path, monkeypatch):
+    "Another writer's folder appears between the moment the old one moves aside and the moment the new one takes its name."
+    def version(i): return {'a': torch.full((3,), float(i))}
+    replace, met = os.replace, []
+    def overtaken(*args):
+        if not met: met.append(True); save(version(1), tmp_path/'m')
+        return replace(*args)
+    save(version(0), tmp_path/'m')
+    monkeypatch.setattr(os, 'replace', overtaken)
+    save(version(2), tmp_path/'m')
+    assert met and Checkpoint(tmp_path/'m')['a'].tolist() == [2, 2, 2]
+    assert [f.name for f in tmp_path.iterdir()] == ['m']
 
 
 def test_atomic_cleans_up(tmp_path):
