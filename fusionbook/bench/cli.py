@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.config import CONFIG, composed
 from ..core.errors import FusionError, nearest
 
-# %% ../../nbs/80_bench/08_cli.ipynb #a3aee6ab
+# %% ../../nbs/80_bench/08_cli.ipynb #a41a8db8
 HELP = '''fusionbook: merge trained networks and measure the result.
 
   fusionbook                                    eight experts of mini8, merged by task arithmetic and measured
@@ -21,10 +21,8 @@ HELP = '''fusionbook: merge trained networks and measure the result.
   fusionbook run.yaml [key=value ...]           a run from a file, ours or FusionBench's (either schema)
   fusionbook list [methods|modelpools|taskpools|experiments]
   fusionbook experiment NAME [-p key value ...] [--grid key=a,b,c ...] [-o OUTPUT] [--report]
-  fusionbook sweep method.scaling_factor=0:1:0.1 [key=a,b,c ...] [validation=TASKPOOL]
-                                                try every point, choose on validation data, report on test data; resumes
-  fusionbook compare A/report.json B/report.json ... [-o FOLDER]
-                                                differences with paired intervals, from the answers to the same examples
+  fusionbook sweep method.scaling_factor=0:1:0.1 [key=a,b,c ...] [validation=TASKPOOL]     choose on validation, report on test
+  fusionbook compare A/report.json B/report.json ... [-o FOLDER]                           differences, with paired intervals
 
 keys      method modelpool taskpool             what to merge, how, and what to measure; with a modelpool and nothing else,
                                                 method and taskpool are `dummy`
@@ -212,7 +210,7 @@ def validation_name(
     raise FusionError(f'expected a taskpool to choose on, got none and no `{own or "taskpool"}_validation`; add validation=NAME (`fusionbook list taskpools`), '
                       'or validation=test, which chooses on the test data, and the report says so')
 
-# %% ../../nbs/80_bench/08_cli.ipynb #82ba2cc5
+# %% ../../nbs/80_bench/08_cli.ipynb #d9a95c99
 def _compose(argv):
     "What Hydra composes, as OmegaConf; None where it only prints."
     found = []
@@ -220,6 +218,7 @@ def _compose(argv):
     _hydra(argv, job)
     return found[0] if found else None
 
+# %% ../../nbs/80_bench/08_cli.ipynb #8cd75695
 def _other(name, fixed, folders):
     "The task pool to choose on, with the changes that the run makes to its own."
     words = [f'taskpool={name}', *(w for w in fixed if w.lstrip('+~').startswith('taskpool.'))]
@@ -228,7 +227,7 @@ def _other(name, fixed, folders):
         if type(e).__module__.startswith(('hydra', 'omegaconf')): raise FusionError(explain(e, words)) from e
         raise
 
-# %% ../../nbs/80_bench/08_cli.ipynb #db203cf5
+# %% ../../nbs/80_bench/08_cli.ipynb #07f9e25c
 def _read_sweep(argv):
     "The grid, the words as typed before `=`, what is fixed, and the validation asked for."
     from fusionbook.bench.sweep import axis, points
@@ -244,26 +243,33 @@ def _read_sweep(argv):
     points(grid) # refuses an empty grid and one too large
     return grid, typed, fixed, asked, [w for k, v in options.items() for w in ([k] if v is None else [k, v])] + files
 
-# %% ../../nbs/80_bench/08_cli.ipynb #680f3262
+# %% ../../nbs/80_bench/08_cli.ipynb #96b301c0
+def _composer(words, grid, typed, other):
+    "A function from a point to its run, for `run_sweep`."
+    from fusionbook.bench.sweep import at
+    groups, held = [k for k in grid if k in _GROUP or '/' in k], {}
+    def compose(point):
+        key = tuple(point[g] for g in groups)
+        if key not in held: held[key] = _compose(words + [f'{typed[k]}={point[k] if k in groups else grid[k][0]}' for k in grid])
+        cfg, below = at(held[key], {k: v for k, v in point.items() if k not in groups}), {k: v for k, v in point.items() if k.startswith('taskpool.')}
+        return cfg | ({'validation': at({'taskpool': other}, below)['taskpool']} if other else {})
+    return compose
+
+# %% ../../nbs/80_bench/08_cli.ipynb #327031e7
 def _sweep(argv):
     "fusionbook sweep key=values ... [validation=TASKPOOL]"
-    from fusionbook.bench.sweep import at, run_sweep
+    from fusionbook.bench.sweep import run_sweep
     grid, typed, fixed, asked, rest = _read_sweep(argv)
     chosen = {w.split('=')[0].lstrip('+'): w.split('=', 1)[1] for w in fixed if '=' in w}
     outside = any(w.split('=')[0] in ('--config-path', '-cp', '--config-name', '-cn') or w.endswith(('.yaml', '.yml')) for w in rest)
     own = None if outside or 'taskpool' in grid else chosen.get('taskpool', 'dummy' if 'modelpool' in chosen else 'mini8').removesuffix('.yaml')
-    folders, groups, held = _options(rest), [k for k in grid if k in _GROUP or '/' in k], {}
+    folders = _options(rest)
     name = validation_name(asked and asked.removesuffix('.yaml'), own, catalogue('taskpool', folders))
     other = _other(name, fixed, folders[1:]) if name != 'test' else None
-    def compose(point):
-        key = tuple(point[g] for g in groups)
-        if key not in held: held[key] = _compose(rest + fixed + [f'{typed[k]}={point[k] if k in groups else grid[k][0]}' for k in grid])
-        cfg, below = at(held[key], {k: v for k, v in point.items() if k not in groups}), {k: v for k, v in point.items() if k.startswith('taskpool.')}
-        return cfg | ({'validation': at({'taskpool': other}, below)['taskpool']} if other else {})
     if any(w in ('--cfg', '-c') for w in rest): return _compose(rest + fixed)
-    run_sweep(compose, grid, validation=name)
+    run_sweep(_composer(rest + fixed, grid, typed, other), grid, validation=name)
 
-# %% ../../nbs/80_bench/08_cli.ipynb #5a76aae3
+# %% ../../nbs/80_bench/08_cli.ipynb #cdec7282
 def _dispatch(argv):
     if any(w in ('-h', '--help') for w in argv): return print(HELP)
     if '--version' in argv:
@@ -279,7 +285,7 @@ def _dispatch(argv):
         return compare_command(argv[1:])
     return _sweep(argv[1:]) if argv[:1] == ['sweep'] else _hydra(argv)
 
-# %% ../../nbs/80_bench/08_cli.ipynb #ea5a0287
+# %% ../../nbs/80_bench/08_cli.ipynb #bdec89cf
 def main(
     argv:Sequence[str]|None=None, # arguments; those of the process when None
 ) -> int:                         # exit status
@@ -294,7 +300,7 @@ def main(
     except Exception as e: return _fail(f'{type(e).__name__}: {e} (--debug shows where)', 1, debug)
     return 0
 
-# %% ../../nbs/80_bench/08_cli.ipynb #7f864af0
+# %% ../../nbs/80_bench/08_cli.ipynb #6c19f0c8
 def _fail(text, status, debug):
     if debug: raise
     print(f'fusionbook: {" ".join(text.split())}', file=sys.stderr)

@@ -27,7 +27,7 @@ def mcnemar(
     first, second = int((a & ~b).sum()), int((b & ~a).sum())
     return dict(only_first=first, only_second=second, p=float(binomtest(first, first + second).pvalue) if first + second else 1.)
 
-# %% ../../nbs/80_bench/07_compare.ipynb #ace8cfa0
+# %% ../../nbs/80_bench/07_compare.ipynb #80aa0b81
 def bootstrap(
     differences:Mapping[str, np.ndarray], # task -> second minus first, right = 1, wrong = 0, (N,)
     *, draws:int=10_000, # resamples
@@ -36,7 +36,9 @@ def bootstrap(
 ) -> dict[str, dict]:    # each task, and `average` with equal weights -> difference, low, high
     "Percentile intervals of paired differences, stratified by task (Efron, 1979)."
     rng, found, means = np.random.default_rng(seed), {}, []
-    def of(centre, sample): low, high = np.quantile(sample, [(1 - level) / 2, (1 + level) / 2]); return dict(difference=float(centre), low=float(low), high=float(high))
+    def of(centre, sample):
+        low, high = np.quantile(sample, [(1 - level) / 2, (1 + level) / 2])
+        return dict(difference=float(centre), low=float(low), high=float(high))
     for task, d in differences.items():
         values, counts = np.unique(d, return_counts=True)
         means.append(rng.multinomial(len(d), counts / len(d), size=draws) @ values / len(d))
@@ -76,7 +78,7 @@ def _changed(reports):
     keys = [k for k in dict.fromkeys(k for c in configs for k in c) if len({json.dumps(c.get(k)) for c in configs}) > 1]
     return [', '.join(f'{k}={c.get(k)}' for k in keys) for c in configs]
 
-# %% ../../nbs/80_bench/07_compare.ipynb #3192a393
+# %% ../../nbs/80_bench/07_compare.ipynb #0db5704e
 def named(
     reports:Sequence[Report], # any
 ) -> dict[str, Report]:       # name -> report
@@ -93,11 +95,14 @@ def check_same_data(
     "Refuse reports of other tasks, other examples, or with tasks left out."
     (first, base), *others = reports.items()
     for name, r in others:
-        if r.tasks != base.tasks and set(r.tasks) != set(base.tasks): raise FusionError(f'expected the tasks of `{first}` ({", ".join(base.tasks)}), got `{name}` with {", ".join(r.tasks)}')
+        if set(r.tasks) != set(base.tasks):
+            raise FusionError(f'expected the tasks of `{first}` ({", ".join(base.tasks)}), got `{name}` with {", ".join(r.tasks)}')
         a, b = (x.get('hashes', {}).get('data') or {} for x in (base, r))
-        if bad := [t for t in base.tasks if a.get(t) is None or a.get(t) != b.get(t)]: raise FusionError(f'expected reports of the same data, got `{name}` with other examples of `{bad[0]}` than `{first}`')
+        if bad := [t for t in base.tasks if a.get(t) is None or a.get(t) != b.get(t)]:
+            raise FusionError(f'expected reports of the same data, got `{name}` with other examples of `{bad[0]}` than `{first}`')
     for name, r in reports.items():
-        if lost := [t for t in base.tasks if t not in {x['task'] for x in r.rows('merged')}]: raise FusionError(f'expected every task measured, got `{name}` without `{lost[0]}`')
+        if lost := [t for t in base.tasks if t not in {x['task'] for x in r.rows('merged')}]:
+            raise FusionError(f'expected every task measured, got `{name}` without `{lost[0]}`')
 
 # %% ../../nbs/80_bench/07_compare.ipynb #a2d4692c
 def correct(
@@ -142,7 +147,7 @@ def _difference(d):
     p = f' p={d["p"]:.2g}' if 'p' in d else ''
     return f'{100 * d["difference"]:+.1f} [{100 * d["low"]:+.1f}, {100 * d["high"]:+.1f}]{p}'
 
-# %% ../../nbs/80_bench/07_compare.ipynb #a531e606
+# %% ../../nbs/80_bench/07_compare.ipynb #98cad578
 def comparison_table(
     result:Mapping, # from `compared`
 ) -> tuple[list[str], list[list[str]]]: # header, lines
@@ -158,7 +163,8 @@ def comparison_figure(
     "Differences to the first report with their 95 % intervals, by task."
     from fusionbook.core.plot import bars
     shown = {n: {t: {k: 100 * v for k, v in d[t].items()} for t in [*result['tasks'], 'average']} for n, d in _against(result).items()}
-    return bars({n: {t: d['difference'] for t, d in ds.items()} for n, ds in shown.items()}, {n: {t: (d['low'], d['high']) for t, d in ds.items()} for n, ds in shown.items()},
+    return bars({n: {t: d['difference'] for t, d in ds.items()} for n, ds in shown.items()},
+                {n: {t: (d['low'], d['high']) for t, d in ds.items()} for n, ds in shown.items()},
                 ylabel=f'accuracy − that of {result["reports"][0]}, points')
 
 # %% ../../nbs/80_bench/07_compare.ipynb #ffea911b

@@ -40,14 +40,13 @@ def find_experiment(
     where = '' if Path(folder).exists() else f'; the notebooks lie in a clone of the book, and there is none around {Path(fusionbook.__file__).parent}'
     raise FusionError(f'expected an experiment, got `{name}`; {nearest(name, experiments(folder))}{where}')
 
-# %% ../../nbs/80_bench/05_experiment.ipynb #762aa9d7
+# %% ../../nbs/80_bench/05_experiment.ipynb #074256b4
 def parsed(
     text:str, # what stands after a parameter's name
 ):            # a number, a truth value, a string, a list, …
     "The value that a user typed."
-    from yaml import YAMLError
     try: return OmegaConf.to_container(OmegaConf.create(f'v: {text}'))['v']
-    except (YAMLError, ValueError, KeyError, TypeError): raise FusionError(f'expected a value in YAML, got `{text}`; quotes make it a string') from None
+    except Exception: raise FusionError(f'expected a value in YAML, got `{text}`; quotes make it a string') from None
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #dc2a1e30
 def _papermill():

@@ -127,7 +127,7 @@ def _map(grid, pts, scores, best):
     ax.set_xlabel(b, fontsize=theme['font']); ax.set_ylabel(a, fontsize=theme['font'])
     return fig
 
-# %% ../../nbs/80_bench/06_sweep.ipynb #2e166b5a
+# %% ../../nbs/80_bench/06_sweep.ipynb #a0226e2e
 def sweep_figure(
     grid:Mapping[str, Sequence[str]], # key -> values
     scores:Sequence[float],           # mean accuracy of each point, in the order of `points`
@@ -140,7 +140,8 @@ def sweep_figure(
     y, e, label = [100 * s for s in scores], [100 * s for s in errors], f'accuracy on {label} in %'
     if len(grid) > 1: return _map(grid, pts, y, pts[best])
     if None in map(_number, values):
-        return bars({'mean over tasks': dict(zip(values, y))}, {'mean over tasks': {v: (a - 2 * b, a + 2 * b) for v, a, b in zip(values, y, e)}}, ylabel=label)
+        return bars({'mean over tasks': dict(zip(values, y))}, {'mean over tasks': {v: (a - 2 * b, a + 2 * b) for v, a, b in zip(values, y, e)}},
+                    ylabel=label)
     fig = _curve(key, values, y, e, label)
     fig.axes[0].axvline(float(values[best]), color=theme['ink'], lw=.8, ls=(0, (4, 3)), zorder=1)
     fig.axes[0].annotate(f'chosen: {values[best]}', (float(values[best]), 1.01), xycoords=('data', 'axes fraction'), ha='center', fontsize=theme['font'] - 1)

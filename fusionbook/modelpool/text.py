@@ -36,7 +36,7 @@ def load_tokens(self:TextEncoderPool, max_length:int=128) -> Tokens:
     if not isinstance(base, (str, Path)): raise FusionError('expected a base with a path, got none')
     return Tokens(base, max_length)
 
-# %% ../../nbs/50_modelpool/03_text.ipynb #3360452f
+# %% ../../nbs/50_modelpool/03_text.ipynb #4c22c2c0
 _FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.txt')
 
 @patch
@@ -45,6 +45,7 @@ def extras(self:TextEncoderPool) -> dict[str, str]:
     model = self._models.get('_pretrained_', next(iter(self._models.values())))
     if isinstance(model, (str, Path)):
         folder = text_folder(model)
-        return {'config.json': text_model(model).config.to_json_string(use_diff=False)} | {f: (folder/f).read_text() for f in _FILES if (folder/f).exists()}
+        config = text_model(model).config.to_json_string(use_diff=False)
+        return {'config.json': config} | {f: (folder/f).read_text() for f in _FILES if (folder/f).exists()}
     config = getattr(model, 'config', None)
     return {'config.json': config.to_json_string(use_diff=False)} if hasattr(config, 'to_json_string') else {}

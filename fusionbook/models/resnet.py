@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..core.checkpoint import Checkpoint
 from ..core.errors import FusionError
 
-# %% ../../nbs/20_models/04_resnet.ipynb #65291181
+# %% ../../nbs/20_models/04_resnet.ipynb #94e4d0e5
 def shortcut(
     x:Tensor,     # (N, c, H, W)
     channels:int, # C, c or 2c
@@ -22,6 +22,7 @@ def shortcut(
     more = channels - x.shape[1]
     return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, more // 2, more // 2))
 
+# %% ../../nbs/20_models/04_resnet.ipynb #667fface
 class Block(nn.Module):
     "Two 3x3 convolutions beside a shortcut."
     def __init__(self,
@@ -37,7 +38,7 @@ class Block(nn.Module):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + shortcut(x, self.channels, self.stride))
 
-# %% ../../nbs/20_models/04_resnet.ipynb #b0c7a7f5
+# %% ../../nbs/20_models/04_resnet.ipynb #06ded46c
 class CifarResNet(nn.Module):
     "Three stages of residual blocks, global mean, one linear layer."
     def __init__(self,
@@ -55,7 +56,7 @@ class CifarResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
-# %% ../../nbs/20_models/04_resnet.ipynb #c7c45644
+# %% ../../nbs/20_models/04_resnet.ipynb #8f7293f7
 def cifar_resnet(
     path, # checkpoint, whatever `find` resolves
 ) -> CifarResNet: # in evaluation mode

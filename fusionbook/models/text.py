@@ -169,8 +169,8 @@ class TextHead(nn.Module):
         return self.scale * embedded @ self.text.T
     def extra_repr(self): return f'{len(self.text)} classes, {self.text.shape[1]} dimensions, scale {self.scale:.1f}'
 
-# %% ../../nbs/20_models/05_text.ipynb #eb72cf7d
-@lru_cache(1)
+# %% ../../nbs/20_models/05_text.ipynb #b9e87ca8
+@lru_cache(64)
 def _features(folder, stamp, sentences):
     "Embeddings of sentences by the encoder of a folder."
     model, tokens = text_encoder(folder), Tokens(folder)

@@ -57,7 +57,7 @@ class ClassificationTaskPool(BaseTaskPool):
         self.batch_size, self.rows, self.fast_dev_run, self.allow_target = batch_size, rows, fast_dev_run, list(allow_target)
         self.prepare, self.task_names, self._opened = Normalise(self.mean, self.std, size), tuple(test_datasets), {}
 
-# %% ../../nbs/55_taskpool/04_classification.ipynb #71fff25d
+# %% ../../nbs/55_taskpool/04_classification.ipynb #8093113f
 def _dataset(pool, task):
     "The data set of a task, opened once."
     if task not in pool.test_datasets: raise FusionError(f'expected a task of the pool, got `{task}`; {nearest(task, pool.task_names)}')
@@ -66,6 +66,7 @@ def _dataset(pool, task):
         pool._opened[task] = head(data, pool.rows) if pool.rows else data
     return pool._opened[task]
 
+# %% ../../nbs/55_taskpool/04_classification.ipynb #bd99e455
 class _Tap:
     "Logits that are also kept."
     def __init__(self, model): self.model, self.kept = model, []
@@ -73,7 +74,7 @@ class _Tap:
         self.kept.append(self.model(x))
         return self.kept[-1]
 
-# %% ../../nbs/55_taskpool/04_classification.ipynb #772ff8ff
+# %% ../../nbs/55_taskpool/04_classification.ipynb #1d931728
 @patch
 def probabilities(self:ClassificationTaskPool,
     model:nn.Module, # images (n, 3, H, W) -> logits (n, C)
@@ -85,6 +86,7 @@ def probabilities(self:ClassificationTaskPool,
         answers = predict_batches(tap, _dataset(self, task), prepare=self.prepare, task=task, batch_size=self.batch_size, device=device, fast_dev_run=self.fast_dev_run)
     return answers | dict(probabilities=torch.cat(tap.kept).double().softmax(1).cpu().numpy())
 
+# %% ../../nbs/55_taskpool/04_classification.ipynb #d8bab381
 @patch
 def predict(self:ClassificationTaskPool, model, task): return {k: v for k, v in self.probabilities(model, task).items() if k != 'probabilities'}
 
@@ -93,7 +95,7 @@ def fingerprint(self:ClassificationTaskPool, task):
     facts = [content_hash(_dataset(self, task)), self.mean, self.std, self.size, self.fast_dev_run and self.batch_size]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-# %% ../../nbs/55_taskpool/04_classification.ipynb #48b83ff0
+# %% ../../nbs/55_taskpool/04_classification.ipynb #6599397c
 def mean_probability(
     answers:Sequence[dict], # what `probabilities` gave for each network on the same examples
 ) -> dict:                  # labels, predictions, losses of the ensemble, and its probabilities

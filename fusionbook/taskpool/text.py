@@ -41,7 +41,7 @@ def text_columns(
 # %% ../../nbs/55_taskpool/03_text.ipynb #50ccb017
 OWN = ('sentences', 'classnames', 'template', 'text', 'label', 'dataset')
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #731c97d1
+# %% ../../nbs/55_taskpool/03_text.ipynb #58da182f
 def class_sentences(
     task:str, # name of the task
     own:dict, # the task's own keys, of `OWN`
@@ -52,7 +52,8 @@ def class_sentences(
     said = own.get('sentences')
     if isinstance(said, Mapping):
         if set(map(str, said)) != set(names):
-            raise FusionError(f'{task}: expected a sentence for each of {", ".join(names) or "the classes (give `classnames`)"}, got {", ".join(map(str, said))}')
+            known = ', '.join(names) or 'the classes (give `classnames`)'
+            raise FusionError(f'{task}: expected a sentence for each of {known}, got {", ".join(map(str, said))}')
         return [str({str(k): v for k, v in said.items()}[n]) for n in names]
     template = own.get('template', '{}')
     if template.count('{}') != 1: raise FusionError(f'{task}: expected a template with one {{}}, got {template!r}')
@@ -71,7 +72,7 @@ def _entry(entry):
     if source == {}: raise FusionError('expected a task with `_target_` or `dataset`, got neither')
     return source, plain(entry)
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #be48fbb0
+# %% ../../nbs/55_taskpool/03_text.ipynb #bcc527c4
 def _labels(task, rows, key):
     "Labels (N,) of a column, checked to be integers."
     try: return np.array([int(v) for v in (rows[key] if hasattr(rows, 'column_names') else [r[key] for r in rows])])
@@ -79,10 +80,11 @@ def _labels(task, rows, key):
 
 def _texts(task, rows, key):
     found = list(rows[key]) if hasattr(rows, 'column_names') else [r[key] for r in rows]
-    if bad := [i for i, t in enumerate(found) if not isinstance(t, str)]: raise FusionError(f'{task}: expected text in column {key!r}, got {found[bad[0]]!r} in row {bad[0]}')
+    if bad := [i for i, t in enumerate(found) if not isinstance(t, str)]:
+        raise FusionError(f'{task}: expected text in column {key!r}, got {found[bad[0]]!r} in row {bad[0]}')
     return found
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #77b86767
+# %% ../../nbs/55_taskpool/03_text.ipynb #5012e993
 class TextTask:
     "One data set with its frozen head."
     def __init__(self,
@@ -97,7 +99,8 @@ class TextTask:
         **loop,              # batch_size, num_workers, fast_dev_run of `predict_batches`
     ):
         self.name, self.base, self.allow, self.loop = name, base, allow, dict(loop)
-        (self.source, self.own), self.from_, self.max_length, self.scale, self.precision = _entry(entry), tokenizer or base, max_length, scale, precision
+        self.max_length, self.scale, self.precision = max_length, scale, precision
+        (self.source, self.own), self.from_ = _entry(entry), tokenizer or base
     @cached_property
     def dataset(self): return data.opened(self.source, self.allow)
     @cached_property
@@ -106,13 +109,13 @@ class TextTask:
     def sentences(self): return class_sentences(self.name, self.own, getattr(data.features(self.dataset)[self.keys[1]], 'names', None))
     @cached_property
     def tokens(self): return Tokens(self.from_, self.max_length)(*(_texts(self.name, self.dataset, k) for k in self.keys[0]))
-    @cached_property
-    def head(self): return text_head(self.base, self.sentences, scale=self.scale)
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #82372158
+# %% ../../nbs/55_taskpool/03_text.ipynb #951cdbcb
+def _head(task): return text_head(task.base, task.sentences, scale=task.scale)
+
 def _predict(task, model, device):
     "Answers of a model in evaluation mode on `device`: shortest texts first, answers in the data set's order."
-    head, n = task.head.to(device), task.loop['batch_size'] if task.loop['fast_dev_run'] else len(task.tokens)
+    head, n = _head(task).to(device), task.loop['batch_size'] if task.loop['fast_dev_run'] else len(task.tokens)
     order = np.argsort([t.shape[1] for t in task.tokens[:n]], kind='stable')
     labels = _labels(task.name, task.dataset, task.keys[1])
     rows = [(task.tokens[i], int(labels[i])) for i in order]
@@ -121,10 +124,10 @@ def _predict(task, model, device):
     found, back = predict_batches(logits, rows, prepare=padded, task=task.name, device=device, **task.loop), np.argsort(order)
     return {k: v[back] for k, v in found.items()}
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #004fb4fb
+# %% ../../nbs/55_taskpool/03_text.ipynb #a974c7ec
 def _fingerprint(task):
     "Hash of rows, columns, tokens, head and precision, and of the batch where a quick run stops after one."
-    head = {k: v.cpu() for k, v in task.head.state_dict().items()} | {'scale': torch.tensor(task.scale)}
+    head = {k: v.cpu() for k, v in _head(task).state_dict().items()} | {'scale': torch.tensor(task.scale)}
     quick = task.loop['batch_size'] if task.loop['fast_dev_run'] else None
     tokens = hashlib.sha256(b''.join(t.numpy().tobytes() for t in task.tokens)).hexdigest()
     parts = [data.content_hash(task.dataset), task.keys, tokens, content_hash(head), task.precision, quick]

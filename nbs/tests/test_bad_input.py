@@ -288,10 +288,10 @@ def test_remote_code_is_refused(refused, two):
                                     'fusionbook.bench.provenance.subprocess.run', 'transformers.utils.os.system', 'datasets.load_from_disk'])
 def test_targets_that_are_not_ours_are_refused(refused, two, tmp_path, target):
     argument = f'touch {tmp_path}/ran'
-    models = {'a': {'_target_': target, '_args_': [argument]}}
-    Path('run.yaml').write_text(json.dumps(dict(method={'_target_': target, '_args_': [argument]}, modelpool={'_target_': 'fusionbook.modelpool.BaseModelPool', 'models': models})))
-    refused('run.yaml', words=[target])
-    refused('run.yaml', 'method={name: dummy}', words=[target])
+    bad = {'_target_': target, '_args_': [argument]}
+    for name, method, models in [('method', bad, {}), ('model', {'name': 'dummy'}, {'a': bad})]:
+        Path(f'{name}.yaml').write_text(json.dumps(dict(method=method, modelpool={'_target_': 'fusionbook.modelpool.BaseModelPool', 'models': models})))
+        refused(f'{name}.yaml', words=[target])
     refused(*two, f'++taskpool.test_datasets.svhn={{_target_: {target}, _args_: ["{argument}"]}}', words=[target])
     assert not (tmp_path/'ran').exists()
 

@@ -272,6 +272,7 @@ def test_multirun(here, two):
     reports = [json.loads((f/'report.json').read_text()) for f in done.runs]
     assert sorted(r['config']['method']['scaling_factor'] for r in reports) == [.1, .7]
     assert numbers(reports[0]) != numbers(reports[1])
+    assert all('INFO average' in (f/'run.log').read_text() for f in done.runs)
     assert sorted(f.name for f in Path.cwd().iterdir()) == ['_runs']
 
 
