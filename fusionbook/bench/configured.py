@@ -169,7 +169,15 @@ def made(
     if kind == 'method' and getattr(part, 'device', None) == 'cpu': part.device = cfg['device']
     return part
 
-# %% ../../nbs/80_bench/04_configured.ipynb #ecdfd319
+# %% ../../nbs/80_bench/04_configured.ipynb #47aa51c5
+def _places(cfg, folder):
+    "`check_places`; a refused run leaves no empty folder behind."
+    try: return check_places(cfg, folder)
+    except FusionError:
+        if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
+        raise
+
+# %% ../../nbs/80_bench/04_configured.ipynb #dd8e2c7b
 def run_config(
     cfg,                         # a run's configuration, see `complete`
     folder:str|Path|None=None,   # where to write; a new folder below `_runs` when None
@@ -179,7 +187,7 @@ def run_config(
     "Run what a configuration describes."
     cfg = complete(cfg)
     folder = Path(folder) if folder else run_folder(cfg)
-    copy, saved = check_places(cfg, folder)
+    copy, saved = _places(cfg, folder)
     _say(cfg, folder, summary(cfg))
     if cfg['dry_run']: return None
     with logged(folder) as log:
@@ -191,7 +199,7 @@ def run_config(
     _closing(report, folder, copy, [seed_path(saved, s) for s in seeded(method, cfg['seeds'])] if saved else [])
     return report
 
-# %% ../../nbs/80_bench/04_configured.ipynb #d86f49d4
+# %% ../../nbs/80_bench/04_configured.ipynb #5feebde0
 def run_model_fusion(
     method_config,           # in ours or one of FusionBench's schemas; likewise the next two
     modelpool_config,
