@@ -6,13 +6,12 @@
 __all__ = ['EXPERIMENTS', 'REPORTS', 'experiments', 'find_experiment', 'parsed', 'check_parameters', 'notebook_hash', 'readable',
            'run_experiment', 'portable', 'publish']
 
-# %% ../../nbs/80_bench/05_experiment.ipynb #064166f7
+# %% ../../nbs/80_bench/05_experiment.ipynb #133429ee
 import hashlib, json, os, re, sys, tempfile, time
 from collections.abc import Mapping
 from pathlib import Path
 from omegaconf import OmegaConf
 import fusionbook
-from ..core.checkpoint import atomic
 from ..core.errors import FusionError, nearest
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #fde7a0ab
@@ -80,7 +79,7 @@ def readable(
     def word(v): return ', '.join(map(word, v)) if isinstance(v, (list, tuple)) else str(v)
     return '; '.join(f'{k} = {word(v)}' for k, v in given.items())
 
-# %% ../../nbs/80_bench/05_experiment.ipynb #bbda8bee
+# %% ../../nbs/80_bench/05_experiment.ipynb #5bbdf0d7
 def _draft(file, given):
     "The notebook that papermill gets: retitled, without outputs, with a note of where it comes from."
     import nbformat
@@ -99,6 +98,7 @@ def _stamp(copy, **facts):
     import nbformat
     nb = nbformat.read(str(copy), 4)
     nb.metadata.fusionbook = nb.metadata.get('fusionbook', {}) | facts
+    from fusionbook.core.checkpoint import atomic # see `publish`
     with atomic(copy) as new: nbformat.write(nb, str(new))
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #937602e8
@@ -160,7 +160,7 @@ def _clean(nb):
             for o in c.outputs: _bare(o)
     nb.nbformat_minor = 5
 
-# %% ../../nbs/80_bench/05_experiment.ipynb #67c06d22
+# %% ../../nbs/80_bench/05_experiment.ipynb #6ae9e5b5
 def publish(
     copy:Path,           # an executed notebook
     folder:Path=REPORTS, # of the book
@@ -168,6 +168,7 @@ def publish(
 ) -> Path:               # the page
     "Put a clean copy of an executed notebook among the book's reports."
     import nbformat
+    from fusionbook.core.checkpoint import atomic # not at the top: `fusionbook list` reads this module and needs no torch
     if not Path(folder).is_dir(): raise FusionError(f'expected a clone of the book to put reports into, got no folder `{folder}`')
     nb, page = nbformat.read(str(copy), 4), Path(folder)/f'{name or Path(copy).stem}.ipynb'
     _clean(nb)

@@ -125,14 +125,15 @@ def _write_folder(folder, sd, info, metadata, size, track):
     index = dict(metadata=dict(metadata) | {'total_size': total}, weight_map={k: f for f, g in zip(names, groups) for k in g})
     (folder/'model.safetensors.index.json').write_text(json.dumps(index, indent=2))
 
-# %% ../../nbs/00_core/02_checkpoint.ipynb #a3389c92
+# %% ../../nbs/00_core/02_checkpoint.ipynb #4da313af
 def check_replaceable(
     path:str|Path, # where a model is to be written
 ) -> None:         # raises `FusionError` for a folder that holds more than a model
     "Refuse to replace a folder that holds anything but an earlier model."
     path, usual = Path(path), ('model*.safetensors', 'model.safetensors.index.json', 'config.json', 'README.md')
     if path.is_dir() and path.suffix == '.safetensors': raise FusionError(f'expected a file, got the folder `{path}`')
-    other = [f.name for f in path.iterdir() if not any(f.match(u) for u in usual)] if path.is_dir() else []
+    try: other = [f.name for f in path.iterdir() if not any(f.match(u) for u in usual)]
+    except (FileNotFoundError, NotADirectoryError): return # no folder, or another writer is replacing it just now
     if other: raise FusionError(f'expected a new folder or one with an earlier model, got `{path}`, which also holds {", ".join(sorted(other)[:3])}')
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #87b1b43f
