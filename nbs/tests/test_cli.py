@@ -120,7 +120,7 @@ def test_list_names_what_there_is(here):
 
 
 def test_listed_names_have_a_sentence():
-    from fusionbook.bench.cli import GROUPS, catalogue
+    from fusionbook.bench.arguments import GROUPS, catalogue
     assert not [f'{g}/{name}' for g in GROUPS.values() for name, text in catalogue(g).items() if not text]
 
 
