@@ -37,10 +37,11 @@ class Gram:
         self.cross = self.cross + (a @ b.mT).double()
         return self
 
-# %% ../../nbs/30_alignment/02_cost.ipynb #5fe20837
+# %% ../../nbs/30_alignment/02_cost.ipynb #72bd2d15
 METRICS = 'euclidean', 'squared', 'cosine', 'correlation'
 TINY = 1e-9  # added to norms and standard deviations
 
+# %% ../../nbs/30_alignment/02_cost.ipynb #cf3df0af
 def _inverse(x, floor): return torch.where(x > floor, 1 / x.where(x > floor, 1), 0)
 
 def _centered(gram):
@@ -174,12 +175,13 @@ def prepare(
     if how == 'normalize': x = x / (x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1)) + TINY)
     return x.transpose(0, 1).flatten(1)
 
-# %% ../../nbs/30_alignment/02_cost.ipynb #7e920bd3
+# %% ../../nbs/30_alignment/02_cost.ipynb #be4d84af
 def _stored(file):
     "Arrays of one stored case: tensors and the option string."
     import numpy as np
     with np.load(file, allow_pickle=False) as z: return {k: str(z[k]) if z[k].dtype.kind == 'U' else torch.from_numpy(z[k]) for k in z.files}
 
+# %% ../../nbs/30_alignment/02_cost.ipynb #c99dde9d
 def ot_cases(
     *names:str, # such as `mlp__wts_exact`; all cases when left out
 ):              # yields (name, arrays); none, with a word, where the folder is absent
