@@ -10,7 +10,7 @@ __all__ = ['checked', 'disagreement', 'diversity', 'agreement_excess', 'kl_diver
 import numpy as np
 from ..core.errors import FusionError
 
-# %% ../../nbs/40_metrics/04_prediction_space.ipynb #72eb835c
+# %% ../../nbs/40_metrics/04_prediction_space.ipynb #5ecfd70f
 def checked(
     p,             # probabilities, (N, C), tensor or array
     labels=None,   # classes, (N,), or None
@@ -24,12 +24,13 @@ def checked(
         raise FusionError(f'expected {len(p)} labels in 0..{p.shape[1] - 1}, got {len(labels)} in {np.min(labels)}..{np.max(labels)}')
     return p
 
+# %% ../../nbs/40_metrics/04_prediction_space.ipynb #a4af80ef
 def _pair(p, q):
     p, q = checked(p), checked(q)
     if p.shape != q.shape: raise FusionError(f'expected two networks on the same examples and classes, got {p.shape} and {q.shape}')
     return p, q
 
-# %% ../../nbs/40_metrics/04_prediction_space.ipynb #4a3365f1
+# %% ../../nbs/40_metrics/04_prediction_space.ipynb #0ad94b15
 def disagreement(
     p, # probabilities of one network, (N, C)
     q, # of the other, (N, C)
@@ -38,6 +39,7 @@ def disagreement(
     p, q = _pair(p, q)
     return float((p.argmax(1) != q.argmax(1)).mean())
 
+# %% ../../nbs/40_metrics/04_prediction_space.ipynb #28550b94
 def diversity(
     p,      # probabilities of the network that is compared with, (N, C)
     q,      # of the other, (N, C)
@@ -47,6 +49,7 @@ def diversity(
     wrong = (checked(p, labels).argmax(1) != np.asarray(labels)).mean()
     return disagreement(p, q) / float(wrong) if wrong else float('nan')
 
+# %% ../../nbs/40_metrics/04_prediction_space.ipynb #063113ab
 def agreement_excess(
     p, q,   # probabilities of two networks, (N, C)
     labels, # classes, (N,)
@@ -56,7 +59,7 @@ def agreement_excess(
     agreement, expected = float((a == b).mean()), float(a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean()))
     return dict(agreement=agreement, expected=expected, excess=agreement - expected)
 
-# %% ../../nbs/40_metrics/04_prediction_space.ipynb #82030b4e
+# %% ../../nbs/40_metrics/04_prediction_space.ipynb #cedfc325
 def kl_divergence(
     p, q,             # probabilities, (N, C)
     floor:float=1e-12,# smallest q that is divided by
@@ -65,6 +68,7 @@ def kl_divergence(
     p, q = _pair(p, q)
     return float((p * (np.log(np.maximum(p, floor)) - np.log(np.maximum(q, floor)))).sum(1).mean())
 
+# %% ../../nbs/40_metrics/04_prediction_space.ipynb #17f7f49e
 def js_divergence(
     p, q, # probabilities, (N, C)
 ) -> float: # nats, in [0, ln 2]
@@ -73,7 +77,7 @@ def js_divergence(
     middle = (p + q) / 2
     return (kl_divergence(p, middle) + kl_divergence(q, middle)) / 2
 
-# %% ../../nbs/40_metrics/04_prediction_space.ipynb #2dec8284
+# %% ../../nbs/40_metrics/04_prediction_space.ipynb #33450b3d
 def negative_log_likelihood(
     p,                # probabilities, (N, C)
     labels,           # classes, (N,)
@@ -83,6 +87,7 @@ def negative_log_likelihood(
     p = checked(p, labels)
     return float(-np.log(np.maximum(p[np.arange(len(p)), labels], floor)).mean())
 
+# %% ../../nbs/40_metrics/04_prediction_space.ipynb #5a21c16b
 def brier_score(
     p,      # probabilities, (N, C)
     labels, # classes, (N,)
@@ -91,7 +96,7 @@ def brier_score(
     p = checked(p, labels)
     return float(((p - np.eye(p.shape[1])[labels]) ** 2).sum(1).mean())
 
-# %% ../../nbs/40_metrics/04_prediction_space.ipynb #4f4b051e
+# %% ../../nbs/40_metrics/04_prediction_space.ipynb #60b05b5a
 def reliability(
     p,           # probabilities, (N, C)
     labels,      # classes, (N,)
@@ -105,6 +110,7 @@ def reliability(
     with np.errstate(invalid='ignore'):
         return dict(confidence=np.bincount(at, sure, bins) / count, accuracy=np.bincount(at, right, bins) / count, count=count)
 
+# %% ../../nbs/40_metrics/04_prediction_space.ipynb #921a64d9
 def expected_calibration_error(
     p,           # probabilities, (N, C)
     labels,      # classes, (N,)

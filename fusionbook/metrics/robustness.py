@@ -34,7 +34,7 @@ def input_gradient(
         return torch.autograd.grad(loss, x)[0]
     finally: model.train(mode)
 
-# %% ../../nbs/40_metrics/02d_robustness.ipynb #9044903c
+# %% ../../nbs/40_metrics/02d_robustness.ipynb #357604b2
 def fgsm(
     model:nn.Module, # inputs -> logits
     x:Tensor, y:Tensor, # inputs (n, ...) and labels (n,)
@@ -45,6 +45,7 @@ def fgsm(
     _check(x, y, epsilon=epsilon)
     return (x + epsilon * input_gradient(model, x, y).sign()).clamp(low, high)
 
+# %% ../../nbs/40_metrics/02d_robustness.ipynb #5f04df3a
 def pgd(
     model:nn.Module, # inputs -> logits
     x:Tensor, y:Tensor, # inputs (n, ...) and labels (n,)
@@ -64,7 +65,7 @@ def pgd(
         z = torch.maximum(torch.minimum(z, x + epsilon), x - epsilon).clamp(low, high)
     return z
 
-# %% ../../nbs/40_metrics/02d_robustness.ipynb #2e1ab7da
+# %% ../../nbs/40_metrics/02d_robustness.ipynb #2e41e3c2
 def accuracy_under(
     changed,            # (inputs (n, ...), labels (n,), number of the first) -> inputs of the same shape
     model:nn.Module,    # inputs -> logits
@@ -82,6 +83,7 @@ def accuracy_under(
     finally: model.train(mode)
     return right / len(x)
 
+# %% ../../nbs/40_metrics/02d_robustness.ipynb #f66ef5d9
 def noisy(
     std:float,  # σ of the noise, in the units of the inputs
     seed:int=0, # of the noise
