@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from ..core.errors import FusionError
 
-# %% ../../nbs/40_metrics/03b_bounds.ipynb #c809be1c
+# %% ../../nbs/40_metrics/03b_bounds.ipynb #3076e8f0
 DELTA, EPSILON = .05, 1e-3 # δ, confidence; ε, noise that a weight of 0 gets in the magnitude-aware forms
 
+# %% ../../nbs/40_metrics/03b_bounds.ipynb #fa18494a
 def norm_bound(
     d:Tensor,       # w - c, (ω,)
     sigma:float,    # σ
@@ -23,6 +24,7 @@ def norm_bound(
     "a ‖d‖²/σ² + ln(m/δ) + 10."
     return a * d.double().square().sum().item() / sigma ** 2 + math.log(m / DELTA) + 10
 
+# %% ../../nbs/40_metrics/03b_bounds.ipynb #3bb6115f
 def magnitude_bound(
     d:Tensor,           # w - c, (ω,)
     sigma:float,        # σ', relative to magnitudes
@@ -42,7 +44,7 @@ def _check(w, w0, m, **sigmas):
     for name, s in sigmas.items():
         if not s > 0: raise FusionError(f'expected `{name}` above 0, got {s}')
 
-# %% ../../nbs/40_metrics/03b_bounds.ipynb #5e09021d
+# %% ../../nbs/40_metrics/03b_bounds.ipynb #fb592379
 def sharpness_measures(
     sigma:float,      # σ of the plain search
     sigma_mag:float,  # σ' of the magnitude-aware search
@@ -57,6 +59,7 @@ def sharpness_measures(
                 sharpness_mag_flat=1 / sigma_mag ** 2, sharpness_mag_init=magnitude_bound(w - w0, sigma_mag, m, b=4 * a),
                 sharpness_mag_orig=magnitude_bound(w, sigma_mag, m, b=4 * a))
 
+# %% ../../nbs/40_metrics/03b_bounds.ipynb #81b52dbe
 def pac_bayes_measures(
     sigma:float,      # σ of the plain search
     sigma_mag:float,  # σ' of the magnitude-aware search

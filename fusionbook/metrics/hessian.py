@@ -14,11 +14,13 @@ from ..core.errors import FusionError
 from ..core.state_dict import generator
 from .objective import Objective, hessian_products
 
-# %% ../../nbs/40_metrics/03_hessian.ipynb #4ab9f8cf
+# %% ../../nbs/40_metrics/03_hessian.ipynb #9bba7c8b
 def _random_batch(f, size, seed, name): return torch.randperm(len(f), generator=generator(seed, f'{name} batch'))[:size]
 
+# %% ../../nbs/40_metrics/03_hessian.ipynb #f547372e
 def _settled(new, old, tolerance): return old is not None and abs(new - old) / (abs(old) + 1e-6) < tolerance
 
+# %% ../../nbs/40_metrics/03_hessian.ipynb #8964aeb4
 def _power(f, rows, start, iterations, tolerance):
     "Largest eigenvalue in magnitude on `rows`, its vector, and whether it settled."
     v, value = start.to(f.w.device) / start.norm(), None
@@ -30,7 +32,7 @@ def _power(f, rows, start, iterations, tolerance):
         if _settled(value, old, tolerance): return value, v, True
     return value, v, False
 
-# %% ../../nbs/40_metrics/03_hessian.ipynb #99a50fbf
+# %% ../../nbs/40_metrics/03_hessian.ipynb #ac8b1f07
 def hessian_top_eigenvalue(
     f:Objective,            # the network on the test set
     *, batch_size:int=100,  # examples of the one batch
@@ -42,6 +44,7 @@ def hessian_top_eigenvalue(
     start = torch.randn(len(f.w), generator=generator(seed, 'eigenvector'))
     return _power(f, _random_batch(f, batch_size, seed, 'eigenvalue'), start, iterations, tolerance)[0]
 
+# %% ../../nbs/40_metrics/03_hessian.ipynb #d04e0cf9
 def hessian_trace(
     f:Objective,            # the network on the test set
     *, batch_size:int=100,  # examples of the one batch
@@ -69,7 +72,7 @@ class Estimate:
     backward: int  # examples
     settled: bool = True # False where an iteration ran out of steps
 
-# %% ../../nbs/40_metrics/03_hessian.ipynb #4d0ef46f
+# %% ../../nbs/40_metrics/03_hessian.ipynb #a8de2a2f
 def estimate(
     parts:Tensor,   # independent estimates of one number, (K,)
     f:Objective,    # whose counters say what it cost
@@ -81,6 +84,7 @@ def estimate(
     error = parts.double().std().item() / k ** .5 if k > 1 else float('nan')
     return Estimate(parts.double().mean().item(), error, k, f.forward - before[0], f.backward - before[1], settled)
 
+# %% ../../nbs/40_metrics/03_hessian.ipynb #41441349
 def row_batches(
     n:int,            # rows of the data
     *, batches:int,   # K
@@ -109,7 +113,7 @@ def _krylov(f, rows, start, steps, tolerance):
         basis.append(rest / rest.norm())
     return v / v.norm(), False
 
-# %% ../../nbs/40_metrics/03_hessian.ipynb #c8b4e071
+# %% ../../nbs/40_metrics/03_hessian.ipynb #d0678f56
 def hessian_top_full(
     f:Objective,            # the network on any data
     *, batches:int=10,      # K, for the standard error
@@ -124,6 +128,7 @@ def hessian_top_full(
     v, settled = _krylov(f, rows.flatten(), start, iterations, tolerance)
     return estimate(hessian_products(f, v.expand(batches, -1), rows) @ v, f, before, settled)
 
+# %% ../../nbs/40_metrics/03_hessian.ipynb #016b4dee
 def hessian_trace_full(
     f:Objective,            # the network on any data
     *, batches:int=50,      # K

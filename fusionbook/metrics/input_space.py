@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from ..core.state_dict import generator
 
-# %% ../../nbs/40_metrics/02_input_space.ipynb #1f429d16
+# %% ../../nbs/40_metrics/02_input_space.ipynb #31684280
 def _still(model): return deepcopy(model).eval().requires_grad_(False)
 
+# %% ../../nbs/40_metrics/02_input_space.ipynb #c341bda6
 def _climb(net, zero):
     "A function from a direction to the gradient and value of ‖f(v) - f(0)‖²."
     return grad_and_value(lambda v: (net(v[None])[0].float() - zero).square().sum())
@@ -40,7 +41,7 @@ def lipschitz_constant(
         if (v - before).norm() < tolerance: break
     return (net(v[None])[0].float() - zero).norm().item()
 
-# %% ../../nbs/40_metrics/02_input_space.ipynb #f1d0fa79
+# %% ../../nbs/40_metrics/02_input_space.ipynb #7c9ba7d3
 @dataclass(frozen=True)
 class Gain:
     "A lower bound of the Lipschitz constant at 0, and how it was found."
@@ -50,6 +51,7 @@ class Gain:
     starts: Tensor = field(repr=False) # what each start found, (R,)
     passes: int = 0             # forward and backward passes, one input each
 
+# %% ../../nbs/40_metrics/02_input_space.ipynb #032f9409
 def lipschitz_lower_bound(
     model:nn.Module,                     # in any mode; evaluated in evaluation mode
     shape:tuple[int, ...]=(3, 32, 32),   # of one input

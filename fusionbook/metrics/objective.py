@@ -44,24 +44,26 @@ class Objective:
     def __len__(self): return len(self.y)
     def __repr__(self): return f'Objective({len(self.w):,} weights, {len(self):,} examples)'
 
-# %% ../../nbs/40_metrics/02b_objective.ipynb #2dd66a0d
+# %% ../../nbs/40_metrics/02b_objective.ipynb #576b36dd
 def _named(self, w):
     "The flat vector as named tensors."
     parts = w.split([s.numel() for s in self.shapes.values()])
     return {k: p.view(s) for (k, s), p in zip(self.shapes.items(), parts)}
 
+# %% ../../nbs/40_metrics/02b_objective.ipynb #907e1777
 def _loss(self, w, rows):
     "Mean cross-entropy of one vector on its rows."
     logits = functional_call(self.model, _named(self, w), (self.x[rows],))
     return F.cross_entropy(logits.float(), self.y[rows])
 
+# %% ../../nbs/40_metrics/02b_objective.ipynb #64e79085
 def _parts(self, W, rows):
     "Slices of vectors with their rows, `together` at a time."
     rows = torch.as_tensor(rows, device=self.y.device)
     for i in range(0, len(W), self.together):
         yield W[i:i + self.together], (rows if rows.ndim == 1 else rows[i:i + self.together]), (None if rows.ndim == 1 else 0)
 
-# %% ../../nbs/40_metrics/02b_objective.ipynb #6ca1fb1a
+# %% ../../nbs/40_metrics/02b_objective.ipynb #f7e9af2c
 def losses(
     objective:Objective,
     W:Tensor,       # weight vectors, (R, ω)
@@ -72,6 +74,7 @@ def losses(
     with torch.no_grad():
         return torch.cat([vmap(lambda w, r: _loss(objective, w, r), (0, d), randomness='same')(w, r) for w, r, d in _parts(objective, W, rows)])
 
+# %% ../../nbs/40_metrics/02b_objective.ipynb #bdeb4a40
 def gradients(
     objective:Objective,
     W:Tensor,       # weight vectors, (R, ω)

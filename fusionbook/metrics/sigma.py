@@ -28,7 +28,7 @@ def original_loss(
         for i in range(0, len(y), batch_size): total += F.cross_entropy(net(x[i:i + batch_size]).float(), y[i:i + batch_size]).item()
     return total / len(y)
 
-# %% ../../nbs/40_metrics/03c_sigma.ipynb #57bfeb35
+# %% ../../nbs/40_metrics/03c_sigma.ipynb #abd77ad9
 @dataclass(frozen=True)
 class Sigma:
     "A noise level, how well it is known, and what it cost."
@@ -39,6 +39,7 @@ class Sigma:
     forward: int      # examples passed forward
     backward: int     # examples passed backward
 
+# %% ../../nbs/40_metrics/03c_sigma.ipynb #57d39a8a
 def bisect(
     deviation:Callable[[float], float], # d(σ)
     *, low:float, high:float,   # bracket
@@ -80,7 +81,7 @@ class _Shaken:
         self.net.eval()
         with torch.no_grad(): return sum(self.loss()[0].item() for _ in range(batches)) / (self.size * batches)
 
-# %% ../../nbs/40_metrics/03c_sigma.ipynb #1d3842ea
+# %% ../../nbs/40_metrics/03c_sigma.ipynb #4ab18a06
 def _ascend(s, rate):
     "One step up the loss of the next batch."
     s.net.train()
@@ -88,6 +89,7 @@ def _ascend(s, rate):
     s.backward += rows
     for p, g in zip(s.params, torch.autograd.grad(value, s.params)): p.data.add_(g, alpha=rate)
 
+# %% ../../nbs/40_metrics/03c_sigma.ipynb #e1d9ba18
 def _project(s, sigma, magnitude, eps=1e-3):
     "Back into the ball, or the box."
     moves = [p.data - h for p, h in zip(s.params, s.home)]
