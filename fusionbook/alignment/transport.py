@@ -35,13 +35,14 @@ def assign(
     if c.shape[0] != c.shape[1]: raise FusionError(f'expected as many rows as columns to assign one to one, got {c.shape}')
     return torch.from_numpy(linear_sum_assignment(c)[1]).argsort()
 
-# %% ../../nbs/30_alignment/03_transport.ipynb #0f85ce6f
+# %% ../../nbs/30_alignment/03_transport.ipynb #c7bb82fe
 def uniform(
     n:int,      # neurons
 ) -> Tensor:    # (n,), float64
     "Equal masses."
     return torch.full((n,), 1 / n, dtype=torch.float64)
 
+# %% ../../nbs/30_alignment/03_transport.ipynb #f8fdbba5
 def importance(
     rows:Tensor,     # (n, d), weights of each neuron
     norm:str='l1',   # or l2
@@ -73,12 +74,13 @@ class Plan:
         kind = 'one to one' if self.index is not None else 'in shares'
         return f'Plan({kind}, cost {self.cost:.4g}{f", scale {self.scale:.4g}" if self.scale != 1 else ""}{"".join("; " + n for n in self.notes)})'
 
-# %% ../../nbs/30_alignment/03_transport.ipynb #e95bdb79
+# %% ../../nbs/30_alignment/03_transport.ipynb #fe20bc80
 def _exact(C, mu, nu, opt):
     import ot
     T, log = ot.emd(mu, nu, C, numItermax=opt['iterations'], log=True)
     return T, [log['warning'].strip()] if log['warning'] else []
 
+# %% ../../nbs/30_alignment/03_transport.ipynb #46d61063
 def _sinkhorn(C, mu, nu, opt):
     import ot
     names = {'plain': 'sinkhorn', 'log': 'sinkhorn_log', 'stabilized': 'sinkhorn_stabilized', 'epsilon_scaling': 'sinkhorn_epsilon_scaling'}
@@ -108,9 +110,7 @@ def _gromov(C, mu, nu, opt):
     else: T = ot.gromov.fused_gromov_wasserstein(C, D, E, mu, nu, 'square_loss', alpha=alpha)
     return T, []
 
-# %% ../../nbs/30_alignment/03_transport.ipynb #6c9abb85
-_SOLVERS = dict(exact=_exact, sinkhorn=_sinkhorn, unbalanced=_unbalanced, gromov=_gromov)
-
+# %% ../../nbs/30_alignment/03_transport.ipynb #f12dd015
 def _masses(mass, n):
     "Masses as float64 that sum to 1."
     m = np.full(n, 1 / n) if mass is None else np.asarray(torch.as_tensor(mass).double().cpu())
@@ -118,12 +118,29 @@ def _masses(mass, n):
         raise FusionError(f'expected {n} masses of at least 0 that sum to 1, got {len(m)} with sum {m.sum():.6g}')
     return m / m.sum()
 
+# %% ../../nbs/30_alignment/03_transport.ipynb #1848c2ad
 def _check_mass(T, solver):
     "A plan moves mass 1, or it is no plan."
     if not np.isfinite(T).all(): raise FusionError(f'expected a finite plan, got NaN from `{solver}`; raise `reg`, scale the costs or take variant `stabilized` or `log`')
     if abs(T.sum() - 1) > 1e-6: raise FusionError(f'expected a plan of mass 1, got {T.sum():.6g} from `{solver}`; raise `reg` or `iterations`, or scale the costs')
 
-# %% ../../nbs/30_alignment/03_transport.ipynb #d26d2203
+# %% ../../nbs/30_alignment/03_transport.ipynb #51ea4849
+_SOLVERS = dict(exact=_exact, sinkhorn=_sinkhorn, unbalanced=_unbalanced, gromov=_gromov)
+
+def _one_to_one(cost):
+    index = assign(cost)
+    return Plan(float(cost[index, torch.arange(len(index))].double().mean()), index=index)
+
+def _solve(solver, C, mu, nu, opt):
+    "A checked plan, the divisor of the costs, and notes."
+    unit = float(C.max()) if opt['scale'] == 'max' and solver != 'exact' and C.max() > 0 else 1.
+    with warnings.catch_warnings(), np.errstate(all='ignore'): # what POT warns about is checked below
+        warnings.simplefilter('ignore')
+        T, notes = _SOLVERS[solver](C / unit, mu, nu, opt)
+    _check_mass(T, solver)
+    return torch.from_numpy(np.asarray(T)), unit, notes
+
+# %% ../../nbs/30_alignment/03_transport.ipynb #5f3c255c
 def plan(
     cost:Tensor,              # C, (n, m)
     mu:Tensor=None,           # (n,), masses of the rows; equal when left out
@@ -147,17 +164,9 @@ def plan(
     C = _numbers(cost)
     a, b = _masses(mu, C.shape[0]), _masses(nu, C.shape[1])
     if solver == 'exact' and C.shape[0] == C.shape[1] and np.ptp(a) == np.ptp(b) == 0: return _one_to_one(cost)
-    unit = float(C.max()) if scale == 'max' and solver != 'exact' and C.max() > 0 else 1.
-    opt = dict(reg=reg, scale=scale, variant=variant, reg_m=reg_m, structure=structure, alpha=alpha, entropic=entropic, iterations=iterations, sweeps=sweeps)
-    with warnings.catch_warnings(), np.errstate(all='ignore'):
-        warnings.simplefilter('ignore')
-        T, notes = _SOLVERS[solver](C / unit, a, b, opt)
-    _check_mass(T, solver)
-    return Plan(float((T * C).sum()), matrix=torch.from_numpy(np.asarray(T)), scale=unit, notes=notes)
-
-def _one_to_one(cost):
-    index = assign(cost)
-    return Plan(float(cost[index, torch.arange(len(index))].double().mean()), index=index)
+    T, unit, notes = _solve(solver, C, a, b, dict(reg=reg, scale=scale, variant=variant, reg_m=reg_m, structure=structure, alpha=alpha, entropic=entropic,
+                                                  iterations=iterations, sweeps=sweeps))
+    return Plan(float((T.numpy() * C).sum()), matrix=T, scale=unit, notes=notes)
 
 # %% ../../nbs/30_alignment/03_transport.ipynb #f3dbc258
 def transport_map(
