@@ -124,12 +124,12 @@ def _check_mass(T, solver):
     if not np.isfinite(T).all(): raise FusionError(f'expected a finite plan, got NaN from `{solver}`; raise `reg`, scale the costs or take variant `stabilized` or `log`')
     if abs(T.sum() - 1) > 1e-6: raise FusionError(f'expected a plan of mass 1, got {T.sum():.6g} from `{solver}`; raise `reg` or `iterations`, or scale the costs')
 
-# %% ../../nbs/30_alignment/03_transport.ipynb #51ea4849
+# %% ../../nbs/30_alignment/03_transport.ipynb #cc056faf
 _SOLVERS = dict(exact=_exact, sinkhorn=_sinkhorn, unbalanced=_unbalanced, gromov=_gromov)
 
 def _one_to_one(cost):
     index = assign(cost)
-    return Plan(float(cost[index, torch.arange(len(index))].double().mean()), index=index)
+    return Plan(float(cost[index.numpy(), np.arange(len(index))].mean()), index=index)
 
 def _solve(solver, C, mu, nu, opt):
     "A checked plan, the divisor of the costs, and notes."
@@ -140,7 +140,7 @@ def _solve(solver, C, mu, nu, opt):
     _check_mass(T, solver)
     return torch.from_numpy(np.asarray(T)), unit, notes
 
-# %% ../../nbs/30_alignment/03_transport.ipynb #5f3c255c
+# %% ../../nbs/30_alignment/03_transport.ipynb #a25e7857
 def plan(
     cost:Tensor,              # C, (n, m)
     mu:Tensor=None,           # (n,), masses of the rows; equal when left out
@@ -159,11 +159,9 @@ def plan(
     "The cheapest way to move `mu` onto `nu`."
     check_known([solver], _SOLVERS, 'the solvers'), check_known([scale], ('max', 'none'), 'the scales')
     if solver == 'gromov' and structure is None: raise FusionError('expected `structure`, two matrices of distances, for solver `gromov`, got none')
-    same = mu is None and nu is None and cost.shape[0] == cost.shape[1]
-    if same and (solver == 'exact' or solver == 'gromov' and alpha == 0): return _one_to_one(cost)
     C = _numbers(cost)
     a, b = _masses(mu, C.shape[0]), _masses(nu, C.shape[1])
-    if solver == 'exact' and C.shape[0] == C.shape[1] and np.ptp(a) == np.ptp(b) == 0: return _one_to_one(cost)
+    if (solver == 'exact' or solver == 'gromov' and alpha == 0) and len(a) == len(b) and np.ptp(a) == np.ptp(b) == 0: return _one_to_one(C)
     T, unit, notes = _solve(solver, C, a, b, dict(reg=reg, scale=scale, variant=variant, reg_m=reg_m, structure=structure, alpha=alpha, entropic=entropic,
                                                   iterations=iterations, sweeps=sweeps))
     return Plan(float((T.numpy() * C).sum()), matrix=T, scale=unit, notes=notes)
