@@ -222,7 +222,7 @@ def seed_path(
     "Where the model of one seed is written."
     return Path(path).with_stem(Path(path).stem + suffix.replace(', ', '_').replace(' ', '_')) if path and suffix else path
 
-# %% ../../nbs/80_bench/03_run.ipynb #686dcfdc
+# %% ../../nbs/80_bench/03_run.ipynb #454e49c4
 def fusion(
     method:BaseAlgorithm,        # how to merge
     pool:BaseModelPool,          # what to merge
@@ -239,7 +239,7 @@ def fusion(
     "Load, merge, evaluate, report."
     check_task_names((taskpool := taskpool or DummyTaskPool()).task_names)
     cost, kept, kind, runs = {}, [], float_type(dtype) if dtype else None, seeded(method, check_seeds(seeds))
-    with measured(cost, 'loading'): pool.reference(); lineage = _lineage(method, pool); pool.seen.clear()
+    with measured(cost, 'loading'): pool.attach(taskpool).reference(); lineage = _lineage(method, pool); pool.seen.clear()
     results = _results(runs, pool, cost, lineage, save_path, shard_size=shard_size, dtype=kind); first = next(results)
     keys = dict(seed=seed, seeds=seeds, device=device, dtype=dtype, references=references,
                 merged_model_save_path=save_path and str(save_path), shard_size=shard_size)

@@ -170,7 +170,7 @@ def _known(file, point, hashes):
     except (OSError, ValueError): return None
     return old if old.get('point') == point and old.get('hashes') == hashes else None
 
-# %% ../../nbs/80_bench/06_sweep.ipynb #2e95dab2
+# %% ../../nbs/80_bench/06_sweep.ipynb #40c34e6b
 def score(
     cfg:Mapping, # a completed run; its task pool is the one to score on
     pool,        # its model pool
@@ -179,7 +179,7 @@ def score(
     "Merge in memory and measure, with every seed if the run has several."
     kind, rows = float_type(cfg['dtype']) if cfg['dtype'] else None, []
     for suffix, method in seeded(made(cfg, 'method'), cfg['seeds']).items():
-        model = merged_model(method, pool, dtype=kind)
+        model = merged_model(method, pool.attach(taskpool), dtype=kind)
         rows += [head | row(found) for head, found in merged_rows(model, taskpool, device=cfg['device'], suffix=suffix)]
     if not rows: raise FusionError('expected a validation task pool with tasks and a method that makes a network, got nothing to score')
     return averages(rows) | dict(standard_error=standard_error(rows), rows=rows)

@@ -96,10 +96,11 @@ def features(
     item = dataset[0]
     return dict.fromkeys(item if isinstance(item, dict) else range(len(item)))
 
-# %% ../../nbs/10_data/01_datasets.ipynb #0532b8c6
+# %% ../../nbs/10_data/01_datasets.ipynb #acc15c9e
 def _column(dataset, kind, feature, wanted):
     "The column of one kind: the wanted one, else by type, else by usual name."
     names = features(dataset)
+    if list(names) == [0, 1]: return int(kind == 'label')
     if wanted is not None and wanted in names: return wanted
     typed = [k for k, f in names.items() if type(f).__name__ == feature]
     usual = [k for k in USUAL[kind] if k in (typed or names)]
@@ -107,15 +108,13 @@ def _column(dataset, kind, feature, wanted):
     raise FusionError(f"expected {'an' if kind == 'image' else 'a'} {kind} column"
         f"{'' if wanted is None else f' named {wanted!r}'}, got the columns {', '.join(map(str, names))}")
 
-# %% ../../nbs/10_data/01_datasets.ipynb #211393bd
+# %% ../../nbs/10_data/01_datasets.ipynb #4de2f3bb
 def columns(
     dataset,         # data set with named columns, or a sequence of (image, label) pairs
     image:str=None,  # name of the image column; found when None
     label:str=None,  # name of the label column; found when None
 ) -> tuple:          # (image column, label column)
     "The columns that hold image and label."
-    names = features(dataset)
-    if list(names) == [0, 1]: return 0, 1
     return _column(dataset, 'image', 'Image', image), _column(dataset, 'label', 'ClassLabel', label)
 
 # %% ../../nbs/10_data/01_datasets.ipynb #8e27fa5a

@@ -6,7 +6,7 @@
 __all__ = ['USES', 'BaseAlgorithm', 'as_pool', 'fuse', 'BaseModelFusionAlgorithm', 'method_yaml', 'write_yaml',
            'load_algorithm_from_config', 'expert_weights']
 
-# %% ../../nbs/60_method/00_base.ipynb #c268be18
+# %% ../../nbs/60_method/00_base.ipynb #7bc468ae
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,6 +18,7 @@ from ..core.errors import FusionError
 from ..core.legacy import build
 from ..core.state_dict import StateDict
 from ..modelpool.base import BaseModelPool
+import fusionbook.modelpool.data # gives every pool `batches` and `logits`
 
 # %% ../../nbs/60_method/00_base.ipynb #565f473a
 USES = ('pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test') # all that a method can see

@@ -51,7 +51,7 @@ def _special(name): return name.startswith('_') and name.endswith('_')
 
 def _is_state(x): return isinstance(x, Mapping) and '_target_' not in x and all(isinstance(v, Tensor) for v in getattr(x, 'meta', x).values())
 
-# %% ../../nbs/50_modelpool/00_base.ipynb #ba7d605b
+# %% ../../nbs/50_modelpool/00_base.ipynb #1b760b3e
 class BaseModelPool(BaseYAMLSerializable):
     "Models by name: modules, state dicts, paths or configurations with `_target_`; a list is named `0`, `1`, …"
     _config_key = 'modelpool'
@@ -70,6 +70,7 @@ class BaseModelPool(BaseYAMLSerializable):
         self._models = dict(models) if isinstance(models, Mapping) else {str(i): m for i, m in enumerate(models)}
         self._train_datasets, self._val_datasets, self._test_datasets = train_datasets, val_datasets, test_datasets
         self.common_only, self.allow_target, self.seen, self._states, self._hashes = common_only, list(allow_target), set(), {}, {}
+        self.taskpool = None # lent for a run, see `modelpool.data`
     @property
     def config(self) -> dict: return super().config | {'_recursive_': False} # models and data are opened when needed
     def __len__(self): return len(self.model_names)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Normalise', 'ClassificationTaskPool', 'mean_probability']
 
-# %% ../../nbs/55_taskpool/04_classification.ipynb #187262cf
+# %% ../../nbs/55_taskpool/04_classification.ipynb #b2f16521
 import hashlib, json
 from collections.abc import Sequence
 import numpy as np
@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.config import plain
 from ..core.errors import FusionError, nearest
-from ..data.datasets import content_hash, head, opened
-from .base import BaseTaskPool, evaluating, predict_batches
+from ..data.datasets import _column, content_hash, head, opened
+from .base import BaseTaskPool, Inputs, evaluating, predict_batches
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #bbd46f31
 class Normalise:
@@ -86,9 +86,17 @@ def probabilities(self:ClassificationTaskPool,
         answers = predict_batches(tap, _dataset(self, task), prepare=self.prepare, task=task, batch_size=self.batch_size, device=device, fast_dev_run=self.fast_dev_run)
     return answers | dict(probabilities=torch.cat(tap.kept).double().softmax(1).cpu().numpy())
 
-# %% ../../nbs/55_taskpool/04_classification.ipynb #d8bab381
+# %% ../../nbs/55_taskpool/04_classification.ipynb #99950c73
 @patch
 def predict(self:ClassificationTaskPool, model, task): return {k: v for k, v in self.probabilities(model, task).items() if k != 'probabilities'}
+
+@patch
+def inputs(self:ClassificationTaskPool, task, dataset=None):
+    rows = _dataset(self, task) if dataset is None else dataset
+    return Inputs(rows, self.prepare, _column(rows, 'image', 'Image', None))
+
+@patch
+def logits(self:ClassificationTaskPool, task): return lambda model, x: model(x)
 
 @patch
 def fingerprint(self:ClassificationTaskPool, task):

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['OWN', 'RESERVED', 'class_table', 'split_entry', 'task_prompts', 'pooled', 'CLIPTask', 'CLIPVisionModelTaskPool']
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #6f4e7bc3
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #d3ef47c7
 import hashlib, json
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from torch import nn
 from ..core.config import CONFIG, plain
 from ..core.errors import FusionError, check_known, nearest
 from ..data import datasets as data
 from ..models.clip import Processor, head_hash, zero_shot_head
-from .base import BaseTaskPool, evaluating, predict_batches
+from .base import BaseTaskPool, Inputs, evaluating, predict_batches
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #d9914858
 @lru_cache
@@ -166,12 +167,19 @@ class CLIPTask:
     @cached_property
     def processor(self): return _processor(self.from_)
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #0830f654
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #208198d8
+def _logits(head, model, pixels):
+    "Logits (n, C) of a tower's features against a head."
+    return head.to(pixels.device)(pooled(model, pixels, head.projection.shape[1]))
+
+def _inputs(task, dataset):
+    "Pixel values of the images of a data set, the task's own when None."
+    rows = task.dataset if dataset is None else dataset
+    return Inputs(rows, task.processor, data._column(rows, 'image', 'Image', task.own.get('image')))
+
 def _predict(task, model, device):
     "Answers of a model that is in evaluation mode on `device`."
-    head = task.head.to(device)
-    def logits(pixels): return head(pooled(model, pixels, head.projection.shape[1]))
-    return predict_batches(logits, task.dataset, prepare=task.processor, task=task.name, device=device,
+    return predict_batches(partial(_logits, task.head, model), task.dataset, prepare=task.processor, task=task.name, device=device,
         image=task.own.get('image'), label=task.own.get('label'), **task.loop)
 
 def _fingerprint(task):
@@ -193,7 +201,7 @@ def _task_of(pool, name):
     if name not in pool.tasks: raise FusionError(f'expected a task of the pool, got `{name}`; {nearest(name, pool.tasks)}')
     return pool.tasks[name]
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #6683c13c
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #2619c3f0
 class CLIPVisionModelTaskPool(BaseTaskPool):
     "Zero-shot classification by a CLIP vision tower on several data sets."
     _config_mapping = BaseTaskPool._config_mapping | {k: k for k in _KEYS}
@@ -218,3 +226,10 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
         with evaluating(model) as device: return _predict(self.task(task), model, device)
     def fingerprint(self, task): return _fingerprint(self.task(task))
     def task(self, name:str) -> CLIPTask: return _task_of(self, name)
+
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #2cc3dcd0
+@patch
+def inputs(self:CLIPVisionModelTaskPool, task, dataset=None): return _inputs(self.task(task), dataset)
+
+@patch
+def logits(self:CLIPVisionModelTaskPool, task): return partial(_logits, self.task(task).head)

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['USUAL', 'OWN', 'text_columns', 'class_sentences', 'TextTask', 'TextClassificationTaskPool']
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #bb448e4f
+# %% ../../nbs/55_taskpool/03_text.ipynb #b4783caa
 import hashlib, json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 from ..core.config import plain
 from ..core.errors import FusionError, check_known, nearest
 from ..core.state_dict import content_hash
 from ..data import datasets as data
 from ..models.text import Tokens, embed, padded, text_head
-from .base import BaseTaskPool, evaluating, predict_batches
+from .base import BaseTaskPool, Inputs, evaluating, predict_batches
 from .clip import _check_tasks, _loop, _path, _task_of
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #cc73aca7
@@ -84,7 +85,7 @@ def _texts(task, rows, key):
         raise FusionError(f'{task}: expected text in column {key!r}, got {found[bad[0]]!r} in row {bad[0]}')
     return found
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #5012e993
+# %% ../../nbs/55_taskpool/03_text.ipynb #4c0f4097
 class TextTask:
     "One data set with its frozen head."
     def __init__(self,
@@ -108,20 +109,23 @@ class TextTask:
     @cached_property
     def sentences(self): return class_sentences(self.name, self.own, getattr(data.features(self.dataset)[self.keys[1]], 'names', None))
     @cached_property
-    def tokens(self): return Tokens(self.from_, self.max_length)(*(_texts(self.name, self.dataset, k) for k in self.keys[0]))
+    def tokens(self): return self.tokenise(self.dataset)
+    def tokenise(self, rows): return Tokens(self.from_, self.max_length)(*(_texts(self.name, rows, k) for k in text_columns(rows, self.own.get('text'))))
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #951cdbcb
+# %% ../../nbs/55_taskpool/03_text.ipynb #4a53de9c
 def _head(task): return text_head(task.base, task.sentences, scale=task.scale)
+
+def _logits(task, head, model, batch):
+    "Logits (n, C) of a padded batch."
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=task.precision == 'bfloat16'): return head.to(batch.device)(embed(model, batch).float())
 
 def _predict(task, model, device):
     "Answers of a model in evaluation mode on `device`: shortest texts first, answers in the data set's order."
-    head, n = _head(task).to(device), task.loop['batch_size'] if task.loop['fast_dev_run'] else len(task.tokens)
+    n = task.loop['batch_size'] if task.loop['fast_dev_run'] else len(task.tokens)
     order = np.argsort([t.shape[1] for t in task.tokens[:n]], kind='stable')
     labels = _labels(task.name, task.dataset, task.keys[1])
     rows = [(task.tokens[i], int(labels[i])) for i in order]
-    def logits(batch):
-        with torch.autocast(device.type, torch.bfloat16, enabled=task.precision == 'bfloat16'): return head(embed(model, batch).float())
-    found, back = predict_batches(logits, rows, prepare=padded, task=task.name, device=device, **task.loop), np.argsort(order)
+    found, back = predict_batches(partial(_logits, task, _head(task), model), rows, prepare=padded, task=task.name, device=device, **task.loop), np.argsort(order)
     return {k: v[back] for k, v in found.items()}
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #a974c7ec
@@ -144,7 +148,7 @@ def _tasks(pool):
     how = dict(max_length=int(pool.max_length), scale=float(pool.scale), precision=pool.precision, allow=pool.allow_target)
     return {n: TextTask(n, e, base, pool.tokenizer, **how, **loop) for n, e in pool.test_datasets.items()}
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #ae15c991
+# %% ../../nbs/55_taskpool/03_text.ipynb #4583450b
 class TextClassificationTaskPool(BaseTaskPool):
     "Zero-shot classification by a sentence encoder on several data sets."
     _config_mapping = BaseTaskPool._config_mapping | {k: k for k in _KEYS}
@@ -169,3 +173,12 @@ class TextClassificationTaskPool(BaseTaskPool):
     def predict(self, model, task):
         with evaluating(model) as device: return _predict(_task_of(self, task), model, device)
     def fingerprint(self, task): return _fingerprint(_task_of(self, task))
+
+# %% ../../nbs/55_taskpool/03_text.ipynb #85747574
+@patch
+def inputs(self:TextClassificationTaskPool, task, dataset=None):
+    own = _task_of(self, task)
+    return Inputs(own.tokens if dataset is None else own.tokenise(dataset), padded)
+
+@patch
+def logits(self:TextClassificationTaskPool, task): return partial(_logits, own := _task_of(self, task), _head(own))
