@@ -36,31 +36,30 @@ def listeners(
     norms = [m for m in made if len(spec.axes[f'{m}.weight'] if m else spec.axes['weight']) == 1]
     return norms or made
 
-# %% ../../nbs/30_alignment/04a_activations.ipynb #0b930344
+# %% ../../nbs/30_alignment/04a_activations.ipynb #d023684d
 def joint_grams(
     spec:Spec,            # who shares what
-    moved:nn.Module,      # network A, in evaluation mode
-    anchor:nn.Module,     # network B, of the same kind
+    networks:Sequence[nn.Module], # T of one kind, in evaluation mode; for matching A, moved, then B, the anchor
     batches:Iterable,     # inputs: tensors, or tuples or mappings of arguments
     groups:Sequence[str], # names
     *, pre:bool=False,    # responses as they are put out; by default ReLU is applied first
-) -> dict[str, list[Gram]]: # group -> for each listener the sums of z = (A, B), 2n rows, with itself
-    "What the members of two networks answer to the same inputs."
-    places = {g: names for g in groups if (names := listeners(spec, anchor, g))}
+) -> dict[str, list[Gram]]: # group -> for each listener the sums of z = (A, B), T n rows, with itself
+    "What the members of several networks answer to the same inputs."
+    places = {g: names for g in groups if (names := listeners(spec, networks[0], g))}
     if not places: raise FusionError(f'expected a group that some module puts out, got {", ".join(groups) or "none"}')
     names, count = list(dict.fromkeys(m for ms in places.values() for m in ms)), 0
     grams = {m: Gram() for m in names}
     for batch in batches:
-        a, b = (record(net, names, batch, pre=pre) for net in (moved, anchor))
-        for m in names: grams[m].add(z := torch.cat([a[m], b[m]]).double(), z)
+        answers = [record(net, names, batch, pre=pre) for net in networks]
+        for m in names: grams[m].add(z := torch.cat([x[m] for x in answers]).double(), z)
         count += 1
     if not count: raise FusionError('expected at least one batch to compare responses on, got none')
     return {g: [grams[m] for m in ms] for g, ms in places.items()}
 
-# %% ../../nbs/30_alignment/04a_activations.ipynb #2c7ccda6
+# %% ../../nbs/30_alignment/04a_activations.ipynb #8dcf619c
 def covariance(
-    grams:Sequence[Gram], # one for each place, of 2n rows
-) -> Tensor:              # (2n, 2n), float64; the first n are A's
+    grams:Sequence[Gram], # one for each place, of T n rows
+) -> Tensor:              # (T n, T n), float64; the first n are A's
     "Covariances within places, pooled over them."
     total = sum(g.cross - torch.outer(g.sum_a, g.sum_b) / g.count for g in grams)
     return total / sum(g.count for g in grams)
