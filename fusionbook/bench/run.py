@@ -69,6 +69,10 @@ def float_type(
 # %% ../../nbs/80_bench/03_run.ipynb #82f257d1
 def _streams(method): return type(method).run is BaseAlgorithm.run
 
+def _checked(method, pool):
+    "Refuse models that differ before any work, unless the method takes networks as they are."
+    if _streams(method): pool.reference()
+
 def _notes(lineage, shard_size):
     "How a merged model is written: shards, card, lineage, a progress bar."
     return dict(shard_size=shard_size, extras={'README.md': model_card(lineage)} if lineage else {}, track=lambda names: track(names, 'merging'),
@@ -239,7 +243,7 @@ def fusion(
     "Load, merge, evaluate, report."
     check_task_names((taskpool := taskpool or DummyTaskPool()).task_names)
     cost, kept, kind, runs = {}, [], float_type(dtype) if dtype else None, seeded(method, check_seeds(seeds))
-    with measured(cost, 'loading'): pool.attach(taskpool).reference(); lineage = _lineage(method, pool); pool.seen.clear()
+    with measured(cost, 'loading'): _checked(method, pool.attach(taskpool)); lineage = _lineage(method, pool); pool.seen.clear()
     results = _results(runs, pool, cost, lineage, save_path, shard_size=shard_size, dtype=kind); first = next(results)
     keys = dict(seed=seed, seeds=seeds, device=device, dtype=dtype, references=references,
                 merged_model_save_path=save_path and str(save_path), shard_size=shard_size)

@@ -178,6 +178,7 @@ def load_pretrained_or_first_model(self:BaseModelPool):
 @patch
 def named_models(self:BaseModelPool) -> Iterator:
     "Pairs (name, network) of the experts, one in memory at a time."
+    self.seen.add('experts')
     return ((n, self.load_model(n)) for n in self.model_names)
 
 @patch

@@ -17,7 +17,7 @@ from ..core.config import CONFIG, plain
 from ..core.errors import FusionError, check_known, nearest
 from ..data import datasets as data
 from ..models.clip import Processor, head_hash, zero_shot_head
-from .base import BaseTaskPool, Inputs, evaluating, predict_batches
+from .base import BaseTaskPool, Inputs, evaluating, logits_of, predict_batches
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #d9914858
 @lru_cache
@@ -179,7 +179,7 @@ def _inputs(task, dataset):
 
 def _predict(task, model, device):
     "Answers of a model that is in evaluation mode on `device`."
-    return predict_batches(partial(_logits, task.head, model), task.dataset, prepare=task.processor, task=task.name, device=device,
+    return predict_batches(partial(logits_of, partial(_logits, task.head), model), task.dataset, prepare=task.processor, task=task.name, device=device,
         image=task.own.get('image'), label=task.own.get('label'), **task.loop)
 
 def _fingerprint(task):
@@ -232,4 +232,4 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
 def inputs(self:CLIPVisionModelTaskPool, task, dataset=None): return _inputs(self.task(task), dataset)
 
 @patch
-def logits(self:CLIPVisionModelTaskPool, task): return partial(_logits, self.task(task).head)
+def logits(self:CLIPVisionModelTaskPool, task): return partial(logits_of, partial(_logits, self.task(task).head))

@@ -18,7 +18,7 @@ from ..core.errors import FusionError, check_known, nearest
 from ..core.state_dict import content_hash
 from ..data import datasets as data
 from ..models.text import Tokens, embed, padded, text_head
-from .base import BaseTaskPool, Inputs, evaluating, predict_batches
+from .base import BaseTaskPool, Inputs, evaluating, logits_of, predict_batches
 from .clip import _check_tasks, _loop, _path, _task_of
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #cc73aca7
@@ -125,7 +125,7 @@ def _predict(task, model, device):
     order = np.argsort([t.shape[1] for t in task.tokens[:n]], kind='stable')
     labels = _labels(task.name, task.dataset, task.keys[1])
     rows = [(task.tokens[i], int(labels[i])) for i in order]
-    found, back = predict_batches(partial(_logits, task, _head(task), model), rows, prepare=padded, task=task.name, device=device, **task.loop), np.argsort(order)
+    found, back = predict_batches(partial(logits_of, partial(_logits, task, _head(task)), model), rows, prepare=padded, task=task.name, device=device, **task.loop), np.argsort(order)
     return {k: v[back] for k, v in found.items()}
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #a974c7ec
@@ -181,4 +181,4 @@ def inputs(self:TextClassificationTaskPool, task, dataset=None):
     return Inputs(own.tokens if dataset is None else own.tokenise(dataset), padded)
 
 @patch
-def logits(self:TextClassificationTaskPool, task): return partial(_logits, own := _task_of(self, task), _head(own))
+def logits(self:TextClassificationTaskPool, task): return partial(logits_of, partial(_logits, own := _task_of(self, task), _head(own)))
