@@ -12,28 +12,35 @@ from torch import Tensor
 from ..core.errors import FusionError
 from ..core.state_dict import generator
 
-# %% ../../nbs/40_metrics/03d_spectrum.ipynb #c3a637af
+# %% ../../nbs/40_metrics/03d_spectrum.ipynb #32f85555
+def _coefficients(product, basis, steps):
+    "Diagonal and off-diagonal of the tridiagonal matrix; every vector is made orthogonal to all before it, twice."
+    alpha, beta, kind = [], [], basis[0].dtype
+    while True:
+        w = product(basis[-1].to(kind)).double()
+        if not torch.isfinite(w).all(): raise FusionError('expected finite products, got NaN or infinity')
+        all_before = torch.stack([b.double() for b in basis])
+        alpha.append((w @ all_before[-1]).item())
+        for _ in range(2): w = w - all_before.T @ (all_before @ w)
+        if len(alpha) == steps or w.norm() <= 1e-7 * max(1e-30, *map(abs, alpha + beta)): return alpha, beta
+        beta.append(w.norm().item())
+        basis.append(w / w.norm())
+
+# %% ../../nbs/40_metrics/03d_spectrum.ipynb #e2caae64
 def lanczos(
     product:Callable[[Tensor], Tensor], # v (d,) -> A v (d,), for a symmetric A
     start:Tensor,                       # where to begin, (d,), not zero
     steps:int,                          # m, products; fewer are used where the space is exhausted
 ) -> tuple[Tensor, Tensor]:             # eigenvalues (k,), rising, and their weights (k,), which sum to 1; float64, k <= m
-    "Eigenvalues and weights of the tridiagonal matrix, with full reorthogonalisation (Lanczos, 1950)."
+    "Eigenvalues and weights of the tridiagonal matrix (Lanczos, 1950)."
     if steps < 1 or not start.norm() > 0: raise FusionError(f'expected at least one step and a start that is not zero, got {steps} steps')
-    basis, alpha, beta = [start.double() / start.double().norm()], [], []
-    for _ in range(min(steps, len(start))):
-        w = product(basis[-1].to(start.dtype)).double()
-        if not torch.isfinite(w).all(): raise FusionError('expected finite products, got NaN or infinity')
-        alpha.append((w @ basis[-1]).item())
-        for _ in range(2): w = w - torch.stack(basis).T @ (torch.stack(basis) @ w)
-        if w.norm() <= 1e-7 * max(1e-30, *map(abs, alpha + beta)) or len(alpha) == min(steps, len(start)): break
-        beta.append(w.norm().item())
-        basis.append(w / w.norm())
-    values, vectors = torch.linalg.eigh(torch.diag(torch.tensor(alpha, dtype=torch.float64)) + sum(
-        torch.diag(torch.tensor(beta[:len(alpha) - 1], dtype=torch.float64), k) for k in (1, -1)))
+    alpha, beta = _coefficients(product, [start / start.norm()], min(steps, len(start)))
+    matrix = torch.diag(torch.tensor(alpha, dtype=torch.float64))
+    for i, b in enumerate(beta): matrix[i, i + 1] = matrix[i + 1, i] = b
+    values, vectors = torch.linalg.eigh(matrix)
     return values, vectors[0] ** 2
 
-# %% ../../nbs/40_metrics/03d_spectrum.ipynb #0452a5aa
+# %% ../../nbs/40_metrics/03d_spectrum.ipynb #f22f5ce2
 def spectrum(
     product:Callable[[Tensor], Tensor], # v (d,) -> A v (d,)
     size:int,                           # d
@@ -44,14 +51,12 @@ def spectrum(
 ) -> dict: # top, bottom: extreme eigenvalues; trace, trace_error: mean and standard error; values, weights: (starts, k) lists; products
     "Ends, trace and quadrature of the spectrum of a symmetric operator."
     if starts < 2: raise FusionError(f'expected at least 2 starts, since one has no error bar, got {starts}')
-    found, count = [], [0]
-    def counted(v): count[0] += 1; return product(v)
-    for i in range(starts):
-        v = torch.randint(0, 2, (size,), generator=generator(seed, f'lanczos/{i}')).to(device, torch.float32) * 2 - 1
-        found.append(lanczos(counted, v, steps))
+    def signs(i): return torch.randint(0, 2, (size,), generator=generator(seed, f'lanczos/{i}')).to(device, torch.float32) * 2 - 1
+    found = [lanczos(product, signs(i), steps) for i in range(starts)]
     traces = torch.stack([size * (w * x).sum() for x, w in found])
     return dict(top=max(x[-1].item() for x, _ in found), bottom=min(x[0].item() for x, _ in found), trace=traces.mean().item(),
-                trace_error=(traces.std() / starts ** .5).item(), values=[x for x, _ in found], weights=[w for _, w in found], products=count[0])
+                trace_error=(traces.std() / starts ** .5).item(), values=[x for x, _ in found], weights=[w for _, w in found],
+                products=sum(len(x) for x, _ in found))
 
 # %% ../../nbs/40_metrics/03d_spectrum.ipynb #f4896cfc
 def density(
