@@ -11,6 +11,7 @@ import json, time
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from textwrap import wrap
 import numpy as np
 from .report import Report, markdown_table, pooled, predictions_path, print_table, read_predictions, read_report
 from ..core.checkpoint import atomic
@@ -73,16 +74,17 @@ def with_answers(
 
 # %% ../../nbs/80_bench/07_compare.ipynb #b15de75d
 def _changed(reports):
-    "The hyper-parameters in which reports of one method differ."
+    "The hyper-parameters in which reports of one method differ; where these are equal, the models."
     configs = [r.get('config', {}).get('method') or {} for r in reports]
     keys = [k for k in dict.fromkeys(k for c in configs for k in c) if len({json.dumps(c.get(k)) for c in configs}) > 1]
-    return [', '.join(f'{k}={c.get(k)}' for k in keys) for c in configs]
+    texts, models = [', '.join(f'{k}={c.get(k)}' for k in keys) for c in configs], [', '.join(r.get('hashes', {}).get('models') or ()) for r in reports]
+    return [f'{t} of {m}'.strip() if texts.count(t) > 1 and m and len(set(models)) > 1 else t for t, m in zip(texts, models)]
 
 # %% ../../nbs/80_bench/07_compare.ipynb #0db5704e
 def named(
     reports:Sequence[Report], # any
 ) -> dict[str, Report]:       # name -> report
-    "Reports by method; where methods are equal, by the hyper-parameters that differ, or numbered."
+    "Reports by method; where methods are equal, by the hyper-parameters or the models that differ, or numbered."
     names = [r.get('method', 'report') for r in reports]
     for name in {n for n in names if names.count(n) > 1}:
         some = [i for i, n in enumerate(names) if n == name]
@@ -165,7 +167,7 @@ def comparison_figure(
     shown = {n: {t: {k: 100 * v for k, v in d[t].items()} for t in [*result['tasks'], 'average']} for n, d in _against(result).items()}
     return bars({n: {t: d['difference'] for t, d in ds.items()} for n, ds in shown.items()},
                 {n: {t: (d['low'], d['high']) for t, d in ds.items()} for n, ds in shown.items()},
-                ylabel=f'accuracy − that of {result["reports"][0]}, points')
+                ylabel='\n'.join(wrap(f'accuracy − that of {result["reports"][0]}, points', 36)))
 
 # %% ../../nbs/80_bench/07_compare.ipynb #ffea911b
 def write_comparison(
