@@ -36,29 +36,30 @@ def over_seeds(
     if name not in names: raise FusionError(f'expected a name of the results, got `{name}`; {nearest(name, names)}')
     return np.array([averages(by[name])[value] for by in results.values()]) * (1 if value == 'loss' else 100)
 
-# %% ../../nbs/80_bench/07b_seeds.ipynb #ae3b0c7b
+# %% ../../nbs/80_bench/07b_seeds.ipynb #9286a7b6
 def seed_table(
     results:Mapping[int, Mapping[str, Sequence[Mapping]]], # seed -> name -> rows
 ) -> tuple[list[str], list[list[str]]]: # header, lines
     "Each seed, their mean and standard deviation, the 95 % interval by the number of examples, the normalised accuracy."
     first = next(iter(results.values()))
     def line(n):
-        x, share = over_seeds(results, n), over_seeds(results, n, 'normalised_accuracy').mean() if 'normalised_accuracy' in averages(first[n]) else None
-        sd = f'{x.std(ddof=1):.1f}' if len(x) > 1 else ''
-        return [n, *(f'{v:.1f}' for v in x), f'{x.mean():.1f}', sd, f'± {100 * half_width(first[n]):.1f}', '' if share is None else f'{share:.1f}']
+        x, sd, share = over_seeds(results, n), '', ''
+        if len(x) > 1: sd = f'{x.std(ddof=1):.1f}'
+        if 'normalised_accuracy' in averages(first[n]): share = f'{over_seeds(results, n, "normalised_accuracy").mean():.1f}'
+        return [n, *(f'{v:.1f}' for v in x), f'{x.mean():.1f}', sd, f'± {100 * half_width(first[n]):.1f}', share]
     return ['', *(f'seed {s}' for s in results), 'mean', 'sd over seeds', '95 % by examples', 'normalised'], [line(n) for n in first]
 
-# %% ../../nbs/80_bench/07b_seeds.ipynb #74ff05bc
+# %% ../../nbs/80_bench/07b_seeds.ipynb #6eab89e8
 def seed_figure(
     results:Mapping[int, Mapping[str, Sequence[Mapping]]], # seed -> name -> rows
 ): # Figure
     "The average over tasks of every method, with the range over seeds."
     from fusionbook.core.plot import bars
     found = {n: over_seeds(results, n) for n in next(iter(results.values()))}
-    return bars({n: {'average over tasks': x.mean()} for n, x in found.items()}, {n: {'average over tasks': (x.min(), x.max())} for n, x in found.items()},
-                ylabel='test accuracy in %')
+    heights, reach = ({n: {'average over tasks': f(x)} for n, x in found.items()} for f in (np.mean, lambda x: (x.min(), x.max())))
+    return bars(heights, reach, ylabel='test accuracy in %')
 
-# %% ../../nbs/80_bench/07b_seeds.ipynb #248f5a07
+# %% ../../nbs/80_bench/07b_seeds.ipynb #e36823cf
 def claim_table(
     results:Mapping[int, Mapping[str, Sequence[Mapping]]], # seed -> name -> rows
     claims:Sequence[tuple], # (what is claimed, by whom, name that is said to be better, name that is said to be worse)
@@ -66,7 +67,8 @@ def claim_table(
     "Whether orderings hold in the mean over seeds, and in how many seeds."
     def line(claim, source, better, worse):
         x, y = over_seeds(results, better), over_seeds(results, worse)
-        return [claim, source, f'{x.mean():.1f}', f'{y.mean():.1f}', f'{(x - y).mean():+.1f}', f'{(x > y).sum()} of {len(x)}', 'yes' if x.mean() > y.mean() else 'no']
+        found = f'{x.mean():.1f}', f'{y.mean():.1f}', f'{(x - y).mean():+.1f}', f'{(x > y).sum()} of {len(x)}'
+        return [claim, source, *found, 'yes' if x.mean() > y.mean() else 'no']
     return ['claim', 'from', 'left', 'right', 'difference', 'seeds', 'holds'], [line(*c) for c in claims]
 
 def best_name(
