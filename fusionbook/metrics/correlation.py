@@ -37,10 +37,21 @@ def correlations(
     "The original's correlation space of one kind of model."
     return {f'{k}_{m}': statistic(k, v, target) for m, v in metrics.items() for k in KINDS}
 
-# %% ../../nbs/40_metrics/05_correlation_space.ipynb #076f182a
-def _columns(kind, x, Y):
-    "The statistic of x with each row of Y, (P,)."
-    return np.array([statistic(kind, x, y) for y in Y])
+# %% ../../nbs/40_metrics/05_correlation_space.ipynb #2db912d3
+def _features(kind, X):
+    "What the coefficient multiplies, centred: values, ranks, or signs of all differences, (P, m)."
+    if kind == 'kendall': return np.sign(X[:, :, None] - X[:, None, :]).reshape(len(X), -1)
+    if kind == 'spearman':
+        from scipy.stats import rankdata
+        X = rankdata(X, axis=1)
+    return X - X.mean(1, keepdims=True)
+
+# %% ../../nbs/40_metrics/05_correlation_space.ipynb #adeb9f6c
+def _many(kind, X, Y):
+    "The statistic of each row of X with the same row of Y, (P,); the same numbers as `statistic`, all at once."
+    a, b = (_features(kind, np.asarray(z, float)) for z in (X, Y))
+    length = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return np.divide((a * b).sum(1), length, out=np.full(len(a), np.nan), where=length > 0)
 
 # %% ../../nbs/40_metrics/05_correlation_space.ipynb #985f08e4
 def _orders(n, draws, rng):
@@ -48,7 +59,7 @@ def _orders(n, draws, rng):
     if math.factorial(n) <= draws: return np.array(list(permutations(range(n)))), True
     return np.array([rng.permutation(n) for _ in range(draws)]), False
 
-# %% ../../nbs/40_metrics/05_correlation_space.ipynb #6d21c30b
+# %% ../../nbs/40_metrics/05_correlation_space.ipynb #d6ad4bea
 def permutation_p(
     kind:str,              # kendall, pearson or spearman
     x:Sequence[float],     # (n,)
@@ -60,10 +71,10 @@ def permutation_p(
     value = statistic(kind, x, y)
     orders, exact = _orders(len(x), draws, np.random.default_rng(seed))
     if math.isnan(value): return math.nan, exact
-    hits = (np.abs(_columns(kind, x, np.asarray(y)[orders])) >= abs(value) - 1e-12).sum()
+    hits = (np.abs(_many(kind, np.broadcast_to(np.asarray(x, float), orders.shape), np.asarray(y)[orders])) >= abs(value) - 1e-9).sum()
     return float(hits / len(orders) if exact else (hits + 1) / (len(orders) + 1)), exact
 
-# %% ../../nbs/40_metrics/05_correlation_space.ipynb #f714df90
+# %% ../../nbs/40_metrics/05_correlation_space.ipynb #f2946f0c
 def correlation_with_chance(
     kind:str,              # kendall, pearson or spearman
     x:Sequence[float],     # (n,)
@@ -75,6 +86,7 @@ def correlation_with_chance(
     x, y, rng = np.asarray(x, float), np.asarray(y, float), np.random.default_rng(seed)
     p, exact = permutation_p(kind, x, y, seed=seed)
     rows = rng.integers(len(x), size=(resamples, len(x)))
-    drawn = np.array([statistic(kind, x[r], y[r]) for r in rows if np.ptp(x[r]) > 0 and np.ptp(y[r]) > 0])
+    drawn = _many(kind, x[rows], y[rows])
+    drawn = drawn[np.isfinite(drawn)]
     low, high = np.quantile(drawn, [.025, .975]) if len(drawn) else (math.nan, math.nan)
     return dict(value=statistic(kind, x, y), p=p, exact=exact, low=float(low), high=float(high), n=len(x))

@@ -69,9 +69,9 @@ def read_csv(
         results.setdefault(model, {}).setdefault(space, {})[row[2]] = float(row[3])
     return results
 
-# %% ../../nbs/40_metrics/09_measurements.ipynb #d690f790
+# %% ../../nbs/40_metrics/09_measurements.ipynb #af2e2add
 COLUMNS = dict(model='string', seed='int64', space='string', metric='string', value='float64', error='float64', saturated='bool', n='int64',
-               forward='int64', backward='int64', seconds='float64')
+               forward='int64', backward='int64', seconds='float64', p='float64', low='float64', high='float64')
 
 # %% ../../nbs/40_metrics/09_measurements.ipynb #0064ed12
 def split_model(
