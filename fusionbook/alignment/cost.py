@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from ..core.errors import FusionError, check_known, nearest
 
-# %% ../../nbs/30_alignment/02_cost.ipynb #ea9d7adf
+# %% ../../nbs/30_alignment/02_cost.ipynb #f47340e1
 @dataclass
 class Gram:
     "Sums over the columns of two tables of neurons, from which every distance between their rows follows."
@@ -33,7 +33,7 @@ class Gram:
         self.count += a.shape[-1]
         for name, x in ('a', a), ('b', b):
             setattr(self, f'sum_{name}', getattr(self, f'sum_{name}') + x.sum(-1).double())
-            setattr(self, f'sq_{name}', getattr(self, f'sq_{name}') + x.square().sum(-1).double())
+            setattr(self, f'sq_{name}', getattr(self, f'sq_{name}') + torch.einsum('...d,...d', x, x).double())
         self.cross = self.cross + (a @ b.mT).double()
         return self
 

@@ -180,12 +180,13 @@ def _turn(spec, models, target, keep, grams, options):
     "Maps of all models onto a target; the model `keep` is the target's own."
     return [{} if k == keep else align(spec, m, target, grams=(grams or {}).get(k), **options) for k, m in enumerate(models)]
 
-# %% ../../nbs/30_alignment/05_fuse.ipynb #31efa93d
+# %% ../../nbs/30_alignment/05_fuse.ipynb #750875a4
 def fuse(
     spec:Spec,                    # who shares what
     models:Sequence[StateDict],   # T models
     *, anchor:int=0,              # whose order, and width, the result has
     weights:Sequence[float]=None, # one per model; equal when left out
+    like:StateDict=None,          # where types and integers come from; the anchor when left out
     rounds:int=0,                 # times that the average becomes the anchor
     grams:Mapping[int, Mapping[str, Gram]]=None, # model -> group -> activation sums with the anchor
     **options,                    # of `align`
@@ -199,7 +200,7 @@ def fuse(
         new = _turn(spec, models, {k: target[k] for k in target}, None, None, options)
         if all(map(_same, new, maps)): break
         maps = new
-    return average(_moved(spec, models, maps), weights, models[anchor])
+    return average(_moved(spec, models, maps), weights, like or models[anchor])
 
 def _moved(spec, models, maps): return [move(resize(spec, m), m, t) if t else m for m, t in zip(models, maps)]
 
