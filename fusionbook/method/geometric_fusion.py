@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['spec_of', 'GeometricFusion']
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #9f35e2c1
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #139fb8a0
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
+from fastcore.basics import patch
 from torch import nn
 from ..alignment.fuse import fuse, group_grams
 from ..alignment.original import Original, original_fusion
@@ -43,7 +44,7 @@ def _network(pool, name):
     if not isinstance(net, nn.Module): raise FusionError(f'expected `{name}` as a network to record activations, got a {type(net).__name__}; take costs from `weights`')
     return net.eval()
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #57f7aba6
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #06829b9a
 @dataclass
 class GeometricFusion(BaseAlgorithm):
     "Geometric fusion: neurons aligned by optimal transport, then averaged (Singh and Jaggi, 2020)."
@@ -69,7 +70,6 @@ class GeometricFusion(BaseAlgorithm):
     transport_output: bool = False # the original's walk: two plain networks, class layer transported too
     def __post_init__(self): _prepare(self)
     def merge(self, pool) -> StateDict: return _merge(self, pool)
-    def run(self, modelpool): return _run(self, modelpool)
 
 # %% ../../nbs/60_method/91_geometric_fusion.ipynb #c125415e
 def _prepare(m):
@@ -104,7 +104,7 @@ def _grams(m, pool, spec, at):
     def batches(): return _batches(pool, m.data, m.samples, m.batch_size, m.seed)
     return {i: group_grams(spec, _network(pool, n), target, batches(), pre=m.pre) for i, n in enumerate(pool.model_names) if i != at}
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #033e3ac8
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #0166ae3e
 def _merge(m, pool):
     states, at = _states(m, pool), _anchor(m, pool)
     weights = expert_weights(m.weights, len(pool), normalize=False, equal=1 / len(pool))
@@ -116,11 +116,13 @@ def _merge(m, pool):
     return fuse(spec, states, anchor=at, weights=weights, rounds=m.rounds, grams=grams, like=None if m.different_widths else pool.reference(), metric=m.metric,
                 unit=m.unit, normalize=m.normalize, solver=solver, mix=_COSTS[m.costs], sweeps=m.sweeps, readers=m.readers)
 
-def _run(m, modelpool):
+@patch
+def run(self:GeometricFusion, modelpool):
+    "The fused network; of the anchor's width."
     pool = as_pool(modelpool)
-    sd = m.merge(pool)
-    if not m.different_widths: return pool.load(sd)
-    model = pool.load_model(pool.model_names[_anchor(m, pool)])
+    sd = self.merge(pool)
+    if not self.different_widths: return pool.load(sd)
+    model = pool.load_model(pool.model_names[_anchor(self, pool)])
     if not isinstance(model, nn.Module): return model | dict(sd)
     model.load_state_dict(dict(sd))
     return model
