@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['move', 'resize', 'weight_gram', 'align', 'average', 'fuse', 'group_grams']
 
-# %% ../../nbs/30_alignment/05_fuse.ipynb #3848ef5c
+# %% ../../nbs/30_alignment/05_fuse.ipynb #9428db1b
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 import torch
 from torch import Tensor, nn
 from .activations import listeners, plain_groups
-from .cost import Gram, activation_grams, distances, rescale
+from .cost import TINY, Gram, activation_grams, distances, rescale
 from .spec import Group, Spec, as_maps, check_spec, make_spec, members, permute, transform, unfold
 from .transport import plan, transport_map
-from ..core.errors import FusionError
+from ..core.errors import FusionError, check_known
 from ..core.state_dict import StateDict, map_tensors, meta, shared
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #e6137c8e
@@ -105,16 +105,29 @@ def _widths(spec, anchor, done):
     "The specification of a model whose groups `done` have the anchor's sizes."
     return Spec(spec.axes, {g: Group(anchor.groups[g].size if g in done else v.size, v.within) for g, v in spec.groups.items()})
 
-# %% ../../nbs/30_alignment/05_fuse.ipynb #0c5afa65
+# %% ../../nbs/30_alignment/05_fuse.ipynb #d52a078c
+def _beside(a, group, places, now):
+    "What a plan needs beside costs: masses by the norm of the weights, distances within each side."
+    out, (specs, sds) = {}, a.sides(now)
+    if a.masses == 'importance':
+        gram = weight_gram(specs, sds, group, places)
+        out |= {k: (v := sq.sqrt() + TINY) / v.sum() for k, sq in (('mu', gram.sq_a), ('nu', gram.sq_b))}
+    if a.inner: out['structure'] = [distances(weight_gram((p, p), (sd, sd), group, places), **a.cost_of) for p, sd in zip(specs, sds)]
+    return out
+
+# %% ../../nbs/30_alignment/05_fuse.ipynb #b3cd43d6
 class _Aligner:
     "One model on its way to an anchor."
-    def __init__(self, spec, moved, anchor, grams, mix, cost_of, normalize, solver, readers):
+    def __init__(self, spec, moved, anchor, grams, mix, cost_of, normalize, solver, masses, readers):
         self.spec, self.moved, self.anchor, self.grams, self.mix, self.cost_of, self.normalize, self.readers = resize(spec, moved), moved, anchor, grams or {}, mix, cost_of, normalize, readers
-        self.target, self.maps, self.solve = resize(spec, anchor), {}, partial(plan, **solver)
+        self.target, self.maps, self.solve, self.masses, self.inner = resize(spec, anchor), {}, partial(plan, **solver), masses, solver.get('solver') == 'gromov'
         self.names = {n for n, t in meta(anchor).items() if n in spec.axes and t.is_floating_point()} - set(shared(anchor))
+    def sides(self, now):
+        "Specifications and tensors of the model as it is now, and of the anchor."
+        return (_widths(self.spec, self.target, set(now)), self.target), (move(self.spec, self.moved, now), self.anchor)
     def cost(self, group, places, now):
         "Costs of one group, (n, m) or (k, n, m)."
-        specs, sds, heard = (_widths(self.spec, self.target, set(now)), self.target), (move(self.spec, self.moved, now), self.anchor), self.grams.get(group)
+        (specs, sds), heard = self.sides(now), self.grams.get(group)
         if heard and self.mix == 1: return distances(heard, **self.cost_of)
         far = _pair_costs(specs, sds, group, self.names, set(now), self.cost_of, self.solve)
         if far is None: far = distances(weight_gram(specs, sds, group, places), **self.cost_of)
@@ -123,7 +136,8 @@ class _Aligner:
     def settle(self, group, places, now):
         "Find the map of one group; True where it changed."
         far, old = self.cost(group, places, now), self.maps.get(group)
-        new = _stack([_map_of(self.solve(rescale(c, self.normalize))) for c in far]) if far.ndim > 2 else _map_of(self.solve(rescale(far, self.normalize)))
+        if far.ndim > 2: new = _stack([_map_of(self.solve(rescale(c, self.normalize))) for c in far])
+        else: new = _map_of(self.solve(rescale(far, self.normalize), **_beside(self, group, places, now)))
         self.maps[group] = new
         return old is None or old.dtype != new.dtype or not torch.equal(old, new)
 
@@ -139,7 +153,7 @@ def _polish(a, sweeps):
             moving |= a.settle(g, places, now)
         if not moving: break
 
-# %% ../../nbs/30_alignment/05_fuse.ipynb #26d9899c
+# %% ../../nbs/30_alignment/05_fuse.ipynb #7f9e442a
 def align(
     spec:Spec,          # who shares what
     moved:StateDict,    # A; perhaps of other widths
@@ -147,14 +161,16 @@ def align(
     *, metric:str='euclidean',  # see `distances`
     unit:bool=False,    # rows of length 1
     normalize:str='none', # see `rescale`
-    solver:Mapping={},  # keywords of `plan`, such as {'solver': 'sinkhorn', 'reg': .05}
+    solver:Mapping={},  # keywords of `plan`, such as {'solver': 'sinkhorn', 'reg': .05}; distances for `gromov` are made here
+    masses:str='uniform', # or importance: by the l2 norm of the weights compared; not within families
     grams:Mapping[str, Gram]=None, # group -> sums over activations of A and B
     mix:float=1.,       # share of the activations in the cost, for groups that were heard
     sweeps:int=0,       # further visits to every group
     readers:bool=False, # compare by what reads a group too, in these visits
 ) -> dict[str, Tensor]: # group -> permutation (n,), or matrix (n, m) with columns that sum to 1
     "Maps that bring A into B's neurons (Singh and Jaggi, 2020)."
-    a = _Aligner(spec, moved, anchor, grams, mix, dict(metric=metric, unit=unit), normalize, solver, readers)
+    check_known([masses], ('uniform', 'importance'), 'the masses')
+    a = _Aligner(spec, moved, anchor, grams, mix, dict(metric=metric, unit=unit), normalize, solver, masses, readers)
     while len(a.maps) < len(a.spec.groups):
         group, places = _next(a.spec, a.names, set(a.maps))
         a.settle(group, places, dict(a.maps))

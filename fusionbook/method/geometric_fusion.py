@@ -44,7 +44,7 @@ def _network(pool, name):
     if not isinstance(net, nn.Module): raise FusionError(f'expected `{name}` as a network to record activations, got a {type(net).__name__}; take costs from `weights`')
     return net.eval()
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #06829b9a
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #3f47d2a3
 @dataclass
 class GeometricFusion(BaseAlgorithm):
     "Geometric fusion: neurons aligned by optimal transport, then averaged (Singh and Jaggi, 2020)."
@@ -56,7 +56,9 @@ class GeometricFusion(BaseAlgorithm):
     metric: str = 'euclidean'    # euclidean, squared (the original's default), cosine, correlation
     unit: bool = False           # divide every row by its norm first
     normalize: str = 'none'      # none, log (the original's default), max, median, mean
-    solver: str = 'exact'        # exact, sinkhorn, unbalanced
+    solver: str = 'exact'        # exact, sinkhorn, unbalanced, gromov
+    alpha: float = .5            # share of the distances within layers, for gromov
+    masses: str = 'uniform'      # or importance: by the norm of the weights
     reg: float = .01             # weight of the entropy, relative to the largest cost
     rounds: int = 0              # times that the average becomes the anchor: a free barycentre
     sweeps: int = 0              # further visits to every group, the rest aligned
@@ -69,12 +71,10 @@ class GeometricFusion(BaseAlgorithm):
     different_widths: bool = False # models may differ in width
     transport_output: bool = False # the original's walk: two plain networks, class layer transported too
     def __post_init__(self): _prepare(self)
-    def merge(self, pool) -> StateDict: return _merge(self, pool)
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #c125415e
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #20e4321b
 def _prepare(m):
     check_known([m.costs], _COSTS, 'the costs'), check_known([m.data], _KINDS, 'the kinds of data')
-    if m.solver == 'gromov': raise FusionError('expected a solver that compares neurons across models, got `gromov`; see `alignment.transport.plan`')
     if m.transport_output and m.costs != 'weights': raise FusionError(f'expected costs from `weights` with `transport_output`, got `{m.costs}`; see `alignment.original`')
     m.uses = ('experts',) if m.transport_output else ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ())
 
@@ -104,17 +104,19 @@ def _grams(m, pool, spec, at):
     def batches(): return _batches(pool, m.data, m.samples, m.batch_size, m.seed)
     return {i: group_grams(spec, _network(pool, n), target, batches(), pre=m.pre) for i, n in enumerate(pool.model_names) if i != at}
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #0166ae3e
-def _merge(m, pool):
-    states, at = _states(m, pool), _anchor(m, pool)
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #75b8d7c8
+@patch
+def merge(self:GeometricFusion, pool) -> StateDict:
+    "The fused tensors, lazy."
+    m, states, at = self, _states(self, pool), _anchor(self, pool)
     weights = expert_weights(m.weights, len(pool), normalize=False, equal=1 / len(pool))
     if m.transport_output: return _original(m, states, at, weights)
     spec = spec_of(getattr(pool, 'spec', None) if m.spec is None else m.spec, states[at])
     pool.seen.add('spec')
     grams = None if m.costs == 'weights' else _grams(m, pool, spec, at)
-    solver = {'solver': m.solver} | ({} if m.solver == 'exact' else {'reg': m.reg})
+    solver = {'solver': m.solver} | ({} if m.solver == 'exact' else {'reg': m.reg, 'alpha': m.alpha})
     return fuse(spec, states, anchor=at, weights=weights, rounds=m.rounds, grams=grams, like=None if m.different_widths else pool.reference(), metric=m.metric,
-                unit=m.unit, normalize=m.normalize, solver=solver, mix=_COSTS[m.costs], sweeps=m.sweeps, readers=m.readers)
+                unit=m.unit, normalize=m.normalize, solver=solver, masses=m.masses, mix=_COSTS[m.costs], sweeps=m.sweeps, readers=m.readers)
 
 @patch
 def run(self:GeometricFusion, modelpool):
