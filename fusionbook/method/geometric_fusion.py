@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['spec_of', 'GeometricFusion']
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #139fb8a0
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #0b931037
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from itertools import islice
 from fastcore.basics import patch
 from torch import nn
 from ..alignment.fuse import fuse, group_grams
 from ..alignment.original import Original, original_fusion
 from ..alignment.spec import Spec, make_spec
+from ..alignment.transport import plan
 from ..core.errors import FusionError, check_known, nearest
 from ..core.state_dict import StateDict
 from .base import BaseAlgorithm, as_pool, expert_weights
@@ -44,7 +46,7 @@ def _network(pool, name):
     if not isinstance(net, nn.Module): raise FusionError(f'expected `{name}` as a network to record activations, got a {type(net).__name__}; take costs from `weights`')
     return net.eval()
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #3f47d2a3
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #de71a447
 @dataclass
 class GeometricFusion(BaseAlgorithm):
     "Geometric fusion: neurons aligned by optimal transport, then averaged (Singh and Jaggi, 2020)."
@@ -57,9 +59,8 @@ class GeometricFusion(BaseAlgorithm):
     unit: bool = False           # divide every row by its norm first
     normalize: str = 'none'      # none, log (the original's default), max, median, mean
     solver: str = 'exact'        # exact, sinkhorn, unbalanced, gromov
-    alpha: float = .5            # share of the distances within layers, for gromov
+    solver_options: dict = None  # more for the solver: {reg: .05}, {alpha: .5}, see `plan`
     masses: str = 'uniform'      # or importance: by the norm of the weights
-    reg: float = .01             # weight of the entropy, relative to the largest cost
     rounds: int = 0              # times that the average becomes the anchor: a free barycentre
     sweeps: int = 0              # further visits to every group, the rest aligned
     readers: bool = False        # compare by what reads a group too, in these visits
@@ -72,8 +73,9 @@ class GeometricFusion(BaseAlgorithm):
     transport_output: bool = False # the original's walk: two plain networks, class layer transported too
     def __post_init__(self): _prepare(self)
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #20e4321b
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #f9abd661
 def _prepare(m):
+    check_known(m.solver_options or {}, set(signature(plan).parameters) - {'cost', 'mu', 'nu', 'solver', 'structure'}, 'a solver')
     check_known([m.costs], _COSTS, 'the costs'), check_known([m.data], _KINDS, 'the kinds of data')
     if m.transport_output and m.costs != 'weights': raise FusionError(f'expected costs from `weights` with `transport_output`, got `{m.costs}`; see `alignment.original`')
     m.uses = ('experts',) if m.transport_output else ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ())
@@ -90,12 +92,12 @@ def _anchor(m, pool):
     if m.anchor not in pool.model_names: raise FusionError(f'expected `anchor` as one of the experts, got `{m.anchor}`; {nearest(m.anchor, pool.model_names)}')
     return pool.model_names.index(m.anchor)
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #5ffe8cd9
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #a866c81b
 def _original(m, states, at, weights):
     "The original's walk, of two models."
     if len(states) != 2: raise FusionError(f'expected two models with `transport_output`, got {len(states)}; without it any number can be fused')
     check_known([m.metric], ('euclidean', 'squared'), 'the metrics of the original')
-    opt = Original(exact=m.solver == 'exact', reg=m.reg, squared=m.metric == 'squared', normalize_wts=m.unit, normalize=m.normalize, ensemble_step=weights[at])
+    opt = Original(exact=m.solver == 'exact', reg=(m.solver_options or {}).get('reg', .01), squared=m.metric == 'squared', normalize_wts=m.unit, normalize=m.normalize, ensemble_step=weights[at])
     return original_fusion(states[1 - at], states[at], opt)
 
 def _grams(m, pool, spec, at):
@@ -104,7 +106,7 @@ def _grams(m, pool, spec, at):
     def batches(): return _batches(pool, m.data, m.samples, m.batch_size, m.seed)
     return {i: group_grams(spec, _network(pool, n), target, batches(), pre=m.pre) for i, n in enumerate(pool.model_names) if i != at}
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #75b8d7c8
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #30237200
 @patch
 def merge(self:GeometricFusion, pool) -> StateDict:
     "The fused tensors, lazy."
@@ -114,7 +116,7 @@ def merge(self:GeometricFusion, pool) -> StateDict:
     spec = spec_of(getattr(pool, 'spec', None) if m.spec is None else m.spec, states[at])
     pool.seen.add('spec')
     grams = None if m.costs == 'weights' else _grams(m, pool, spec, at)
-    solver = {'solver': m.solver} | ({} if m.solver == 'exact' else {'reg': m.reg, 'alpha': m.alpha})
+    solver = {'solver': m.solver} | (m.solver_options or {})
     return fuse(spec, states, anchor=at, weights=weights, rounds=m.rounds, grams=grams, like=None if m.different_widths else pool.reference(), metric=m.metric,
                 unit=m.unit, normalize=m.normalize, solver=solver, masses=m.masses, mix=_COSTS[m.costs], sweeps=m.sweeps, readers=m.readers)
 
