@@ -32,7 +32,7 @@ def spec_of(
     check_known(parts, ('axes', 'sizes', 'within'), 'a specification')
     return make_spec({k: tuple(v) for k, v in parts.pop('axes').items()}, sd, **parts)
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #ebe5156c
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #cf4b0a27
 _COSTS = {'weights': 0., 'both': .5, 'activations': 1.}
 _KINDS = 'train', 'validation', 'unlabeled_test'
 
@@ -41,6 +41,7 @@ def _batches(pool, kind, samples, size, seed):
     per_task = -(-samples // (size * len(pool.model_names)))
     for task in pool.model_names: yield from islice(pool.batches(task, kind, batch_size=size, seed=seed), per_task)
 
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #5bd1be02
 def _network(pool, name):
     net = pool.load_model(name)
     if not isinstance(net, nn.Module): raise FusionError(f'expected `{name}` as a network to record activations, got a {type(net).__name__}; take costs from `weights`')
@@ -73,13 +74,14 @@ class GeometricFusion(BaseAlgorithm):
     transport_output: bool = False # the original's walk: two plain networks, class layer transported too
     def __post_init__(self): _prepare(self)
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #f9abd661
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #469b8655
 def _prepare(m):
     check_known(m.solver_options or {}, set(signature(plan).parameters) - {'cost', 'mu', 'nu', 'solver', 'structure'}, 'a solver')
     check_known([m.costs], _COSTS, 'the costs'), check_known([m.data], _KINDS, 'the kinds of data')
     if m.transport_output and m.costs != 'weights': raise FusionError(f'expected costs from `weights` with `transport_output`, got `{m.costs}`; see `alignment.original`')
     m.uses = ('experts',) if m.transport_output else ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ())
 
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #5e4cd414
 def _states(m, pool):
     "State dicts of the experts, also where they differ in width."
     if not m.different_widths: return pool.experts()
@@ -87,12 +89,13 @@ def _states(m, pool):
     models = [pool.load_model(n) for n in pool.model_names]
     return [x.state_dict() if isinstance(x, nn.Module) else x for x in models]
 
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #0e5052f9
 def _anchor(m, pool):
     if m.anchor is None: return len(pool) - 1
     if m.anchor not in pool.model_names: raise FusionError(f'expected `anchor` as one of the experts, got `{m.anchor}`; {nearest(m.anchor, pool.model_names)}')
     return pool.model_names.index(m.anchor)
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #a866c81b
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #990ccba1
 def _original(m, states, at, weights):
     "The original's walk, of two models."
     if len(states) != 2: raise FusionError(f'expected two models with `transport_output`, got {len(states)}; without it any number can be fused')
@@ -100,13 +103,14 @@ def _original(m, states, at, weights):
     opt = Original(exact=m.solver == 'exact', reg=(m.solver_options or {}).get('reg', .01), squared=m.metric == 'squared', normalize_wts=m.unit, normalize=m.normalize, ensemble_step=weights[at])
     return original_fusion(states[1 - at], states[at], opt)
 
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #5841cfe9
 def _grams(m, pool, spec, at):
     "Activation sums of every model with the anchor."
     target = _network(pool, pool.model_names[at])
     def batches(): return _batches(pool, m.data, m.samples, m.batch_size, m.seed)
     return {i: group_grams(spec, _network(pool, n), target, batches(), pre=m.pre) for i, n in enumerate(pool.model_names) if i != at}
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #30237200
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #c1c76a6c
 @patch
 def merge(self:GeometricFusion, pool) -> StateDict:
     "The fused tensors, lazy."
@@ -120,6 +124,7 @@ def merge(self:GeometricFusion, pool) -> StateDict:
     return fuse(spec, states, anchor=at, weights=weights, rounds=m.rounds, grams=grams, like=None if m.different_widths else pool.reference(), metric=m.metric,
                 unit=m.unit, normalize=m.normalize, solver=solver, masses=m.masses, mix=_COSTS[m.costs], sweeps=m.sweeps, readers=m.readers)
 
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #91ae9e55
 @patch
 def run(self:GeometricFusion, modelpool):
     "The fused network; of the anchor's width."
