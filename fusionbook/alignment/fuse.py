@@ -196,14 +196,14 @@ def _turn(spec, models, target, keep, grams, options):
     "Maps of all models onto a target; the model `keep` is the target's own."
     return [{} if k == keep else align(spec, m, target, grams=(grams or {}).get(k), **options) for k, m in enumerate(models)]
 
-# %% ../../nbs/30_alignment/05_fuse.ipynb #750875a4
+# %% ../../nbs/30_alignment/05_fuse.ipynb #d050312f
 def fuse(
     spec:Spec,                    # who shares what
     models:Sequence[StateDict],   # T models
     *, anchor:int=0,              # whose order, and width, the result has
     weights:Sequence[float]=None, # one per model; equal when left out
     like:StateDict=None,          # where types and integers come from; the anchor when left out
-    rounds:int=0,                 # times that the average becomes the anchor
+    rounds:int=0,                 # times that the average becomes the anchor; weights alone decide then
     grams:Mapping[int, Mapping[str, Gram]]=None, # model -> group -> activation sums with the anchor
     **options,                    # of `align`
 ) -> StateDict:                   # lazy, shapes of the anchor

@@ -47,7 +47,7 @@ def _network(pool, name):
     if not isinstance(net, nn.Module): raise FusionError(f'expected `{name}` as a network to record activations, got a {type(net).__name__}; take costs from `weights`')
     return net.eval()
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #de71a447
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #18f60bce
 @dataclass
 class GeometricFusion(BaseAlgorithm):
     "Geometric fusion: neurons aligned by optimal transport, then averaged (Singh and Jaggi, 2020)."
@@ -62,7 +62,7 @@ class GeometricFusion(BaseAlgorithm):
     solver: str = 'exact'        # exact, sinkhorn, unbalanced, gromov
     solver_options: dict = None  # more for the solver: {reg: .05}, {alpha: .5}, see `plan`
     masses: str = 'uniform'      # or importance: by the norm of the weights
-    rounds: int = 0              # times that the average becomes the anchor: a free barycentre
+    rounds: int = 0              # times that the average becomes the anchor: a free barycentre, by weights
     sweeps: int = 0              # further visits to every group, the rest aligned
     readers: bool = False        # compare by what reads a group too, in these visits
     data: str = 'train'          # where activations come from: train, validation, unlabeled_test
