@@ -232,7 +232,7 @@ def output_change(
     "How much a network's outputs move when every group is shuffled; rounding only, where the specification is right."
     sd = model.state_dict()
     with torch.no_grad():
-        run = lambda tensors: [t for t in tree_leaves(torch.func.functional_call(model, dict(tensors), inputs, kwargs)) if isinstance(t, Tensor)]
+        run = lambda tensors: [t for t in tree_leaves(torch.func.functional_call(model, dict(tensors), inputs, kwargs, tie_weights=False)) if isinstance(t, Tensor)]
         pairs = list(zip(run(sd), run(permute(spec, sd, random_permutations(spec, seed)))))
     return max((a - b).abs().max().item() for a, b in pairs) / max(a.abs().max().item() for a, _ in pairs)
 
