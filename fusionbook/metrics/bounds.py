@@ -14,7 +14,7 @@ from ..core.errors import FusionError
 # %% ../../nbs/40_metrics/03b_bounds.ipynb #3076e8f0
 DELTA, EPSILON = .05, 1e-3 # δ, confidence; ε, noise that a weight of 0 gets in the magnitude-aware forms
 
-# %% ../../nbs/40_metrics/03b_bounds.ipynb #fa18494a
+# %% ../../nbs/40_metrics/03b_bounds.ipynb #010d9e85
 def norm_bound(
     d:Tensor,       # w - c, (ω,)
     sigma:float,    # σ
@@ -22,9 +22,9 @@ def norm_bound(
     *, a:float,     # factor of ‖d‖²/σ²
 ) -> float:
     "a ‖d‖²/σ² + ln(m/δ) + 10."
-    return a * d.double().square().sum().item() / sigma ** 2 + math.log(m / DELTA) + 10
+    return a * d.cpu().double().square().sum().item() / sigma ** 2 + math.log(m / DELTA) + 10
 
-# %% ../../nbs/40_metrics/03b_bounds.ipynb #3bb6115f
+# %% ../../nbs/40_metrics/03b_bounds.ipynb #4ab68e1a
 def magnitude_bound(
     d:Tensor,           # w - c, (ω,)
     sigma:float,        # σ', relative to magnitudes
@@ -33,7 +33,7 @@ def magnitude_bound(
     factor:float=.5,    # of the sum
 ) -> float:
     "The magnitude-aware form: ½ Σ ln(…) + ln(m/δ) + 10."
-    square = d.double().square()
+    square = d.cpu().double().square()
     top = EPSILON ** 2 + (sigma ** 2 + b) * square.sum() / len(d)
     return factor * (top.log() - (EPSILON ** 2 + sigma ** 2 * square).log()).sum().item() + math.log(m / DELTA) + 10
 

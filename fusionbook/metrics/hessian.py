@@ -72,7 +72,7 @@ class Estimate:
     backward: int  # examples
     settled: bool = True # False where an iteration ran out of steps
 
-# %% ../../nbs/40_metrics/03_hessian.ipynb #a8de2a2f
+# %% ../../nbs/40_metrics/03_hessian.ipynb #9131a9d6
 def estimate(
     parts:Tensor,   # independent estimates of one number, (K,)
     f:Objective,    # whose counters say what it cost
@@ -80,9 +80,9 @@ def estimate(
     settled:bool=True,
 ) -> Estimate:
     "Mean and standard error of independent parts."
-    k = len(parts)
-    error = parts.double().std().item() / k ** .5 if k > 1 else float('nan')
-    return Estimate(parts.double().mean().item(), error, k, f.forward - before[0], f.backward - before[1], settled)
+    k, parts = len(parts), parts.cpu().double()
+    error = parts.std().item() / k ** .5 if k > 1 else float('nan')
+    return Estimate(parts.mean().item(), error, k, f.forward - before[0], f.backward - before[1], settled)
 
 # %% ../../nbs/40_metrics/03_hessian.ipynb #41441349
 def row_batches(
@@ -97,16 +97,16 @@ def row_batches(
         raise FusionError(f'expected at most {n} rows in batches of at least one, got {batches} batches of {size}')
     return torch.randperm(n, generator=generator(seed, 'rows'))[:batches * size].view(batches, size)
 
-# %% ../../nbs/40_metrics/03_hessian.ipynb #402b61dd
+# %% ../../nbs/40_metrics/03_hessian.ipynb #c968ca56
 def _krylov(f, rows, start, steps, tolerance):
     "The vector of the largest eigenvalue in the span of v, Hv, H²v, …; and whether its value settled."
     basis, products, value = [start.to(f.w.device) / start.norm()], [], None
     for _ in range(steps):
         products.append(hessian_products(f, basis[-1][None], rows)[0])
         Q = torch.stack(basis)
-        small = (Q @ torch.stack(products).T).double()
+        small = (Q @ torch.stack(products).T).cpu().double()
         values, vectors = torch.linalg.eigh((small + small.T) / 2)
-        value, old, v = values[-1].item(), value, vectors[:, -1].float() @ Q
+        value, old, v = values[-1].item(), value, vectors[:, -1].float().to(Q.device) @ Q
         rest = products[-1]
         for _ in range(2): rest = rest - (Q @ rest) @ Q   # twice is enough to stay orthogonal
         if _settled(value, old, tolerance) or rest.norm() <= 1e-6 * products[-1].norm(): return v / v.norm(), True

@@ -47,7 +47,7 @@ def solve(
         else: a, ha = t, ht
     return math.exp(a if abs(ha) < abs(hb) else b), max((hb - ha) / max(b - a, 1e-9), .1), False, len(tried)
 
-# %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #c48c1230
+# %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #9ff1b6c6
 def refine(
     rise:Callable[[float], Tensor], # as in `solve`, with more parts
     sigma:float,     # σ that `solve` found
@@ -57,7 +57,7 @@ def refine(
 ) -> tuple[float, float|None, int]: # σ, standard error of ln σ, evaluations
     "Correct a noise level by one Newton step, and say how well it is known."
     for look in range(looks):
-        parts = rise(sigma).double()
+        parts = rise(sigma).cpu().double()
         h = _log_rise(parts, target)
         sigma *= math.exp(-max(min(h / slope, 1), -1))
         if abs(h) < .7: break
