@@ -6,8 +6,8 @@
 __all__ = ['root_defaults', 'complete', 'restricted', 'check_output', 'check_device', 'run_folder', 'logged', 'summary',
            'check_places', 'made', 'run_config', 'run_model_fusion']
 
-# %% ../../nbs/80_bench/04_configured.ipynb #a620b085
-import logging, tempfile, time
+# %% ../../nbs/80_bench/04_configured.ipynb #57614d33
+import json, logging, tempfile, time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,7 +117,7 @@ def summary(
     def names(xs): return f'{len(xs)}' + (f' ({", ".join(map(str, xs[:10]))}{", …" if len(xs) > 10 else ""})' if xs else '')
     return f'method   {short(cfg["method"])}({hyper})\nmodels   {names(models)}\ntasks    {names(tasks)}'
 
-# %% ../../nbs/80_bench/04_configured.ipynb #f8d3d7f8
+# %% ../../nbs/80_bench/04_configured.ipynb #f07c87eb
 def _keeper(folder, copy, notes):
     "Write report, answers and picture into the run's folder, and beside `copy`."
     def keep(report):
@@ -125,6 +125,8 @@ def _keeper(folder, copy, notes):
         for file in [folder/'report.json'] + ([copy] if copy else []):
             if report.answers: save_predictions(report.answers, predictions_path(file)) # before the report: where that is, they are
             report.save(file)
+            if learned := report.get('adaptation'):
+                with atomic(file.with_name('coefficients.json')) as new: new.write_text(json.dumps(learned))
             if report['rows']:
                 from fusionbook.core.plot import save_figure
                 save_figure(report.figure(), file.with_suffix('.png'))

@@ -57,8 +57,8 @@ def spread(
     tasks = dict.fromkeys(r['task'] for r in rows)
     return {'average': of([averages(rs)['accuracy'] for rs in models.values()])} | {t: of([r['accuracy'] for r in rows if r['task'] == t]) for t in tasks} if rows else {}
 
-# %% ../../nbs/80_bench/01_report.ipynb #b24473d4
-_OWN = ('rows', 'config', 'method', 'uses', 'seed', 'versions', 'git_commit', 'hashes', 'cost', 'interrupted', 'model_info', 'average', 'created', 'seeds', 'sweep')
+# %% ../../nbs/80_bench/01_report.ipynb #510ee987
+_OWN = ('rows', 'config', 'method', 'uses', 'seed', 'versions', 'git_commit', 'hashes', 'cost', 'interrupted', 'model_info', 'average', 'created', 'seeds', 'sweep', 'adaptation')
 
 # %% ../../nbs/80_bench/01_report.ipynb #e47d4b58
 class Report(Mapping):

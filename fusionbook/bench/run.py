@@ -198,13 +198,14 @@ def _measure(data, kept, results, pool, taskpool, device, references):
         with measured(cost, 'evaluation'): _add(data, kept, merged_rows(result, taskpool, device=device, suffix=suffix))
     return result
 
-# %% ../../nbs/80_bench/03_run.ipynb #f04ad2fd
-def _results(runs, pool, cost, lineage, save_path, **how):
-    "The models of a method, one a seed, merged when asked."
+# %% ../../nbs/80_bench/03_run.ipynb #0ad82e90
+def _results(runs, pool, cost, lineage, save_path, learned, **how):
+    "The models of a method, one a seed, merged when asked; `learned` takes what each run learned."
     for suffix, m in runs.items():
         with measured(cost, 'merging'):
             own = lineage | dict(hyperparameters=_hyper(m))
             result = merged_model(m, pool, save_path=seed_path(save_path, suffix), lineage=own, **how)
+        if m.adaptation: learned[f'merged{suffix}'] = m.adaptation
         yield suffix, result
 
 def _seeds(data, method, runs, seeds):
@@ -226,7 +227,7 @@ def seed_path(
     "Where the model of one seed is written."
     return Path(path).with_stem(Path(path).stem + suffix.replace(', ', '_').replace(' ', '_')) if path and suffix else path
 
-# %% ../../nbs/80_bench/03_run.ipynb #454e49c4
+# %% ../../nbs/80_bench/03_run.ipynb #6b92ca71
 def fusion(
     method:BaseAlgorithm,        # how to merge
     pool:BaseModelPool,          # what to merge
@@ -242,12 +243,12 @@ def fusion(
 ) -> Report:                     # with the merged network as `model` (the last seed's), and the `answers` behind its rows
     "Load, merge, evaluate, report."
     check_task_names((taskpool := taskpool or DummyTaskPool()).task_names)
-    cost, kept, kind, runs = {}, [], float_type(dtype) if dtype else None, seeded(method, check_seeds(seeds))
+    cost, kept, learned, kind, runs = {}, [], {}, float_type(dtype) if dtype else None, seeded(method, check_seeds(seeds))
     with measured(cost, 'loading'): _checked(method, pool.attach(taskpool)); lineage = _lineage(method, pool); pool.seen.clear()
-    results = _results(runs, pool, cost, lineage, save_path, shard_size=shard_size, dtype=kind); first = next(results)
+    results = _results(runs, pool, cost, lineage, save_path, learned, shard_size=shard_size, dtype=kind); first = next(results)
     keys = dict(seed=seed, seeds=seeds, device=device, dtype=dtype, references=references,
                 merged_model_save_path=save_path and str(save_path), shard_size=shard_size)
-    data = _head(method, pool, taskpool, lineage, first[1], keys) | dict(seed=seed, cost=cost, rows=[])
+    data = _head(method, pool, taskpool, lineage, first[1], keys) | dict(seed=seed, cost=cost, rows=[]) | (dict(adaptation=learned) if learned else {})
     try: last = _measure(data, kept, chain([first], results), pool, taskpool, device, references)
     except BaseException: keep(_finished(data | {'interrupted': True}, kept)); raise
     report = _finished(data | _seeds(data, method, runs, seeds), kept, last)

@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from .config import CONFIG, check_targets, instantiate, known_keys, locate, mirrored, plain, published
 from .errors import FusionError, nearest
 
-# %% ../../nbs/00_core/07_legacy.ipynb #b00d8e2a
+# %% ../../nbs/00_core/07_legacy.ipynb #88ff7774
 KINDS = ('method', 'modelpool', 'taskpool')
-_DROP = ('inplace', 'show_pbar') # FusionBench's switches without meaning here: inputs are never modified, progress is `progress=`
+_DROP = ('inplace', 'show_pbar', 'strict', 'devices', 'num_workers', 'cache_dir', 'save_merging_weights') # FusionBench's switches without meaning here:
+# inputs are never modified, progress is `progress=`, a run's device is `device=`, and what a method learned is written to the run's folder
 
 # %% ../../nbs/00_core/07_legacy.ipynb #27187fb5
 def our_target(
@@ -61,20 +62,20 @@ def _taskpool(cfg):
 _TYPES = {'modelpool': {'huggingface_clip_vision': _modelpool},
           'taskpool': {'clip_vit_classification': _taskpool, 'dummy': lambda cfg: {'_target_': 'fusionbook.taskpool.DummyTaskPool'}}}
 
-# %% ../../nbs/00_core/07_legacy.ipynb #617867cf
+# %% ../../nbs/00_core/07_legacy.ipynb #1d498d38
 def translate(
     cfg,       # a method's or pool's configuration in any of the schemas
     kind:str,  # method, modelpool or taskpool
 ) -> dict:     # the same in ours
     "Read FusionBench's schemas; ours passes through."
     cfg = plain(cfg)
-    if kind == 'method' and '_target_' not in cfg and 'name' in cfg: cfg = _method(cfg)
+    if named := kind == 'method' and '_target_' not in cfg and 'name' in cfg: cfg = _method(cfg)
     if '_target_' not in cfg and 'type' in cfg:
         types = _TYPES.get(kind, {})
         if cfg['type'] not in types: raise FusionError(f'expected a known type of {kind}, got `{cfg["type"]}`; {nearest(cfg["type"], types)}')
         cfg = types[cfg['type']](cfg)
     if '_target_' not in cfg: raise FusionError(f'expected a {kind} with `_target_` (or the older `name`/`type`), got the keys {sorted(cfg)}')
-    foreign = cfg['_target_'].startswith('fusion_bench.')
+    foreign = named or cfg['_target_'].startswith('fusion_bench.')
     cfg = {k: v for k, v in cfg.items() if not (foreign and k in _DROP)}
     return cfg | {'_target_': our_target(cfg['_target_'], kind)} | ({} if kind == 'method' else {'_recursive_': False})
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['track', 'silent']
 
-# %% ../../nbs/00_core/05_progress.ipynb #bf8313a4
+# %% ../../nbs/00_core/05_progress.ipynb #e1aedf01
 import os, sys, time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from tqdm.std import tqdm
 from .errors import FusionError, nearest
@@ -77,17 +77,19 @@ def _kind():
     if _in_jupyter(): return _Cell
     return _Bar if mode == 'bar' or sys.stderr.isatty() else _Log
 
-# %% ../../nbs/00_core/05_progress.ipynb #e7cabc25
+# %% ../../nbs/00_core/05_progress.ipynb #91808f0b
 def track(
     iterable:Iterable, # what to loop over; a generator without length is fine
     label:str,         # what is being done, in a few words
     total:int=None,    # how many items, where `iterable` has no length
+    *, note:Callable[[], str]=None, # what to say beside the label once an item is done, such as a loss
 ) -> Iterator:         # the same items
     "Yield the items of `iterable` and show how far the loop is."
-    kind = _kind()
-    if kind is None: yield from iterable
-    else:
-        with kind(iterable, label, total) as bar: yield from bar
+    if (kind := _kind()) is None: yield from iterable; return
+    with kind(iterable, label, total) as bar:
+        for item in bar:
+            yield item
+            if note: bar.set_description(f'{label}, {note()}', refresh=False)
 
 # %% ../../nbs/00_core/05_progress.ipynb #fee6427a
 @contextmanager

@@ -23,13 +23,14 @@ import fusionbook.modelpool.data # gives every pool `batches` and `logits`
 # %% ../../nbs/60_method/00_base.ipynb #565f473a
 USES = ('pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test') # all that a method can see
 
-# %% ../../nbs/60_method/00_base.ipynb #682dc105
+# %% ../../nbs/60_method/00_base.ipynb #b77d0997
 class BaseAlgorithm(BaseYAMLSerializable):
     "A fusion method. Define `merge(pool) -> state dict`, or `run(modelpool) -> model` for methods that change the architecture."
     _program, _config_key = None, 'method'
     uses = ('experts',)    # what it sees, from `USES`
     config_names = ()      # files below `config/method/` that hold its defaults; the first is the name it is known by
     symmetric = True       # whether the order of the experts is irrelevant
+    adaptation = None      # what the last run learned, as JSON for the report: coefficients with their names, the curve of the objective
     def on_run_start(self): "Called before `run`."
     def on_run_end(self): "Called after `run`, also when it failed."
     def merge(self, pool:BaseModelPool) -> StateDict:
