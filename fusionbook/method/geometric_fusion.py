@@ -5,29 +5,31 @@
 # %% auto #0
 __all__ = ['spec_of', 'GeometricFusion']
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #0b931037
-from collections.abc import Mapping
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #aaf7aebd
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import islice
+import torch
 from fastcore.basics import patch
 from torch import nn
 from ..alignment.fuse import fuse, group_grams
 from ..alignment.original import Original, original_fusion
 from ..alignment.spec import Spec, make_spec
+from ..alignment.trace import derive
 from ..alignment.transport import plan
 from ..core.errors import FusionError, check_known, nearest
 from ..core.state_dict import StateDict
 from .base import BaseAlgorithm, as_pool, expert_weights
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #7641079b
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #db2b7c3d
 def spec_of(
     given:Spec|Mapping|None, # a specification, or formulas
     sd:StateDict,            # the model it is for
 ) -> Spec:                   # checked
     "The specification that a user or a pool gave."
     if isinstance(given, Spec): return given
-    if given is None: raise FusionError('expected a specification of who shares a permutation, got none; give `method.spec`, or a pool with `spec`')
+    if given is None: raise FusionError('expected a specification of who shares a permutation, got none; give `method.spec` (formulas, or the shape of an input of a network), or a pool with `spec`')
     parts = dict(given) if isinstance(given.get('axes'), Mapping) else {'axes': given}
     check_known(parts, ('axes', 'sizes', 'within'), 'a specification')
     return make_spec({k: tuple(v) for k, v in parts.pop('axes').items()}, sd, **parts)
@@ -47,12 +49,12 @@ def _network(pool, name):
     if not isinstance(net, nn.Module): raise FusionError(f'expected `{name}` as a network to record activations, got a {type(net).__name__}; take costs from `weights`')
     return net.eval()
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #18f60bce
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #591b29c6
 @dataclass
 class GeometricFusion(BaseAlgorithm):
     "Geometric fusion: neurons aligned by optimal transport, then averaged (Singh and Jaggi, 2020)."
     uses, config_names, symmetric = ('experts', 'spec'), ('geometric_fusion',), False
-    spec: dict = None            # tensor -> formulas of its axes; the pool's own when null
+    spec: dict = None            # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
     anchor: str = None           # the model whose order of neurons, and width, the result has; the last when null, as in the original
     weights: list = None         # one number per model in the order of the pool, summing to 1; equal when null
     costs: str = 'weights'       # compare neurons by weights, activations, or both
@@ -110,14 +112,25 @@ def _grams(m, pool, spec, at):
     def batches(): return _batches(pool, m.data, m.samples, m.batch_size, m.seed)
     return {i: group_grams(spec, _network(pool, n), target, batches(), pre=m.pre) for i, n in enumerate(pool.model_names) if i != at}
 
-# %% ../../nbs/60_method/91_geometric_fusion.ipynb #c1c76a6c
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #43bac15d
+def _is_shape(given): return isinstance(given, Sequence) and all(isinstance(n, int) for n in given)
+
+def _traced(m, pool, shape):
+    "The specification of a network from a forward pass: on zeros of a given shape, or on inputs that are read anyway."
+    net = pool.load_pretrained_or_first_model()
+    if not isinstance(net, nn.Module) or shape is None and m.costs == 'weights': return spec_of(None, {})
+    example = torch.zeros(tuple(shape)) if shape is not None else next(iter(pool.batches(pool.model_names[0], m.data, batch_size=2, seed=m.seed)))
+    return derive(net, example)
+
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #42f7b810
 @patch
 def merge(self:GeometricFusion, pool) -> StateDict:
     "The fused tensors, lazy."
     m, states, at = self, _states(self, pool), _anchor(self, pool)
     weights = expert_weights(m.weights, len(pool), normalize=False, equal=1 / len(pool))
     if m.transport_output: return _original(m, states, at, weights)
-    spec = spec_of(getattr(pool, 'spec', None) if m.spec is None else m.spec, states[at])
+    given = getattr(pool, 'spec', None) if m.spec is None else m.spec
+    spec = _traced(m, pool, given) if given is None or _is_shape(given) else spec_of(given, states[at])
     pool.seen.add('spec')
     grams = None if m.costs == 'weights' else _grams(m, pool, spec, at)
     solver = {'solver': m.solver} | (m.solver_options or {})
