@@ -112,10 +112,10 @@ class ExperimentPool(BaseModelPool):
         self.experiment, self.seed, self.kinds, self.model_type, self.dataset_name, self.data = str(experiment), seed, list(kinds), model_type, dataset_name, data
         self.type = _checked(self)
 
-# %% ../../nbs/50_modelpool/04_experiment.ipynb #24166396
+# %% ../../nbs/50_modelpool/04_experiment.ipynb #87ecda70
 def _data(name, data, kinds):
-    "Training and test images of every model."
-    return {f'{s}_datasets': {k: dataset_source(name, s, data) for k in kinds} for s in ('train', 'test')} if name else {}
+    "Training and test images, under the name of the task and of every model."
+    return {f'{s}_datasets': {k: dataset_source(name, s, data) for k in (known_dataset(name)['folder'], *kinds)} for s in ('train', 'test')} if name else {}
 
 def _checked(pool):
     "The type of all models of the pool."
