@@ -26,33 +26,32 @@ def middle(
 
 def _wide(t): return t if t.dtype == torch.float64 else t.float()
 
-# %% ../../nbs/30_alignment/04b_ste.ipynb #f5421110
-def _push(free, mid, optimizer, value):
-    "The gradient at the midpoint becomes the gradient of the free weights."
-    names = [k for k in free if mid[k].requires_grad]
-    for k, g in zip(names, torch.autograd.grad(value, [mid[k] for k in names], allow_unused=True)): free[k].grad = g
-    optimizer.step()
+# %% ../../nbs/30_alignment/04b_ste.ipynb #07e5523f
+def _push(free, mid, value, learning_rate):
+    "The gradient at the midpoint moves the free weights."
+    for k, g in zip(free, torch.autograd.grad(value, [mid[k] for k in free], allow_unused=True)):
+        if g is not None: free[k] -= learning_rate * g
 
-# %% ../../nbs/30_alignment/04b_ste.ipynb #35180204
+# %% ../../nbs/30_alignment/04b_ste.ipynb #9344af1d
 def straight_through(
     spec:Spec,                # who shares what
     moved:StateDict,          # A
     anchor:StateDict,         # B
     loss:Callable[[Mapping[str, Tensor]], Tensor], # tensors of a network -> scalar that can be differentiated
-    *, steps:int,             # of Adam
-    learning_rate:float,      # its step size
+    *, steps:int,             # of gradient descent
+    learning_rate:float,      # step size
     seed:int,                 # of the matchings
     groups:Sequence[str]=('*',), # patterns of the groups to align
 ) -> tuple[dict[str, Tensor], list[float]]: # permutation of A with the lowest loss; the loss after 0 … steps steps
     "Permutations by the loss of the midpoint (Ainsworth et al., 2023)."
     if steps < 0 or learning_rate <= 0: raise FusionError(f'expected steps of at least 0 and a positive learning rate, got {steps} and {learning_rate}')
     free = {k: _wide(v).detach().clone() for k, v in anchor.items() if v.is_floating_point()}
-    optimizer, perms, curve, best = torch.optim.Adam(free.values(), lr=learning_rate), None, [], None
+    perms, curve, best = None, [], None
     for step in track(range(steps + 1), 'straight-through matching'):
         perms = weight_matching(spec, moved, {k: free.get(k, v) for k, v in anchor.items()}, seed=seed, groups=groups, start=perms)
         value = loss(mid := middle(permute(spec, moved, perms), anchor))
         if not torch.isfinite(value): raise FusionError(f'expected a finite loss, got {value.item()} at step {step}; try a smaller learning rate')
         if not curve or value.item() < min(curve): best = perms
         curve.append(value.item())
-        if step < steps: _push(free, mid, optimizer, value)
+        if step < steps: _push(free, mid, value, learning_rate)
     return best, curve
