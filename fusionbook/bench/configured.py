@@ -117,16 +117,16 @@ def summary(
     def names(xs): return f'{len(xs)}' + (f' ({", ".join(map(str, xs[:10]))}{", …" if len(xs) > 10 else ""})' if xs else '')
     return f'method   {short(cfg["method"])}({hyper})\nmodels   {names(models)}\ntasks    {names(tasks)}'
 
-# %% ../../nbs/80_bench/04_configured.ipynb #f07c87eb
+# %% ../../nbs/80_bench/04_configured.ipynb #2c6332a5
 def _keeper(folder, copy, notes):
-    "Write report, answers and picture into the run's folder, and beside `copy`."
+    "Write report, answers and picture into the run's folder, and beside `copy`; what the method learned into the folder."
     def keep(report):
         report.data |= notes
+        if learned := report.get('adaptation'):
+            with atomic(folder/'coefficients.json') as new: new.write_text(json.dumps(learned))
         for file in [folder/'report.json'] + ([copy] if copy else []):
             if report.answers: save_predictions(report.answers, predictions_path(file)) # before the report: where that is, they are
             report.save(file)
-            if learned := report.get('adaptation'):
-                with atomic(file.with_name('coefficients.json')) as new: new.write_text(json.dumps(learned))
             if report['rows']:
                 from fusionbook.core.plot import save_figure
                 save_figure(report.figure(), file.with_suffix('.png'))
