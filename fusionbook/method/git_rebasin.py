@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GitRebasin']
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #c77e2c97
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #2985d744
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -17,9 +17,8 @@ from ..alignment.spec import Spec, permute
 from ..core.config import composed, instantiate
 from ..core.errors import FusionError, check_known, nearest
 from ..core.state_dict import StateDict
-from .base import BaseAlgorithm, expert_weights
+from .base import as_pool, BaseAlgorithm, expert_weights
 from .geometric_fusion import _KINDS, _anchor, _batches, _is_shape, _network, _traced, spec_of
-from ..modelpool.base import BaseModelPool
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #7e71caa1
 @dataclass
@@ -71,7 +70,7 @@ def aligned(self:GitRebasin,
     spec = _spec(self, pool, states, at)
     return spec, [sd if i == at else permute(spec, sd, _permutation(self, pool, spec, states, i, at)) for i, sd in enumerate(states)]
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #5e784380
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #14aa04e6
 @patch
 def merge(self:GitRebasin, pool) -> StateDict:
     "The merged tensors, lazy."
@@ -79,4 +78,4 @@ def merge(self:GitRebasin, pool) -> StateDict:
     _, states = self.aligned(pool)
     if self.inner is None: return average(states, weights, like=pool.reference())
     base = {'_pretrained_': pool.pretrained()} if pool.has_pretrained else {}
-    return self.inner.merge(BaseModelPool(base | dict(zip(pool.model_names, states))))
+    return self.inner.merge(as_pool(base | dict(zip(pool.model_names, states))))

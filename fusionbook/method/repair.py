@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Repair']
 
-# %% ../../nbs/60_method/93_repair.ipynb #7fbb87ef
+# %% ../../nbs/60_method/93_repair.ipynb #0f2a93d2
 from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import nn
@@ -15,7 +15,6 @@ from ..core.state_dict import StateDict
 from .base import as_pool, expert_weights
 from .geometric_fusion import _batches
 from .git_rebasin import GitRebasin
-from ..modelpool.base import fill
 
 # %% ../../nbs/60_method/93_repair.ipynb #58a812c6
 @dataclass
@@ -28,9 +27,9 @@ class Repair(GitRebasin):
         self.layers = list(self.layers)
         self.uses = (*self.uses, *({self.data} - set(self.uses)))
 
-# %% ../../nbs/60_method/93_repair.ipynb #e6c502ab
+# %% ../../nbs/60_method/93_repair.ipynb #a6ce7a97
 def _networks(pool, states):
-    nets = [fill(pool.load_pretrained_or_first_model(), sd) for sd in states]
+    nets = [pool.load(sd) for sd in states]
     if bad := [n for n in nets if not isinstance(n, nn.Module)]: raise FusionError(f'expected networks to measure channels in, got a {type(bad[0]).__name__}')
     return [n.eval() for n in nets]
 
