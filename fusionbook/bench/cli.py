@@ -14,8 +14,8 @@ from .arguments import GROUPS, catalogue, search_folders, split_words, with_hydr
 from ..core.config import CONFIG
 from ..core.errors import FusionError, nearest
 
-# %% ../../nbs/80_bench/99_cli.ipynb #0ba968ba
-HELP = '''fusionbook: merge trained networks and measure the result.
+# %% ../../nbs/80_bench/99_cli.ipynb #860d1be2
+_USAGE = '''fusionbook: merge trained networks and measure the result.
 
   fusionbook                                    eight experts of mini8, merged by task arithmetic and measured
   fusionbook method=ties_merging                another method on the same models
@@ -28,7 +28,10 @@ HELP = '''fusionbook: merge trained networks and measure the result.
   fusionbook train    --experiment_name E --model_type M --dataset_name D [--seeds N] ...  pairs of networks, in the folders of the OT-fusion study
   fusionbook fuse     --experiment_name E --model_type M --dataset_name D [--seeds N] ...  naive and geometric fusion of each pair
   fusionbook measure  --experiment_name E --model_type M --dataset_name D [--seeds N] ...  both parents and both children in four spaces
+'''
 
+# %% ../../nbs/80_bench/99_cli.ipynb #3cbddbf6
+HELP = _USAGE + '''
 keys      method modelpool taskpool             what to merge, how, and what to measure; with a modelpool and nothing else,
                                                 method and taskpool are `dummy`
           method.<key>=value                    a hyper-parameter, such as method.scaling_factor=0.5
