@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['channel_statistics', 'called_layers', 'repair_layers', 'fold', 'repair', 'reset_batchnorm']
 
-# %% ../../nbs/30_alignment/06_repair.ipynb #aa577f1c
+# %% ../../nbs/30_alignment/06_repair.ipynb #e9872ebe
 import copy
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from .cost import record
 from ..core.errors import FusionError, nearest
 
@@ -29,28 +30,33 @@ def channel_statistics(
     if lost := [n for n, (count, _, _) in sums.items() if not count]: raise FusionError(f'expected at least one batch that reaches `{lost[0]}`, got none')
     return {n: (s / c, (q / c - (s / c).square()).clamp(min=0).sqrt()) for n, (c, s, q) in sums.items()}
 
-# %% ../../nbs/30_alignment/06_repair.ipynb #5112a705
+# %% ../../nbs/30_alignment/06_repair.ipynb #8f7a95cd
+def _leaves(out): return tree_leaves(dict(out) if hasattr(out, 'keys') else out)
+
+def _layers(network): return {n: m for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+
+# %% ../../nbs/30_alignment/06_repair.ipynb #951f2005
 def called_layers(
     network:nn.Module, # in evaluation mode
     inputs,            # one batch
-) -> list[str]:        # names of linear layers and convolutions, in the order of their first call
+) -> dict[str, bool]:  # linear layers and convolutions in the order of their first call; whether what they put out is the answer
     "The layers that a forward pass visits."
-    order, hooks = {}, []
-    for name, m in network.named_modules():
-        if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)): hooks.append(m.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name)))
+    last, answer = {}, []
+    hooks = [m.register_forward_hook(lambda _, args, out, name=name: last.update({name: out})) for name, m in _layers(network).items()]
+    hooks.append(network.register_forward_hook(lambda _, args, out: answer.extend(_leaves(out))))
     try: record(network, (), inputs)
     finally:
         for h in hooks: h.remove()
-    return list(order)
+    return {n: any(out is x for x in answer) for n, out in last.items()}
 
-# %% ../../nbs/30_alignment/06_repair.ipynb #c8c786cc
+# %% ../../nbs/30_alignment/06_repair.ipynb #491558fe
 def repair_layers(
     network:nn.Module,             # in evaluation mode
     inputs,                        # one batch
     include:Sequence[str]=('*',),  # shell patterns of module names
-) -> list[str]:                    # module names in the order of their first call, without the last
+) -> list[str]:                    # module names in the order of their first call
     "The layers whose channels REPAIR resets."
-    hidden = called_layers(network, inputs)[:-1]
+    hidden = [n for n, answers in called_layers(network, inputs).items() if not answers]
     for p in include:
         if not any(fnmatchcase(n, p) for n in hidden): raise FusionError(f'expected patterns that match a hidden layer, got `{p}`; {nearest(p, hidden)}')
     return [n for n in hidden if any(fnmatchcase(n, p) for p in include)]

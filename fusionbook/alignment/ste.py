@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['middle', 'straight_through']
 
-# %% ../../nbs/30_alignment/04b_ste.ipynb #b4db6a01
+# %% ../../nbs/30_alignment/04b_ste.ipynb #b10c34bf
 from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
@@ -13,16 +13,18 @@ from .matching import weight_matching
 from .spec import Spec, permute
 from ..core.errors import FusionError
 from ..core.progress import track
-from ..core.state_dict import StateDict
+from ..core.state_dict import StateDict, shared
 
-# %% ../../nbs/30_alignment/04b_ste.ipynb #36cc2512
+# %% ../../nbs/30_alignment/04b_ste.ipynb #4919a29b
 def middle(
     a:StateDict, # one model
     b:StateDict, # another with the same names and shapes; lends integer entries
-) -> dict[str, Tensor]: # float entries are leaves that collect a gradient
+) -> dict[str, Tensor]: # float entries are leaves that collect a gradient; tied names share one
     "The average of two models, ready for a backward pass."
     def half(x, y): return ((_wide(x) + _wide(y)) / 2).detach().requires_grad_() if y.is_floating_point() else y
-    return {k: half(a[k], b[k]) for k in b}
+    tied = shared(b)
+    out = {k: half(a[k], b[k]) for k in b if k not in tied}
+    return {k: out[tied.get(k, k)] for k in b}
 
 def _wide(t): return t if t.dtype == torch.float64 else t.float()
 

@@ -18,7 +18,7 @@ from ..core.errors import FusionError
 from ..core.legacy import build
 from ..core.state_dict import StateDict
 from ..modelpool.base import BaseModelPool
-import fusionbook.modelpool.data # gives every pool `batches` and `logits`
+import fusionbook.modelpool.data, fusionbook.modelpool.moved # give every pool `batches`, `logits` and `with_experts`
 
 # %% ../../nbs/60_method/00_base.ipynb #565f473a
 USES = ('pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test') # all that a method can see
