@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GitRebasin']
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #2985d744
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #b17c35c5
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -14,13 +14,14 @@ from ..alignment.activations import activation_matching, joint_grams
 from ..alignment.fuse import average
 from ..alignment.matching import chosen_groups, weight_matching
 from ..alignment.spec import Spec, permute
+from ..alignment.ste import parents_loss, straight_through
 from ..core.config import composed, instantiate
-from ..core.errors import FusionError, check_known, nearest
+from ..core.errors import FusionError, check_known
 from ..core.state_dict import StateDict
-from .base import as_pool, BaseAlgorithm, expert_weights
+from .base import BaseAlgorithm, expert_weights
 from .geometric_fusion import _KINDS, _anchor, _batches, _is_shape, _network, _traced, spec_of
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #7e71caa1
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #a44bc370
 @dataclass
 class GitRebasin(BaseAlgorithm):
     "Git Re-Basin: permute every model to the anchor, then average or merge (Ainsworth et al., 2023)."
@@ -28,27 +29,32 @@ class GitRebasin(BaseAlgorithm):
     spec: dict = None       # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
     anchor: str = None      # the model whose order of neurons the result has; the last when null
     weights: list = None    # one number per model in the order of the pool, summing to 1; equal when null
-    costs: str = 'weights'  # match by weights or by activations
+    costs: str = 'weights'  # match by weights, activations, or ste: the loss of the midpoint by a straight-through gradient
+    kind: str = 'correlation' # of activations: correlation or inner product
+    steps: int = 40         # of the straight-through search
+    learning_rate: float = .5 # its step size
     groups: list = ('*',)   # patterns of the groups that may be renamed
     then: str = None        # method that merges the renamed models, such as task_arithmetic; their weighted average when null
     options: dict = None    # its hyper-parameters
-    data: str = 'train'     # where activations come from: train, validation, unlabeled_test
+    data: str = 'train'     # where inputs come from: train, validation, unlabeled_test
     samples: int = 200      # inputs in all
     batch_size: int = 50    # inputs at a time
     pre: bool = True        # activations before ReLU: a neuron that is silent on all inputs has no response after it
     seed: int = 0           # of the order of matching and the choice of inputs
     def __post_init__(self): _settle(self)
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #85d49512
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #fd9f0cc2
+_COSTS = 'weights', 'activations', 'ste'
+
 def _settle(m):
     m.groups = list(m.groups)
-    if m.costs not in ('weights', 'activations'): raise FusionError(f"expected `costs` as weights or activations, got `{m.costs}`; {nearest(str(m.costs), ('weights', 'activations'))}")
+    check_known([m.costs], _COSTS, 'the costs')
     check_known([m.data], _KINDS, 'the kinds of data')
     if m.options and not m.then: raise FusionError('expected `options` beside the method that they belong to, `then`, got none')
     m.inner = instantiate(composed(f'method={m.then}')['method'] | dict(m.options or {})) if m.then else None
-    m.uses = ('experts', 'spec') + ((m.data,) if m.costs == 'activations' else ()) + tuple(u for u in (m.inner.uses if m.inner else ()) if u != 'experts')
+    m.uses = ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ()) + tuple(u for u in (m.inner.uses if m.inner else ()) if u != 'experts')
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #1765f1b9
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #071fda12
 def _spec(m, pool, states, at):
     given = getattr(pool, 'spec', None) if m.spec is None else m.spec
     pool.seen.add('spec')
@@ -57,8 +63,16 @@ def _spec(m, pool, states, at):
 def _permutation(m, pool, spec, states, i, at):
     "Of model i onto the anchor."
     if m.costs == 'weights': return weight_matching(spec, states[i], states[at], seed=m.seed, groups=m.groups)
-    nets = [_network(pool, pool.model_names[k]) for k in (i, at)]
-    return activation_matching(joint_grams(spec, nets, _batches(pool, m.data, m.samples, m.batch_size, m.seed), chosen_groups(spec, m.groups), pre=m.pre))
+    nets, batches = [_network(pool, pool.model_names[k]) for k in (i, at)], _batches(pool, m.data, m.samples, m.batch_size, m.seed)
+    if m.costs == 'activations': return activation_matching(joint_grams(spec, nets, batches, chosen_groups(spec, m.groups), pre=m.pre), kind=m.kind)
+    return _straight(m, pool, spec, states[i], states[at], nets, list(batches))
+
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #c550eb81
+def _straight(m, pool, spec, moved, anchor, nets, batches):
+    "The permutation whose midpoint answers most like its parents."
+    each = len(batches) // len(pool.model_names)
+    loss = parents_loss(nets, [(pool.logits(pool.model_names[i // each]), x) for i, x in enumerate(batches)])
+    return straight_through(spec, moved, anchor, loss, steps=m.steps, learning_rate=m.learning_rate, seed=m.seed, groups=m.groups)[0]
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #38c85044
 @patch
@@ -70,12 +84,11 @@ def aligned(self:GitRebasin,
     spec = _spec(self, pool, states, at)
     return spec, [sd if i == at else permute(spec, sd, _permutation(self, pool, spec, states, i, at)) for i, sd in enumerate(states)]
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #14aa04e6
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #09af7ece
 @patch
 def merge(self:GitRebasin, pool) -> StateDict:
     "The merged tensors, lazy."
     weights = expert_weights(self.weights, len(pool), normalize=False, equal=1 / len(pool))
     _, states = self.aligned(pool)
     if self.inner is None: return average(states, weights, like=pool.reference())
-    base = {'_pretrained_': pool.pretrained()} if pool.has_pretrained else {}
-    return self.inner.merge(as_pool(base | dict(zip(pool.model_names, states))))
+    return self.inner.merge(pool.with_experts(states))
