@@ -99,11 +99,12 @@ def _check_tied(spec, sd):
         if spec.axes.get(alias) != spec.axes.get(owner):
             raise FusionError(f'expected tied tensors to be used alike, got `{alias}`, which reads what `{owner}` makes; only permutations keep such a tie')
 
-# %% ../../nbs/30_alignment/07_zipit.ipynb #fbf45c65
+# %% ../../nbs/30_alignment/07_zipit.ipynb #e13550a0
 def zip_models(
     spec:Spec,                     # from `split_reads`
     experts:Sequence[StateDict],   # T state dicts of one architecture
     clusters:Mapping[str, Tensor], # group -> (T, n); groups left out are averaged in place
+    *, like:StateDict=None,        # lends integer entries; the first expert when None
 ) -> Lazy:                         # one state dict with the same names and shapes, added in float64, rounded once
     "Merge whole networks along their zipped features."
     for sd in experts: check_spec(spec, sd), _check_tied(spec, sd)
@@ -113,7 +114,7 @@ def zip_models(
         merge, read = _maps(clusters, t, spec)
         parts.append(transform(spec, _wide(sd), merge | read))
     def f(name):
-        if not info[name].is_floating_point(): return experts[0][name]
+        if not info[name].is_floating_point(): return (like or experts[0])[name]
         total = sum(p[name] for p in parts)
         return (total if name in made else total / len(parts)).to(info[name].dtype)
     return Lazy({k: partial(f, k) for k in info}, info, shared(experts[0]))
