@@ -65,13 +65,17 @@ def _addmm(notes, args, out):
     found = _mm(notes, args[1:], out)
     return _broadcast([found, notes.of(args[0])])
 
-# %% ../../nbs/30_alignment/01c_rules.ipynb #dd24c5e4
-@_rule('bmm', 'baddbmm')
+# %% ../../nbs/30_alignment/01c_rules.ipynb #2f5b9306
+@_rule('bmm')
 def _bmm(notes, args, out):
-    a, b = map(notes.of, args[-2:])
+    a, b = map(notes.of, args[:2])
     equate(a[0], b[0]); equate(a[2], b[1])
     notes.inside += [(a[0], a[2]), (a[0], a[1]), (a[0], b[2])]
     return [a[0], a[1], b[2]]
+
+# %% ../../nbs/30_alignment/01c_rules.ipynb #616464a2
+@_rule('baddbmm')
+def _baddbmm(notes, args, out): return _broadcast([_bmm(notes, args[1:3], out), notes.of(args[0])])
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #cb5aaa2a
 @_rule('mv', 'dot')
@@ -80,13 +84,15 @@ def _mv(notes, args, out):
     equate(a[-1], b[0])
     return a[:-1]
 
-# %% ../../nbs/30_alignment/01c_rules.ipynb #0f4cb8f8
+# %% ../../nbs/30_alignment/01c_rules.ipynb #05832bc4
 @_rule('_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_flash_attention', '_scaled_dot_product_efficient_attention', 'scaled_dot_product_attention')
 def _attention(notes, args, out):
     q, k, v = map(notes.of, args[:3])
     for a in (k, v): equate(q[0], a[0]); equate(q[1], a[1])
     equate(q[3], k[3]); equate(k[2], v[2])
     notes.inside += [(q[1], q[3]), (q[1], v[3])]
+    for t in args[3:]: # a mask or bias of the scores, perhaps one for each head
+        if isinstance(t, Tensor): _broadcast([notes.of(t), [q[0], q[1], q[2], k[2]]])
     return [q[0], q[1], q[2], v[3]]
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #9bb93bd3
@@ -95,18 +101,25 @@ def _spatial(axes, out, n=2):
     for a in axes[n:]: fix(a)
     return [new_axis(s, True) for s in out.shape[n:]]
 
-# %% ../../nbs/30_alignment/01c_rules.ipynb #1b7f5bce
+# %% ../../nbs/30_alignment/01c_rules.ipynb #b3bb70bd
 @_rule('convolution', '_convolution')
 def _convolution(notes, args, out):
     x, w = map(notes.of, args[:2])
     groups, new = args[8], _spatial(w, out)
     _spatial(x, out)
-    if args[6] and groups == 1: equate(x[1], w[0]); channels = w[1]
+    if args[6] and groups > 1: channels = _held(x[1], w[0], w[1], out.shape[1])
+    elif args[6]: equate(x[1], w[0]); channels = w[1]
     elif groups == 1: equate(x[1], w[1]); channels = w[0]
     elif w[0] and length(x[1]) == groups: channels = _grouped(x[1], w[0], new_axis(1), groups)
     else: channels = _grouped(x[1], w[0], w[1], groups)
     if args[2] is not None: equate(channels, notes.of(args[2])[0])
     return [x[0], channels, *new]
+
+# %% ../../nbs/30_alignment/01c_rules.ipynb #4372e9cf
+def _held(*axes):
+    "Nothing moves: transposed and grouped."
+    for a in axes[:-1]: fix(a)
+    return new_axis(axes[-1], True)
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #04a412d9
 def _grouped(x, w, inner, groups):
@@ -148,7 +161,7 @@ def _pooled(notes, args, out):
     x = notes.of(args[0])
     return [*x[:-2], *_spatial(x, out, len(x) - 2)]
 
-# %% ../../nbs/30_alignment/01c_rules.ipynb #f1c178b1
+# %% ../../nbs/30_alignment/01c_rules.ipynb #3b9ffaff
 @_rule('mean', 'sum', 'amax', 'amin', 'var', 'std', 'max', 'min', 'logsumexp', 'linalg_vector_norm', 'norm')
 def _reduced(notes, args, out):
     x = notes.of(args[0])
@@ -156,6 +169,8 @@ def _reduced(notes, args, out):
     gone = {d % len(x) for d in (range(len(x)) if wanted is None or wanted == [] else [wanted] if isinstance(wanted, int) else wanted)}
     notes.mixed += [(x[d], a) for d in gone for i, a in enumerate(x) if i not in gone]
     keep = out.ndim == len(x)
+    if isinstance(wanted, int) and len(args) == 3:
+        for d in gone: fix(x[d]) # max and min return places too
     return [new_axis(1) if i in gone else a for i, a in enumerate(x) if keep or i not in gone]
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #2f13bf4b

@@ -20,7 +20,7 @@ from ..core.errors import FusionError
 # %% ../../nbs/30_alignment/01d_trace.ipynb #8ff897a2
 def _free(axes): return any(not u.fixed for a in axes for part in known(a) for u in part)
 
-# %% ../../nbs/30_alignment/01d_trace.ipynb #96d44f38
+# %% ../../nbs/30_alignment/01d_trace.ipynb #a1c1fe05
 class _Watch(TorchDispatchMode):
     "Apply the rule of every operation."
     def __init__(self, notes): super().__init__(); self.notes = notes
@@ -32,6 +32,8 @@ class _Watch(TorchDispatchMode):
             raise FusionError(f'expected an operation whose axes are known, got `{name}` on {", ".join(str(tuple(t.shape)) for t in inputs)}; '
                               'give a specification by hand (`make_spec`), or `fixed` names of the tensors that reach it')
         several = name in ('split', 'split_with_sizes', 'chunk', 'unsafe_split', 'unsafe_chunk', 'tensor_split', 'unbind')
+        given = dict(zip((a.name for a in func._schema.arguments), args)) | (kwargs or {})
+        args = tuple(given.get(a.name, a.default_value) for a in func._schema.arguments) # keywords, too
         found = RULES[name](self.notes, args, out if isinstance(out, Tensor) or several else out[0])
         for t, axes in zip(out, found) if several else [(out if isinstance(out, Tensor) else out[0], found)]: self.notes.set(t, list(axes))
         return out
