@@ -101,7 +101,7 @@ def _spatial(axes, out, n=2):
     for a in axes[n:]: fix(a)
     return [new_axis(s, True) for s in out.shape[n:]]
 
-# %% ../../nbs/30_alignment/01c_rules.ipynb #b3bb70bd
+# %% ../../nbs/30_alignment/01c_rules.ipynb #58ad44c8
 @_rule('convolution', '_convolution')
 def _convolution(notes, args, out):
     x, w = map(notes.of, args[:2])
@@ -110,7 +110,6 @@ def _convolution(notes, args, out):
     if args[6] and groups > 1: channels = _held(x[1], w[0], w[1], out.shape[1])
     elif args[6]: equate(x[1], w[0]); channels = w[1]
     elif groups == 1: equate(x[1], w[1]); channels = w[0]
-    elif w[0] and length(x[1]) == groups: channels = _grouped(x[1], w[0], new_axis(1), groups)
     else: channels = _grouped(x[1], w[0], w[1], groups)
     if args[2] is not None: equate(channels, notes.of(args[2])[0])
     return [x[0], channels, *new]
@@ -121,13 +120,12 @@ def _held(*axes):
     for a in axes[:-1]: fix(a)
     return new_axis(axes[-1], True)
 
-# %% ../../nbs/30_alignment/01c_rules.ipynb #04a412d9
+# %% ../../nbs/30_alignment/01c_rules.ipynb #13593534
 def _grouped(x, w, inner, groups):
     "Channels of a grouped convolution: blocks move together, and inside alike."
     block = Unknown(groups)
-    (rest,), = [new_axis(length(w) // groups)]
     equate(x, [[block, *known(inner)[0]]] if len(known(inner)) == 1 else new_axis(length(x), True))
-    equate(w, [[block, *rest]])
+    equate(w, [[block, *new_axis(length(w) // groups)[0]]])
     return w
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #99bcac4e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USAGE', 'fuse_arguments', 'fused', 'fuse_command']
 
-# %% ../../nbs/80_bench/11_fuse.ipynb #dd7ce38c
+# %% ../../nbs/80_bench/11_fuse.ipynb #ebffa698
 import argparse
 import torch
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from ..core.errors import FusionError, nearest
 from ..core.progress import track
 from ..core.state_dict import StateDict
 from ..data.images import DATASETS
+from ..metrics.landscape import layer_distances
 from ..modelpool.experiment import check_parents, read_kind, write_kind
 from ..models.named import MODEL_TYPES, network_of, type_of
 
@@ -74,13 +75,7 @@ def fused(
     if geometric == 'spec': return fuse(_spec(second), [second, first], unit=True)
     return original_fusion(first, second, Original(skip_last_layer=None if transport_output else 'average'))
 
-# %% ../../nbs/80_bench/11_fuse.ipynb #0d104ab2
-def _far(f, p):
-    "‖f - p‖ / ‖p‖ over all floating-point tensors."
-    pairs = [(f[k].double(), p[k].double()) for k in p if p[k].is_floating_point()]
-    return (sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)).sqrt().item()
-
-# %% ../../nbs/80_bench/11_fuse.ipynb #67af2918
+# %% ../../nbs/80_bench/11_fuse.ipynb #9d184253
 def fuse_command(
     argv:Sequence[str], # what the user typed after `fusionbook fuse`
 ) -> Path:              # the experiment's folder
@@ -93,7 +88,7 @@ def fuse_command(
     for seed, kind in track([(s, k) for s in pairs for k in a.kinds], 'fusions'):
         out = fused(*pairs[seed], kind, a.transport_output == 'True', a.geometric)
         write_kind(out, a.folder, seed, kind)
-        lines.append([f'{kind}, seed {seed}', *(f'{_far(out, p):.3f}' for p in pairs[seed])])
+        lines.append([f'{kind}, seed {seed}', *(f'{layer_distances(p, out)["total"]["relative"]:.3f}' for p in pairs[seed])])
     print_table(['fusion', 'distance to parent_1', 'distance to parent_2'], lines, title=f'{a.experiment_name}: two parents of each seed, fused')
     print(f'folder   {a.folder}')
     return a.folder

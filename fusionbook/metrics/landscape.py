@@ -71,13 +71,14 @@ def barrier(
     if not all(map(math.isfinite, values)): raise FusionError(f'expected finite numbers along the line, got {values[[*map(math.isfinite, values)].index(False)]}')
     return dict(t=line, values=values, barrier=max(v - (1 - t) * values[0] - t * values[-1] for t, v in zip(line, values)))
 
-# %% ../../nbs/40_metrics/03e_landscape.ipynb #210a80fd
+# %% ../../nbs/40_metrics/03e_landscape.ipynb #c937dc79
 def plane(
     a:StateDict, b:StateDict, c:StateDict, # three networks that are not on one line
 ) -> tuple[dict[str, tuple[float, float]], Callable]: # their places; and a function (x, y) -> network
     "The plane through three networks, in units of weight-space length."
     products = torch.zeros(3, dtype=torch.float64)
-    for name in [k for k in _floats(a, b) if _floats(a, c)]:
+    check_same(a, [c], ['the third network'])
+    for name in _floats(a, b):
         u, w = (z[name].double().flatten() - a[name].double().flatten() for z in (b, c))
         products += torch.stack([u @ u, u @ w, w @ w])
     uu, uw, ww = products.tolist()
