@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USAGE', 'fuse_arguments', 'fused', 'fuse_command']
 
-# %% ../../nbs/80_bench/11_fuse.ipynb #ebffa698
+# %% ../../nbs/80_bench/11_fuse.ipynb #936e81b1
 import argparse
 import torch
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ from pathlib import Path
 from ..alignment.fuse import average, fuse
 from ..alignment.original import Original, original_fusion
 from ..alignment.trace import derive
+from .flags import check_choice, Flags
 from .report import print_table
-from ..core.errors import FusionError, nearest
+from ..core.errors import FusionError
 from ..core.progress import track
 from ..core.state_dict import StateDict
 from ..data.images import DATASETS
@@ -26,31 +27,25 @@ from ..models.named import MODEL_TYPES, network_of, type_of
 _KINDS = 'naive_fused', 'geometric_fused'
 USAGE = 'fusionbook fuse --experiment_name NAME --model_type TYPE --seeds 5 --dataset_name NAME [options]'
 
-# %% ../../nbs/80_bench/11_fuse.ipynb #26ff405f
-class _Parser(argparse.ArgumentParser):
-    def error(self, message): raise FusionError(f'expected `{USAGE}`, got: {message}')
-
-# %% ../../nbs/80_bench/11_fuse.ipynb #ed8e7739
+# %% ../../nbs/80_bench/11_fuse.ipynb #54433895
 def _parser():
-    p = _Parser(prog='fusionbook fuse', allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=USAGE)
+    p = Flags('fuse', USAGE)
     for name, kind in dict(experiment_name=str, model_type=str, seeds=int, dataset_name=str).items(): p.add_argument(f'--{name}', type=kind, required=True)
     for name, default, help in [('out', 'experiments', 'where experiments are'), ('kinds', ','.join(_KINDS), 'what to write'), ('geometric', 'original', 'original: layer by layer, weights alone; spec: any network, classes stay in place'),
         ('transport_output', 'True', 'whether the original transports the class layer too: True, False')]:
         p.add_argument(f'--{name}', default=default, help=help)
     return p
 
-# %% ../../nbs/80_bench/11_fuse.ipynb #8ee173af
+# %% ../../nbs/80_bench/11_fuse.ipynb #d34fdc0b
 def fuse_arguments(
     argv:Sequence[str],  # what the user typed after `fusionbook fuse`
 ) -> argparse.Namespace: # every flag; `kinds` as a list, `folder` of the experiment
     "Read and check the command line."
-    parser = _parser()
-    a, rest = parser.parse_known_args(list(argv))
-    if rest: raise FusionError(f'expected a flag of `fusionbook fuse`, got `{rest[0]}`; {nearest(rest[0], parser._option_string_actions)}')
+    a = _parser().read(argv)
     a.kinds, a.folder = a.kinds.split(','), Path(a.out)/a.experiment_name
     for value, valid, what in [(a.model_type, MODEL_TYPES, 'a model type'), (a.dataset_name, DATASETS, 'a data set'), (a.transport_output, ('True', 'False'), 'transport_output'), (a.geometric, ('original', 'spec'), 'geometric'),
                                *((k, _KINDS, 'a kind of fusion') for k in a.kinds)]:
-        if value not in valid: raise FusionError(f'expected {what}, got `{value}`; {nearest(value, valid)}')
+        check_choice(value, valid, what)
     if a.seeds < 1: raise FusionError(f'expected at least one seed, got {a.seeds}')
     if not a.folder.is_dir(): raise FusionError(f'expected a folder with models, got `{a.folder}`, which does not exist')
     return a

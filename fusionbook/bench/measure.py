@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['USAGE', 'measure_arguments', 'measured_data', 'measure_models', 'correlation_rows', 'nested', 'measure_command']
 
-# %% ../../nbs/80_bench/10_measure.ipynb #d2d7451b
+# %% ../../nbs/80_bench/10_measure.ipynb #0ca6e577
 import argparse, hashlib, json, math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 import torch
 import fusionbook
 from .configured import check_device
+from .flags import check_choice, Flags
 from ..core.checkpoint import atomic
-from ..core.errors import FusionError, nearest
+from ..core.errors import FusionError
 from ..core.progress import track
 from ..core.state_dict import content_hash
 from ..data.datasets import opened
@@ -28,18 +29,14 @@ from ..models.named import MODEL_TYPES, network_of, type_of
 _SPACES = dict(input_space='input_space', param_space='parameter_space', pred_space='prediction_space')
 USAGE = 'fusionbook measure --device cpu --experiment_name NAME --seeds 5 --model_type TYPE --dataset_name NAME [options]'
 
-# %% ../../nbs/80_bench/10_measure.ipynb #26ff405f
-class _Parser(argparse.ArgumentParser):
-    def error(self, message): raise FusionError(f'expected `{USAGE}`, got: {message}')
-
 # %% ../../nbs/80_bench/10_measure.ipynb #b1bbb33c
 def _truth(text):
     if text not in ('True', 'False'): raise argparse.ArgumentTypeError(f'expected True or False, not {text}')
     return text == 'True'
 
-# %% ../../nbs/80_bench/10_measure.ipynb #4947f7b2
+# %% ../../nbs/80_bench/10_measure.ipynb #abd51068
 def _parser():
-    p = _Parser(prog='fusionbook measure', allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=USAGE)
+    p = Flags('measure', USAGE)
     for name, kind in dict(device=str, experiment_name=str, model_type=str, dataset_name=str, seeds=int).items(): p.add_argument(f'--{name}', type=kind, required=True)
     for name in (*_SPACES, 'correl_space'): p.add_argument(f'--{name}', type=_truth, default=True)
     p.add_argument('--colab', type=_truth, default=False, help='accepted, no effect')
@@ -51,10 +48,6 @@ def _parser():
     p.add_argument('--resume', action='store_true', help='take what an earlier run has measured on the same models, data and options')
     return p
 
-# %% ../../nbs/80_bench/10_measure.ipynb #db2ea094
-def _among(value, valid, what):
-    if value not in valid: raise FusionError(f'expected {what}, got `{value}`; {nearest(str(value), valid)}')
-
 # %% ../../nbs/80_bench/10_measure.ipynb #67a8a567
 def _check_numbers(a):
     if a.seeds < 1: raise FusionError(f'expected at least one seed, got {a.seeds}')
@@ -63,16 +56,14 @@ def _check_numbers(a):
     if a.correl_space and a.seeds < 2: raise FusionError('expected more than one seed to correlate over, got 1; add --correl_space False')
     if a.correl_space and not a.pred_space: raise FusionError('expected the prediction space for correlations, got --pred_space False; add --correl_space False')
 
-# %% ../../nbs/80_bench/10_measure.ipynb #5a7a7212
+# %% ../../nbs/80_bench/10_measure.ipynb #584eec4d
 def measure_arguments(
     argv:Sequence[str],      # what the user typed after `fusionbook measure`
 ) -> argparse.Namespace:     # every flag; `metrics` as names, `folder` of the experiment
     "Read and check the command line."
-    parser = _parser()
-    a, rest = parser.parse_known_args(list(argv))
-    if rest: raise FusionError(f'expected a flag of `fusionbook measure`, got `{rest[0]}`; {nearest(rest[0], parser._option_string_actions)}')
-    _among(a.device, ('cpu', 'cuda', 'mps'), 'a device'); _among(a.model_type, MODEL_TYPES, 'a model type'); _among(a.dataset_name, DATASETS, 'a data set')
-    _among(a.accuracy_metric, ('accuracy', 'generalisation_gap'), 'an accuracy metric')
+    a = _parser().read(argv)
+    check_choice(a.device, ('cpu', 'cuda', 'mps'), 'a device'); check_choice(a.model_type, MODEL_TYPES, 'a model type'); check_choice(a.dataset_name, DATASETS, 'a data set')
+    check_choice(a.accuracy_metric, ('accuracy', 'generalisation_gap'), 'an accuracy metric')
     _check_numbers(a)
     a.metrics = metric_names(a.metrics.split(','), a.accuracy_metric, [s for k, s in _SPACES.items() if getattr(a, k)])
     if a.correl_space and a.accuracy_metric not in a.metrics: raise FusionError(f'expected `{a.accuracy_metric}` among the metrics for correlations, got none; add it or --correl_space False')

@@ -6,17 +6,18 @@
 __all__ = ['train_arguments', 'training_data', 'batcher', 'scorer', 'train_parent', 'training_table', 'training_figure',
            'train_command']
 
-# %% ../../nbs/80_bench/09_train.ipynb #4a34ec5f
+# %% ../../nbs/80_bench/09_train.ipynb #68231c02
 import argparse, json, time
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 import torch
 from .configured import check_device
+from .flags import check_choice, Flags
 from .provenance import versions
 from .report import print_table
 from ..core.checkpoint import Checkpoint, atomic
-from ..core.errors import FusionError, nearest
+from ..core.errors import FusionError
 from ..core.plot import curves, save_figure
 from ..core.progress import track
 from ..core.state_dict import generator
@@ -27,13 +28,10 @@ from ..models.epochs import best_epoch, train_epochs
 from ..models.named import MODEL_TYPES, model_type
 from ..taskpool.base import evaluating, predict_batches, row
 
-# %% ../../nbs/80_bench/09_train.ipynb #6d86ed92
-class _Parser(argparse.ArgumentParser):
-    def error(self, message): raise FusionError(f'expected `fusionbook train --experiment_name NAME --model_type TYPE --dataset_name NAME`, got: {message}')
-
+# %% ../../nbs/80_bench/09_train.ipynb #35a405cb
 def _parser():
     "Flags, with the recipe of the original as defaults."
-    p = _Parser(prog='fusionbook train', allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, description='Train two parents for each seed.')
+    p = Flags('train', 'fusionbook train --experiment_name NAME --model_type TYPE --dataset_name NAME [options]')
     for name, help in dict(experiment_name='folder below --out', model_type=', '.join(MODEL_TYPES), dataset_name=', '.join(DATASETS)).items(): p.add_argument(f'--{name}', required=True, help=help)
     flags = dict(seeds=(str, '1', 'how many, or which: 3 or 2,5'), device=(str, 'cpu', 'cpu, cuda, mps'), epochs=(int, 30, 'passes over the data'), batch_size=(int, 64, 'images per step'),
         learning_rate=(float, .05, 'its first value'), momentum=(float, .9, 'of SGD'), validation=(float, .1, 'share of the training images that is set aside'),
@@ -44,10 +42,6 @@ def _parser():
     for name, help in dict(augment='cut and mirror the images', cosine='let the rate fall along a cosine', slim='keep no file for each pass').items(): p.add_argument(f'--{name}', action='store_true', help=help)
     return p
 
-# %% ../../nbs/80_bench/09_train.ipynb #db2ea094
-def _among(value, valid, what):
-    if value not in valid: raise FusionError(f'expected {what}, got `{value}`; {nearest(str(value), valid)}')
-
 # %% ../../nbs/80_bench/09_train.ipynb #39b1f652
 def _seeds(text):
     "`3` is 1, 2, 3; `2,5` is 2 and 5."
@@ -56,16 +50,14 @@ def _seeds(text):
     if not found or min(found) < 1: raise FusionError(f'expected `seeds` as a number such as 3, or a list such as 2,5, got `{text}`')
     return found if ',' in text else list(range(1, found[0] + 1))
 
-# %% ../../nbs/80_bench/09_train.ipynb #a488e8e7
+# %% ../../nbs/80_bench/09_train.ipynb #378cc703
 def train_arguments(
     argv:Sequence[str],    # what the user typed after `fusionbook train`
 ) -> argparse.Namespace:   # every flag; `seeds` as a list
     "Read and check the command line."
-    parser = _parser()
-    args, rest = parser.parse_known_args(list(argv))
-    if rest: raise FusionError(f'expected a flag of `fusionbook train`, got `{rest[0]}`; {nearest(rest[0], parser._option_string_actions)}')
-    _among(args.model_type, MODEL_TYPES, 'a model type'); _among(args.dataset_name, DATASETS, 'a data set')
-    _among(args.selection, ('validation', 'last', 'test'), 'a selection'); _among(args.precision, ('float32', 'bfloat16'), 'a precision')
+    args = _parser().read(argv)
+    check_choice(args.model_type, MODEL_TYPES, 'a model type'); check_choice(args.dataset_name, DATASETS, 'a data set')
+    check_choice(args.selection, ('validation', 'last', 'test'), 'a selection'); check_choice(args.precision, ('float32', 'bfloat16'), 'a precision')
     if Path(args.experiment_name).name != args.experiment_name: raise FusionError(f'expected a name without folders as experiment_name, got `{args.experiment_name}`; --out names the folder')
     for name in ('epochs', 'batch_size', 'learning_rate', 'width'):
         if not getattr(args, name) > 0: raise FusionError(f'expected a positive {name}, got {getattr(args, name)}')
