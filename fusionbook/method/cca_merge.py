@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CCAMerge']
 
-# %% ../../nbs/60_method/95_cca_merge.ipynb #b0615ed6
+# %% ../../nbs/60_method/95_cca_merge.ipynb #94bb5cb6
 from dataclasses import dataclass
 from fastcore.basics import patch
 from ..alignment.activations import covariance, joint_grams, plain_groups
@@ -14,10 +14,10 @@ from ..alignment.zipit import split_reads
 from ..core.errors import FusionError, check_known
 from ..core.state_dict import StateDict
 from .base import BaseAlgorithm, expert_weights
-from .geometric_fusion import _KINDS, _anchor, _batches, _is_shape, _network, _traced, spec_of
+from .neurons import KINDS, anchor_of, heard, network_of, spec_for
 from .weighted_average import weighted_average
 
-# %% ../../nbs/60_method/95_cca_merge.ipynb #2b9767b3
+# %% ../../nbs/60_method/95_cca_merge.ipynb #f6b2946a
 @dataclass
 class CCAMerge(BaseAlgorithm):
     "CCA merging: features mapped to the anchor's by canonical correlation, then averaged (Horoi et al., 2024)."
@@ -34,25 +34,24 @@ class CCAMerge(BaseAlgorithm):
     seed: int = 0          # of the choice of inputs
     costs = 'activations'  # inputs are read anyway, so they serve for tracing
     def __post_init__(self):
-        check_known([self.data], _KINDS, 'the kinds of data')
+        check_known([self.data], KINDS, 'the kinds of data')
         if self.gamma < 0: raise FusionError(f'expected `gamma` of at least 0, got {self.gamma}')
         self.groups, self.uses = list(self.groups), ('experts', 'spec', self.data)
 
-# %% ../../nbs/60_method/95_cca_merge.ipynb #4d582e7f
+# %% ../../nbs/60_method/95_cca_merge.ipynb #37a87ecf
 def _maps(m, pool, spec, moved, anchor):
     "Maps of one expert's features, by group."
-    batches = _batches(pool, m.data, m.samples, m.batch_size, m.seed)
+    batches = heard(m, pool)
     grams = joint_grams(spec, [moved, anchor], batches, plain_groups(spec, m.groups), pre=m.pre)
     return {g: cca_map(covariance(x), gamma=m.gamma) for g, x in grams.items()}
 
-# %% ../../nbs/60_method/95_cca_merge.ipynb #4803bf73
+# %% ../../nbs/60_method/95_cca_merge.ipynb #07097d38
 @patch
 def aligned(self:CCAMerge, pool):
     "The specification with reading apart from making, and the experts in the anchor's features, lazy."
-    states, at, given = pool.experts(), _anchor(self, pool), getattr(pool, 'spec', None) if self.spec is None else self.spec
-    spec = _traced(self, pool, given) if given is None or _is_shape(given) else spec_of(given, pool.reference())
-    pool.seen.add('spec')
-    nets = [_network(pool, n) for n in pool.model_names]
+    states, at = pool.experts(), anchor_of(self, pool)
+    spec = spec_for(self, pool, pool.reference())
+    nets = [network_of(pool, n) for n in pool.model_names]
     both = split_reads(spec, nets[at])
     return both, [sd if i == at else cca_transform(both, sd, _maps(self, pool, spec, nets[i], nets[at])) for i, sd in enumerate(states)]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GitRebasin']
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #b17c35c5
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #6bef6a03
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -19,7 +19,7 @@ from ..core.config import composed, instantiate
 from ..core.errors import FusionError, check_known
 from ..core.state_dict import StateDict
 from .base import BaseAlgorithm, expert_weights
-from .geometric_fusion import _KINDS, _anchor, _batches, _is_shape, _network, _traced, spec_of
+from .neurons import KINDS, anchor_of, heard, network_of, spec_for
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #a44bc370
 @dataclass
@@ -43,27 +43,22 @@ class GitRebasin(BaseAlgorithm):
     seed: int = 0           # of the order of matching and the choice of inputs
     def __post_init__(self): _settle(self)
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #fd9f0cc2
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #3bd098cb
 _COSTS = 'weights', 'activations', 'ste'
 
 def _settle(m):
     m.groups = list(m.groups)
     check_known([m.costs], _COSTS, 'the costs')
-    check_known([m.data], _KINDS, 'the kinds of data')
+    check_known([m.data], KINDS, 'the kinds of data')
     if m.options and not m.then: raise FusionError('expected `options` beside the method that they belong to, `then`, got none')
     m.inner = instantiate(composed(f'method={m.then}')['method'] | dict(m.options or {})) if m.then else None
     m.uses = ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ()) + tuple(u for u in (m.inner.uses if m.inner else ()) if u != 'experts')
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #071fda12
-def _spec(m, pool, states, at):
-    given = getattr(pool, 'spec', None) if m.spec is None else m.spec
-    pool.seen.add('spec')
-    return _traced(m, pool, given) if given is None or _is_shape(given) else spec_of(given, states[at])
-
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #43280dc6
 def _permutation(m, pool, spec, states, i, at):
     "Of model i onto the anchor."
     if m.costs == 'weights': return weight_matching(spec, states[i], states[at], seed=m.seed, groups=m.groups)
-    nets, batches = [_network(pool, pool.model_names[k]) for k in (i, at)], _batches(pool, m.data, m.samples, m.batch_size, m.seed)
+    nets, batches = [network_of(pool, pool.model_names[k]) for k in (i, at)], heard(m, pool)
     if m.costs == 'activations': return activation_matching(joint_grams(spec, nets, batches, chosen_groups(spec, m.groups), pre=m.pre), kind=m.kind)
     return _straight(m, pool, spec, states[i], states[at], nets, list(batches))
 
@@ -74,14 +69,14 @@ def _straight(m, pool, spec, moved, anchor, nets, batches):
     loss = parents_loss(nets, [(pool.logits(pool.model_names[i // each]), x) for i, x in enumerate(batches)])
     return straight_through(spec, moved, anchor, loss, steps=m.steps, learning_rate=m.learning_rate, seed=m.seed, groups=m.groups)[0]
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #38c85044
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #0370b29f
 @patch
 def aligned(self:GitRebasin,
     pool,             # models of one architecture
 ) -> tuple[Spec, list[StateDict]]: # who shares what; the experts in the anchor's order of neurons, lazy
     "Rename the neurons of every expert."
-    states, at = pool.experts(), _anchor(self, pool)
-    spec = _spec(self, pool, states, at)
+    states, at = pool.experts(), anchor_of(self, pool)
+    spec = spec_for(self, pool, states[at])
     return spec, [sd if i == at else permute(spec, sd, _permutation(self, pool, spec, states, i, at)) for i, sd in enumerate(states)]
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #09af7ece

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Repair']
 
-# %% ../../nbs/60_method/93_repair.ipynb #0f2a93d2
+# %% ../../nbs/60_method/93_repair.ipynb #5592e0d8
 from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import nn
@@ -13,8 +13,8 @@ from ..alignment.repair import repair, repair_layers, reset_batchnorm
 from ..core.errors import FusionError
 from ..core.state_dict import StateDict
 from .base import as_pool, expert_weights
-from .geometric_fusion import _batches
 from .git_rebasin import GitRebasin
+from .neurons import heard
 
 # %% ../../nbs/60_method/93_repair.ipynb #58a812c6
 @dataclass
@@ -35,13 +35,13 @@ def _networks(pool, states):
 
 def _normed(net): return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None for m in net.modules())
 
-# %% ../../nbs/60_method/93_repair.ipynb #b4d5d362
+# %% ../../nbs/60_method/93_repair.ipynb #9e5ddee3
 @patch
 def run(self:Repair, modelpool):
     "The repaired network."
     pool = as_pool(modelpool)
     if not isinstance(pool.load_pretrained_or_first_model(), nn.Module): raise FusionError('expected a pool of networks to measure channels in, got bare tensors')
-    batches = list(_batches(pool, self.data, self.samples, self.batch_size, self.seed))
+    batches = list(heard(self, pool))
     _, states = self.aligned(pool)
     merged, = _networks(pool, [self.merge(pool)])
     if _normed(merged): return reset_batchnorm(merged, batches)

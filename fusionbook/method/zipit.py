@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ZipIt']
 
-# %% ../../nbs/60_method/94_zipit.ipynb #ffa44bcb
+# %% ../../nbs/60_method/94_zipit.ipynb #f9c5f986
 from dataclasses import dataclass
 from fastcore.basics import patch
 from ..alignment.activations import correlation, covariance, joint_grams, plain_groups
@@ -13,9 +13,9 @@ from ..alignment.zipit import split_reads, zip_features, zip_models, zip_trunk
 from ..core.errors import FusionError, check_known
 from ..core.state_dict import StateDict
 from .base import BaseAlgorithm
-from .geometric_fusion import _KINDS, _batches, _is_shape, _network, _traced, spec_of
+from .neurons import KINDS, heard, network_of, spec_for
 
-# %% ../../nbs/60_method/94_zipit.ipynb #c192a2da
+# %% ../../nbs/60_method/94_zipit.ipynb #fe5b3738
 @dataclass
 class ZipIt(BaseAlgorithm):
     "ZipIt!: features that respond alike become one, also within a network (Stoica et al., 2024)."
@@ -31,18 +31,17 @@ class ZipIt(BaseAlgorithm):
     seed: int = 0          # of the choice of inputs
     costs = 'activations'  # inputs are read anyway, so they serve for tracing
     def __post_init__(self):
-        check_known([self.data], _KINDS, 'the kinds of data')
+        check_known([self.data], KINDS, 'the kinds of data')
         if not 0 < self.a <= 1 or not 0 <= self.b <= 1: raise FusionError(f'expected `a` in (0, 1] and `b` in [0, 1], got {self.a} and {self.b}')
         self.groups, self.uses = list(self.groups), ('experts', 'spec', self.data)
 
-# %% ../../nbs/60_method/94_zipit.ipynb #64d0f844
+# %% ../../nbs/60_method/94_zipit.ipynb #211c1669
 def _heard(m, pool):
     "The pool's networks, who shares what in them, and what they answer to the same inputs, by group."
-    given = getattr(pool, 'spec', None) if m.spec is None else m.spec
-    spec = _traced(m, pool, given) if given is None or _is_shape(given) else spec_of(given, pool.reference())
-    nets = [_network(pool, n) for n in pool.model_names]
-    pool.seen.update(('experts', 'spec'))
-    return spec, nets, joint_grams(spec, nets, _batches(pool, m.data, m.samples, m.batch_size, m.seed), plain_groups(spec, m.groups), pre=m.pre)
+    spec = spec_for(m, pool, pool.reference())
+    nets = [network_of(pool, n) for n in pool.model_names]
+    pool.seen.add('experts')
+    return spec, nets, joint_grams(spec, nets, heard(m, pool), plain_groups(spec, m.groups), pre=m.pre)
 
 # %% ../../nbs/60_method/94_zipit.ipynb #6a69e529
 @patch
