@@ -6,7 +6,7 @@
 __all__ = ['Unknown', 'new_axis', 'length', 'known', 'fix', 'equate', 'reshape', 'cut']
 
 # %% ../../nbs/30_alignment/01b_axes.ipynb #07975b0d
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from ..core.errors import FusionError
 

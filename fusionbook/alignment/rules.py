@@ -6,7 +6,6 @@
 __all__ = ['RULES', 'Notes']
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #e8e57f9c
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from .axes import Unknown, cut, equate, fix, known, length, new_axis, reshape

@@ -8,7 +8,6 @@ __all__ = ['assign', 'uniform', 'importance', 'Plan', 'plan', 'transport_map']
 # %% ../../nbs/30_alignment/03_transport.ipynb #2fef4c7d
 import math, warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 import numpy as np
 import torch

@@ -9,7 +9,6 @@ __all__ = ['HELP', 'COMMANDS', 'OWN_HELP', 'listing', 'main']
 import os, re, sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from .arguments import GROUPS, catalogue, search_folders, split_words, with_hydra
 from ..core.config import CONFIG
 from ..core.errors import FusionError, nearest

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from .report import Report, predictions_path, save_predictions, show
 from .run import check_seeds, fusion, seed_path, seeded
 from ..core.checkpoint import atomic, check_replaceable
-from ..core.config import CONFIG, composed, known_keys, locate, plain
+from ..core.config import CONFIG, known_keys, locate, plain
 from ..core.errors import FusionError, check_known, nearest
 from ..core.legacy import build, translate
 

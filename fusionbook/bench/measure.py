@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'measure_arguments', 'measured_data', 'measure_models', 'correlation_rows', 'nested', 'measure_command']
 
 # %% ../../nbs/80_bench/10_measure.ipynb #0ca6e577
-import argparse, hashlib, json, math
+import argparse, hashlib, json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 import torch
@@ -20,8 +20,8 @@ from ..core.state_dict import content_hash
 from ..data.datasets import opened
 from ..data.images import DATASETS, Normalise, as_images, dataset_source, known_dataset
 from ..metrics.correlation import KINDS as COEFFICIENTS, correlation_with_chance
-from ..metrics.measurements import csv_path, write_csv, write_parquet
-from ..metrics.suite import CORRECTED, ORIGINAL, Subject, farther_parent, groups_of, measure_group, metric_names
+from ..metrics.measurements import write_csv, write_parquet
+from ..metrics.suite import Subject, farther_parent, groups_of, measure_group, metric_names
 from ..modelpool.experiment import KINDS, read_kind
 from ..models.named import MODEL_TYPES, network_of, type_of
 

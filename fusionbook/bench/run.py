@@ -6,7 +6,7 @@
 __all__ = ['answers', 'cast', 'float_type', 'merged_model', 'merged_rows', 'check_seeds', 'seeded', 'seed_path', 'fusion']
 
 # %% ../../nbs/80_bench/03_run.ipynb #f14b488c
-import json, logging, os, time
+import json, logging, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass
@@ -20,7 +20,7 @@ from .report import Report, check_task_names, spread
 from ..core.checkpoint import model_card, save
 from ..core.errors import FusionError
 from ..core.progress import track
-from ..core.state_dict import Lazy, StateDict, content_hash, meta
+from ..core.state_dict import Lazy, StateDict, meta
 from ..method.base import BaseAlgorithm
 from ..modelpool.base import BaseModelPool
 from ..models.clip import cache_folder

@@ -7,7 +7,6 @@ __all__ = ['KINDS', 'our_target', 'translate', 'build']
 
 # %% ../../nbs/00_core/07_legacy.ipynb #205963b5
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from omegaconf import OmegaConf
 from .config import CONFIG, check_targets, instantiate, known_keys, locate, mirrored, plain, published
 from .errors import FusionError, nearest

@@ -9,7 +9,7 @@ __all__ = ['USES', 'BaseAlgorithm', 'as_pool', 'fuse', 'BaseModelFusionAlgorithm
 # %% ../../nbs/60_method/00_base.ipynb #7bc468ae
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from ..core.checkpoint import atomic

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from ..core.checkpoint import Checkpoint
-from ..core.state_dict import StateDict, meta, shared
+from ..core.state_dict import StateDict
 from .base import BaseAlgorithm, USES, fuse
 from ..modelpool.base import BaseModelPool
 

@@ -6,10 +6,8 @@
 __all__ = ['GitRebasin']
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #6bef6a03
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fastcore.basics import patch
-from torch import nn
 from ..alignment.activations import activation_matching, joint_grams
 from ..alignment.fuse import average
 from ..alignment.matching import chosen_groups, weight_matching

@@ -11,7 +11,6 @@ from fastcore.basics import patch
 from torch import nn
 from ..alignment.repair import repair, repair_layers, reset_batchnorm
 from ..core.errors import FusionError
-from ..core.state_dict import StateDict
 from .base import as_pool, expert_weights
 from .git_rebasin import GitRebasin
 from .neurons import heard

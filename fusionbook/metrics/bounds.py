@@ -7,7 +7,6 @@ __all__ = ['DELTA', 'EPSILON', 'norm_bound', 'magnitude_bound', 'sharpness_measu
 
 # %% ../../nbs/40_metrics/03b_bounds.ipynb #6b3fda76
 import math
-import torch
 from torch import Tensor
 from ..core.errors import FusionError
 

@@ -9,7 +9,7 @@ __all__ = ['hessian_top_eigenvalue', 'hessian_trace', 'Estimate', 'estimate', 'r
 # %% ../../nbs/40_metrics/03_hessian.ipynb #90a4a4ed
 from dataclasses import dataclass
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ..core.errors import FusionError
 from ..core.state_dict import generator
 from .objective import Objective, hessian_products

@@ -8,7 +8,6 @@ __all__ = ['lipschitz_constant', 'Gain', 'lipschitz_lower_bound']
 # %% ../../nbs/40_metrics/02_input_space.ipynb #bed291fd
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap

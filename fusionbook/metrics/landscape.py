@@ -9,7 +9,6 @@ __all__ = ['layer_distances', 'matched_distance', 'interpolated', 'barrier', 'pl
 from collections.abc import Callable, Sequence
 import math
 import torch
-from torch import Tensor
 from ..alignment.matching import weight_matching
 from ..alignment.spec import Spec, permute
 from ..core.errors import FusionError

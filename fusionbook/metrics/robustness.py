@@ -6,7 +6,6 @@
 __all__ = ['input_gradient', 'fgsm', 'pgd', 'accuracy_under', 'noisy', 'gradient_similarity']
 
 # %% ../../nbs/40_metrics/02d_robustness.ipynb #551c08b0
-from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F

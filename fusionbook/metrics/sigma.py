@@ -6,13 +6,12 @@
 __all__ = ['original_loss', 'Sigma', 'bisect', 'sharpness_sigma', 'pac_bayes_sigma']
 
 # %% ../../nbs/40_metrics/03c_sigma.ipynb #96080853
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from ..core.errors import FusionError
 from ..core.state_dict import generator
 
 # %% ../../nbs/40_metrics/03c_sigma.ipynb #79918874

@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable
 import torch
 from torch import Tensor
-from ..core.errors import FusionError
 from ..core.state_dict import generator
-from .bounds import EPSILON, pac_bayes_measures, sharpness_measures
+from .bounds import EPSILON
 from .hessian import Estimate
 from .objective import Objective, gradients, losses
 from .sigma import Sigma

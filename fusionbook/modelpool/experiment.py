@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'seed_folder', 'kind_file', 'write_kind', 'read_kind', 'seed
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #3a655cc1
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 import torch
 from fastcore.basics import patch

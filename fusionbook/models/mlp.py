@@ -8,7 +8,6 @@ __all__ = ['MLP']
 # %% ../../nbs/20_models/02b_mlp.ipynb #41341664
 from collections.abc import Sequence
 from itertools import pairwise
-import torch
 from torch import nn
 import torch.nn.functional as F
 from ..core.errors import FusionError

@@ -6,9 +6,8 @@
 __all__ = ['MODEL_TYPES', 'HIDDEN', 'initialise', 'model_type', 'type_of', 'matched', 'network_of']
 
 # %% ../../nbs/20_models/04c_named.ipynb #58bb81eb
-from collections.abc import Mapping
 import torch
-from torch import Tensor, nn
+from torch import nn
 from ..core.errors import FusionError, nearest
 from ..core.state_dict import StateDict, generator, meta
 from .mlp import MLP

@@ -6,7 +6,6 @@
 __all__ = ['BasicBlock', 'ResNet18']
 
 # %% ../../nbs/20_models/04b_resnet18.ipynb #489961da
-import torch
 from torch import nn
 import torch.nn.functional as F
 from ..core.errors import FusionError

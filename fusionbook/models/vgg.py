@@ -6,7 +6,6 @@
 __all__ = ['PLAN', 'unit', 'VGG11']
 
 # %% ../../nbs/20_models/03_vgg.ipynb #2dde6da8
-import torch
 from torch import nn
 from ..core.errors import FusionError
 

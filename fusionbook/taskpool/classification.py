@@ -7,8 +7,6 @@ __all__ = ['ClassificationTaskPool']
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #5138300a
 import hashlib, json
-from collections.abc import Sequence
-import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn

@@ -7,14 +7,13 @@ __all__ = ['USUAL', 'OWN', 'text_columns', 'class_sentences', 'TextTask', 'TextC
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #b4783caa
 import hashlib, json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property, partial
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch import nn
 from ..core.config import plain
-from ..core.errors import FusionError, check_known, nearest
+from ..core.errors import FusionError, check_known
 from ..core.state_dict import content_hash
 from ..data import datasets as data
 from ..models.text import Tokens, embed, padded, text_head
