@@ -52,6 +52,23 @@ def test_a_failure_stops_only_itself(squares, cli):
     assert 'Slow squares: x = 2' in next(squares.rglob('x=2.ipynb')).read_text() and 'An Exception was encountered' in next(squares.rglob('x=9.ipynb')).read_text()
 
 
+def test_full_disk_in_a_batch(squares, here, monkeypatch):
+    from fusionbook.bench import experiment as module
+    real, words = module._stamp, ['experiment', 'squares.ipynb', '--grid', 'x=2,3']
+    def stamp(copy, **note):
+        if copy.stem == 'x=3': raise OSError(28, 'No space left on device')
+        real(copy, **note)
+    monkeypatch.setattr(module, '_stamp', stamp)
+    done = here(*words)
+    assert done.status == 2 and 'No space left on device' in done.line
+    first = next(squares.rglob('x=2.ipynb')).read_bytes()
+    assert whole(first) and not whole(next(squares.rglob('x=3.ipynb')).read_bytes())
+    monkeypatch.setattr(module, '_stamp', real)
+    again = here(*words)
+    assert again.status == 0 and '1 finished' in again.out and '1 kept' in again.out
+    assert next(squares.rglob('x=2.ipynb')).read_bytes() == first and whole(next(squares.rglob('x=3.ipynb')).read_bytes())
+
+
 @pytest.mark.parametrize('words,told', [(['squares.ipynb', '--grid', 'y=1,2'], 'expected a parameter of `squares`, got `y`'), (['squares.ipynb', '--grid', 'x='], 'got `x=`'),
                                         (['square', '--grid', 'x=1'], 'expected an experiment, got `square`'), (['squares.ipynb', '--grid', 'x=1', '-p', 'x', '2'], 'got both'),
                                         (['compare_method'], 'did you mean `compare_methods`?'), (['squares.ipynb', '--grid', 'x=[1'], 'expected a value in YAML')])
