@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['entropies', 'AdaMerging', 'CLIPTaskWiseAdaMerging', 'CLIPLayerWiseAdaMerging']
 
-# %% ../../nbs/60_method/72_adamerging.ipynb #42325d5b
+# %% ../../nbs/60_method/72_adamerging.ipynb #913d8fb8
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 import torch
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.errors import FusionError, nearest
 from ..core.state_dict import StateDict, meta, shared
-from .adapt import adapt, entropy
+from .adapt import adapt, entropy, on_threads
 from .base import BaseAlgorithm
 from .coefficients import Mixture, grouped, merge_coefficients, pruning, read_coefficients
 
@@ -58,7 +58,7 @@ def _settle(self):
     if self.max_steps < 1 or self.batch_size < 1: raise FusionError(f'expected at least one step and one input, got {self.max_steps} and {self.batch_size}')
     _range(self.clamp_weights, self.init_values)
 
-# %% ../../nbs/60_method/72_adamerging.ipynb #69fa680e
+# %% ../../nbs/60_method/72_adamerging.ipynb #f6c00123
 @dataclass
 class AdaMerging(BaseAlgorithm):
     "AdaMerging: coefficients learned by lowering the entropy of predictions (Yang et al., 2024)."
@@ -80,6 +80,7 @@ class AdaMerging(BaseAlgorithm):
     checkpoint: str = None       # `.safetensors` file from which an interrupted run goes on
     fast_dev_run: bool = False   # one step only
     seed: int = 0                # of the batches
+    threads: int = 1             # of the processor while learning; with more, or null for all, LayerNorm's gradients differ in the last digits
     device: str = 'cpu'          # where the network works
     def __post_init__(self): _settle(self)
 
@@ -98,7 +99,7 @@ def _identity(how, pool):
     idle = ('_target_', 'name', 'checkpoint', 'max_steps', 'patience', 'fast_dev_run', 'device', 'weights', 'tie_weights')
     return {k: v for k, v in how.config.items() if k not in idle} | {'models': {n: pool.hash(n) for n in pool.all_model_names}}
 
-# %% ../../nbs/60_method/72_adamerging.ipynb #774e1a39
+# %% ../../nbs/60_method/72_adamerging.ipynb #4435fd48
 @patch
 def learn(self:AdaMerging,
     pool,              # with inputs and heads, see `modelpool.data`
@@ -110,9 +111,10 @@ def learn(self:AdaMerging,
     w = torch.full((len(pool), len(mixture.names)), start, dtype=torch.float64, requires_grad=True)
     def project():
         if bounds: w.data.clamp_(*bounds)
-    curve = adapt({'coefficients': w}, lambda step: _rounds(pool, self, step), entropies(mixture, w, heads), steps=1 if self.fast_dev_run else self.max_steps,
-                  lr=self.lr, optimizer=self.optimizer, project=project, patience=self.patience, checkpoint=self.checkpoint,
-                  identity=_identity(self, pool) if self.checkpoint else {}, label='AdaMerging')
+    with on_threads(self.threads):
+        curve = adapt({'coefficients': w}, lambda step: _rounds(pool, self, step), entropies(mixture, w, heads), steps=1 if self.fast_dev_run else self.max_steps,
+                      lr=self.lr, optimizer=self.optimizer, project=project, patience=self.patience, checkpoint=self.checkpoint,
+                      identity=_identity(self, pool) if self.checkpoint else {}, label='AdaMerging')
     return w.detach(), curve
 
 # %% ../../nbs/60_method/72_adamerging.ipynb #bfa62610
