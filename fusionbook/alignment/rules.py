@@ -83,13 +83,14 @@ def _mv(notes, args, out):
     equate(a[-1], b[0])
     return a[:-1]
 
-# %% ../../nbs/30_alignment/01c_rules.ipynb #05832bc4
+# %% ../../nbs/30_alignment/01c_rules.ipynb #38e88d4e
 @_rule('_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_flash_attention', '_scaled_dot_product_efficient_attention', 'scaled_dot_product_attention')
 def _attention(notes, args, out):
     q, k, v = map(notes.of, args[:3])
-    for a in (k, v): equate(q[0], a[0]); equate(q[1], a[1])
+    shared = new_axis(length(q[1]) // length(k[1])) # query heads of one key head
+    for a in (k, v): equate(q[0], a[0]); equate(q[1], [p + shared[0] for p in known(a[1])])
     equate(q[3], k[3]); equate(k[2], v[2])
-    notes.inside += [(q[1], q[3]), (q[1], v[3])]
+    notes.inside += [(k[1], q[3]), (k[1], v[3]), (k[1], shared)]
     for t in args[3:]: # a mask or bias of the scores, perhaps one for each head
         if isinstance(t, Tensor): _broadcast([notes.of(t), [q[0], q[1], q[2], k[2]]])
     return [q[0], q[1], q[2], v[3]]
