@@ -20,8 +20,8 @@ from ..core.state_dict import StateDict
 from ..modelpool.base import BaseModelPool
 import fusionbook.modelpool.data, fusionbook.modelpool.moved # give every pool `batches`, `logits` and `with_experts`
 
-# %% ../../nbs/60_method/00_base.ipynb #565f473a
-USES = ('pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test') # all that a method can see
+# %% ../../nbs/60_method/00_base.ipynb #d167b399
+USES = ('pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test', 'labels') # all that a method can see
 
 # %% ../../nbs/60_method/00_base.ipynb #b77d0997
 class BaseAlgorithm(BaseYAMLSerializable):

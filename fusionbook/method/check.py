@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ToyPool', 'toy_pool', 'ToyTasks', 'ToyNet', 'toy_data_pool', 'check_method', 'oracle_folder', 'oracle_cases', 'agree']
 
-# %% ../../nbs/60_method/01_check.ipynb #6383e80c
+# %% ../../nbs/60_method/01_check.ipynb #6cc27010
 import json, os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -43,15 +43,17 @@ def toy_pool(
     base = model(0, None)
     return ToyPool([model(i + 1, base) for i in range(count)], base)
 
-# %% ../../nbs/60_method/01_check.ipynb #201a9b52
+# %% ../../nbs/60_method/01_check.ipynb #381c1d5f
 class ToyTasks:
     "Tasks whose inputs are tensors (N, …) and whose logits are the network's output."
     def __init__(self,
         tests:Mapping=(), # task -> test inputs (N, …), for pools without `test_datasets`
-    ): self.tests = dict(tests)
+        labels:Callable=lambda x: x.argmax(1), # inputs (N, …) -> classes (N,)
+    ): self.tests, self._labels = dict(tests), labels
     @property
     def task_names(self): return tuple(self.tests)
     def inputs(self, task, dataset=None): return self.tests[task] if dataset is None else dataset
+    def labels(self, task, dataset=None): return self._labels(self.inputs(task, dataset))
     def logits(self, task): return lambda model, x: model(x)
 
 class ToyNet(nn.Module):

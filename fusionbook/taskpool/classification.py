@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ClassificationTaskPool']
 
-# %% ../../nbs/55_taskpool/04_classification.ipynb #5138300a
+# %% ../../nbs/55_taskpool/04_classification.ipynb #470bb687
 import hashlib, json
 import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.config import plain
 from ..core.errors import FusionError, nearest
-from ..data.datasets import _column, content_hash, head, opened
+from ..data.datasets import _column, content_hash, head, labels_of, opened
 from ..data.images import Normalise
 from .base import BaseTaskPool, Inputs, evaluating, predict_batches
 
@@ -65,7 +65,7 @@ def probabilities(self:ClassificationTaskPool,
         answers = predict_batches(tap, _dataset(self, task), prepare=self.prepare, task=task, batch_size=self.batch_size, device=device, fast_dev_run=self.fast_dev_run)
     return answers | dict(probabilities=torch.cat(tap.kept).double().softmax(1).cpu().numpy())
 
-# %% ../../nbs/55_taskpool/04_classification.ipynb #99950c73
+# %% ../../nbs/55_taskpool/04_classification.ipynb #a2c86aec
 @patch
 def predict(self:ClassificationTaskPool, model, task): return {k: v for k, v in self.probabilities(model, task).items() if k != 'probabilities'}
 
@@ -73,6 +73,9 @@ def predict(self:ClassificationTaskPool, model, task): return {k: v for k, v in 
 def inputs(self:ClassificationTaskPool, task, dataset=None):
     rows = _dataset(self, task) if dataset is None else dataset
     return Inputs(rows, self.prepare, _column(rows, 'image', 'Image', None))
+
+@patch
+def labels(self:ClassificationTaskPool, task, dataset=None): return labels_of(_dataset(self, task) if dataset is None else dataset)
 
 @patch
 def logits(self:ClassificationTaskPool, task): return lambda model, x: model(x)

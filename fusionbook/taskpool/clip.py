@@ -227,9 +227,12 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
     def fingerprint(self, task): return _fingerprint(self.task(task))
     def task(self, name:str) -> CLIPTask: return _task_of(self, name)
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #2cc3dcd0
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #f998cbff
 @patch
 def inputs(self:CLIPVisionModelTaskPool, task, dataset=None): return _inputs(self.task(task), dataset)
+
+@patch
+def labels(self:CLIPVisionModelTaskPool, task, dataset=None): return data.labels_of(self.task(task).dataset if dataset is None else dataset, self.task(task).own.get('label'))
 
 @patch
 def logits(self:CLIPVisionModelTaskPool, task): return partial(logits_of, partial(_logits, self.task(task).head))

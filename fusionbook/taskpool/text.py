@@ -72,12 +72,7 @@ def _entry(entry):
     if source == {}: raise FusionError('expected a task with `_target_` or `dataset`, got neither')
     return source, plain(entry)
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #bcc527c4
-def _labels(task, rows, key):
-    "Labels (N,) of a column, checked to be integers."
-    try: return np.array([int(v) for v in (rows[key] if hasattr(rows, 'column_names') else [r[key] for r in rows])])
-    except (TypeError, ValueError): raise FusionError(f'{task}: expected integer labels in column {key!r}') from None
-
+# %% ../../nbs/55_taskpool/03_text.ipynb #b72b3975
 def _texts(task, rows, key):
     found = list(rows[key]) if hasattr(rows, 'column_names') else [r[key] for r in rows]
     if bad := [i for i, t in enumerate(found) if not isinstance(t, str)]:
@@ -111,7 +106,7 @@ class TextTask:
     def tokens(self): return self.tokenise(self.dataset)
     def tokenise(self, rows): return Tokens(self.from_, self.max_length)(*(_texts(self.name, rows, k) for k in text_columns(rows, self.own.get('text'))))
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #4a53de9c
+# %% ../../nbs/55_taskpool/03_text.ipynb #a83fb681
 def _head(task): return text_head(task.base, task.sentences, scale=task.scale)
 
 def _logits(task, head, model, batch):
@@ -122,7 +117,7 @@ def _predict(task, model, device):
     "Answers of a model in evaluation mode on `device`: shortest texts first, answers in the data set's order."
     n = task.loop['batch_size'] if task.loop['fast_dev_run'] else len(task.tokens)
     order = np.argsort([t.shape[1] for t in task.tokens[:n]], kind='stable')
-    labels = _labels(task.name, task.dataset, task.keys[1])
+    labels = data.labels_of(task.dataset, task.keys[1])
     rows = [(task.tokens[i], int(labels[i])) for i in order]
     found, back = predict_batches(partial(logits_of, partial(_logits, task, _head(task)), model), rows, prepare=padded, task=task.name, device=device, **task.loop), np.argsort(order)
     return {k: v[back] for k, v in found.items()}
@@ -173,7 +168,12 @@ class TextClassificationTaskPool(BaseTaskPool):
         with evaluating(model) as device: return _predict(_task_of(self, task), model, device)
     def fingerprint(self, task): return _fingerprint(_task_of(self, task))
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #85747574
+# %% ../../nbs/55_taskpool/03_text.ipynb #17f432c4
+@patch
+def labels(self:TextClassificationTaskPool, task, dataset=None):
+    own = _task_of(self, task)
+    return data.labels_of(own.dataset if dataset is None else dataset, own.own.get('label'))
+
 @patch
 def inputs(self:TextClassificationTaskPool, task, dataset=None):
     own = _task_of(self, task)
