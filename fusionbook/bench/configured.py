@@ -21,7 +21,7 @@ from ..core.errors import FusionError, check_known, nearest
 from ..core.legacy import build, translate
 
 # %% ../../nbs/80_bench/04_configured.ipynb #b7713ea1
-_FOREIGN = ('_target_', '_recursive_', 'fabric', 'hydra', 'path', 'print_function_call', 'merged_model_save_kwargs', 'corruption', 'defaults')
+_FOREIGN = ('_target_', '_recursive_', 'fabric', 'hydra', 'path', 'print_function_call', 'merged_model_save_kwargs', 'corruption', 'severity', 'defaults')
 
 def root_defaults() -> dict:
     "The keys beside `method`, `modelpool` and `taskpool`, with their defaults."
