@@ -52,13 +52,20 @@ def _settle(m):
     m.inner = instantiate(composed(f'method={m.then}')['method'] | dict(m.options or {})) if m.then else None
     m.uses = ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ()) + tuple(u for u in (m.inner.uses if m.inner else ()) if u != 'experts')
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #43280dc6
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #63d01b94
 def _permutation(m, pool, spec, states, i, at):
     "Of model i onto the anchor."
     if m.costs == 'weights': return weight_matching(spec, states[i], states[at], seed=m.seed, groups=m.groups)
     nets, batches = [network_of(pool, pool.model_names[k]) for k in (i, at)], heard(m, pool)
-    if m.costs == 'activations': return activation_matching(joint_grams(spec, nets, batches, chosen_groups(spec, m.groups), pre=m.pre), kind=m.kind)
+    if m.costs == 'activations': return _by_responses(m, spec, states[i], states[at], joint_grams(spec, nets, batches, chosen_groups(spec, m.groups), pre=m.pre))
     return _straight(m, pool, spec, states[i], states[at], nets, list(batches))
+
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #88cc7d64
+def _by_responses(m, spec, moved, anchor, grams):
+    "The permutation of what was heard, then by weights of what was not."
+    found = activation_matching(grams, kind=m.kind)
+    silent = [g for g in chosen_groups(spec, m.groups) if g not in found]
+    return weight_matching(spec, moved, anchor, seed=m.seed, groups=silent, start=found) if silent else found
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #c550eb81
 def _straight(m, pool, spec, moved, anchor, nets, batches):
