@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['target_loss', 'FineTuning']
 
-# %% ../../nbs/60_method/96_fine_tuning.ipynb #5833a75d
+# %% ../../nbs/60_method/96_fine_tuning.ipynb #17a0d225
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,10 +13,9 @@ from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ..core.config import composed, instantiate
 from ..core.errors import FusionError, check_known
 from .adapt import adapt, on_threads
-from .base import BaseAlgorithm, as_pool, fuse
+from .base import BaseAlgorithm, as_pool, fuse, load_algorithm_from_config
 from .neurons import KINDS
 
 # %% ../../nbs/60_method/96_fine_tuning.ipynb #22201b69
@@ -30,7 +29,7 @@ def target_loss(
 # %% ../../nbs/60_method/96_fine_tuning.ipynb #f33ec1ce
 _TARGETS = 'labels', 'expert', 'ensemble'
 
-# %% ../../nbs/60_method/96_fine_tuning.ipynb #ea618468
+# %% ../../nbs/60_method/96_fine_tuning.ipynb #3812dafd
 @dataclass
 class FineTuning(BaseAlgorithm):
     "A few steps of training from the result of another method."
@@ -51,7 +50,7 @@ class FineTuning(BaseAlgorithm):
         check_known([self.target], _TARGETS, 'the targets'); check_known([self.data], KINDS, 'the kinds of data')
         if self.steps < 1 or self.batch_size < 1: raise FusionError(f'expected at least one step and one input, got {self.steps} and {self.batch_size}')
         self.trainable = list(self.trainable)
-        self.inner = instantiate(composed(f'method={self.first}')['method'] | dict(self.options or {}))
+        self.inner = load_algorithm_from_config(dict(self.options or {}, name=self.first))
         self.uses = tuple(dict.fromkeys((*self.inner.uses, 'experts', self.data, *(['labels'] if self.target == 'labels' else []))))
 
 # %% ../../nbs/60_method/96_fine_tuning.ipynb #4fe3aa44

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GitRebasin']
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #6bef6a03
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #2392e789
 from dataclasses import dataclass
 from fastcore.basics import patch
 from ..alignment.activations import activation_matching, joint_grams
@@ -13,10 +13,9 @@ from ..alignment.fuse import average
 from ..alignment.matching import chosen_groups, weight_matching
 from ..alignment.spec import Spec, permute
 from ..alignment.ste import parents_loss, straight_through
-from ..core.config import composed, instantiate
 from ..core.errors import FusionError, check_known
 from ..core.state_dict import StateDict
-from .base import BaseAlgorithm, expert_weights
+from .base import BaseAlgorithm, expert_weights, load_algorithm_from_config
 from .neurons import KINDS, anchor_of, heard, network_of, spec_for
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #a44bc370
@@ -41,7 +40,7 @@ class GitRebasin(BaseAlgorithm):
     seed: int = 0           # of the order of matching and the choice of inputs
     def __post_init__(self): _settle(self)
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #3bd098cb
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #019ec88a
 _COSTS = 'weights', 'activations', 'ste'
 
 def _settle(m):
@@ -49,7 +48,7 @@ def _settle(m):
     check_known([m.costs], _COSTS, 'the costs')
     check_known([m.data], KINDS, 'the kinds of data')
     if m.options and not m.then: raise FusionError('expected `options` beside the method that they belong to, `then`, got none')
-    m.inner = instantiate(composed(f'method={m.then}')['method'] | dict(m.options or {})) if m.then else None
+    m.inner = load_algorithm_from_config(dict(m.options or {}, name=m.then)) if m.then else None
     m.uses = ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ()) + tuple(u for u in (m.inner.uses if m.inner else ()) if u != 'experts')
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #63d01b94

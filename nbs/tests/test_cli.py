@@ -266,6 +266,13 @@ def test_dummies_run(here, hub):
     assert done.report['model_info']['all_params'] > 0
 
 
+def test_a_method_that_starts_from_another(here, two):
+    done = here(*two, 'method=git_rebasin', 'method.then=task_arithmetic', 'method.options={scaling_factor: 0.4}', 'method.spec=[1,3,32,32]', 'references=false')
+    assert done.status == 0, done.err
+    assert (done.report['method'], done.report['uses']) == ('git_rebasin', ['experts', 'pretrained', 'spec'])
+    assert 'did you mean `task_arithmetic`?' in here(*two, 'method=git_rebasin', 'method.then=task_arithmetics', 'references=false').line
+
+
 def test_multirun(here, two):
     done = here('-m', *two, 'method.scaling_factor=0.1,0.7', 'references=false')
     assert done.status == 0, done.err
