@@ -51,12 +51,14 @@ def _settle(m):
     m.inner = load_algorithm_from_config(dict(m.options or {}, name=m.then)) if m.then else None
     m.uses = ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ()) + tuple(u for u in (m.inner.uses if m.inner else ()) if u != 'experts')
 
-# %% ../../nbs/60_method/92_git_rebasin.ipynb #63d01b94
+# %% ../../nbs/60_method/92_git_rebasin.ipynb #d74d10d1
 def _permutation(m, pool, spec, states, i, at):
     "Of model i onto the anchor."
     if m.costs == 'weights': return weight_matching(spec, states[i], states[at], seed=m.seed, groups=m.groups)
     nets, batches = [network_of(pool, pool.model_names[k]) for k in (i, at)], heard(m, pool)
-    if m.costs == 'activations': return _by_responses(m, spec, states[i], states[at], joint_grams(spec, nets, batches, chosen_groups(spec, m.groups), pre=m.pre))
+    if m.costs == 'activations':
+        grams = joint_grams(spec, nets, batches, chosen_groups(spec, m.groups), pre=m.pre)
+        return _by_responses(m, spec, states[i], states[at], grams)
     return _straight(m, pool, spec, states[i], states[at], nets, list(batches))
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #88cc7d64
