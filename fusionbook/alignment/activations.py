@@ -23,20 +23,34 @@ def plain_groups(
     parents = {g.within for g in spec.groups.values()}
     return [g for g in chosen_groups(spec, groups) if g not in parents and not spec.groups[g].within]
 
-# %% ../../nbs/30_alignment/04a_activations.ipynb #7199e3d1
+# %% ../../nbs/30_alignment/04a_activations.ipynb #7ad189cd
 def listeners(
     spec:Spec,         # who shares what
     network:nn.Module, # its modules have the names of the tensors
     group:str,         # a group's name
-) -> list[str]:        # module names; none where no module puts the group out as it is
+    *, parts:bool=False, # where no module puts out the group alone, take those that put it out among others
+) -> list[str]:        # module names
     "The modules whose outputs are the members of a group."
-    known, whole = dict(network.named_modules()), ((group,),)
-    made = [n.rpartition('.')[0] for n, i in members(spec, group) if i == 0 and n.rpartition('.')[2] == 'weight' and spec.axes[n][0] == whole]
+    known = dict(network.named_modules())
+    made = [n.rpartition('.')[0] for n, i in members(spec, group) if i == 0 and n.rpartition('.')[2] == 'weight' and (group,) in spec.axes[n][0]]
     made = [m for m in made if m in known and not isinstance(known[m], nn.Embedding)]
-    norms = [m for m in made if len(spec.axes[f'{m}.weight'] if m else spec.axes['weight']) == 1]
-    return norms or made
+    whole = [m for m in made if len(_output(spec, m)) == 1]
+    made = whole or made * parts
+    return [m for m in made if len(spec.axes[_weight(m)]) == 1] or made # normalisations first
 
-# %% ../../nbs/30_alignment/04a_activations.ipynb #d023684d
+def _weight(module): return f'{module}.weight' if module else 'weight'
+def _output(spec, module): return spec.axes[_weight(module)][0]
+
+# %% ../../nbs/30_alignment/04a_activations.ipynb #75c616d6
+def _channels(gram, spec, module, group, count):
+    "Of the sums over all outputs of a module in several networks, those of one group."
+    if len(axis := _output(spec, module)) == 1: return gram
+    sizes, place = [spec.size(part) for part in axis], axis.index((group,))
+    own = torch.arange(sum(sizes[:place]), sum(sizes[:place + 1]))
+    at = torch.cat([own + t * sum(sizes) for t in range(count)])
+    return Gram(gram.count, *(getattr(gram, k)[at] for k in ('sum_a', 'sum_b', 'sq_a', 'sq_b')), gram.cross[at][:, at])
+
+# %% ../../nbs/30_alignment/04a_activations.ipynb #29b090d5
 def joint_grams(
     spec:Spec,            # who shares what
     networks:Sequence[nn.Module], # T of one kind, in evaluation mode; for matching A, moved, then B, the anchor
@@ -45,7 +59,7 @@ def joint_grams(
     *, pre:bool=False,    # responses as they are put out; by default ReLU is applied first
 ) -> dict[str, list[Gram]]: # group -> for each listener the sums of z = (A, B), T n rows, with itself
     "What the members of several networks answer to the same inputs."
-    places = {g: names for g in groups if (names := listeners(spec, networks[0], g))}
+    places = {g: names for g in groups if (names := listeners(spec, networks[0], g, parts=True))}
     if not places: raise FusionError(f'expected a group that some module puts out, got {", ".join(groups) or "none"}')
     names, count = list(dict.fromkeys(m for ms in places.values() for m in ms)), 0
     grams = {m: Gram() for m in names}
@@ -54,7 +68,7 @@ def joint_grams(
         for m in names: grams[m].add(z := torch.cat([x[m] for x in answers]).double(), z)
         count += 1
     if not count: raise FusionError('expected at least one batch to compare responses on, got none')
-    return {g: [grams[m] for m in ms] for g, ms in places.items()}
+    return {g: [_channels(grams[m], spec, m, g, len(networks)) for m in ms] for g, ms in places.items()}
 
 # %% ../../nbs/30_alignment/04a_activations.ipynb #8dcf619c
 def covariance(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CCAMerge']
 
-# %% ../../nbs/60_method/95_cca_merge.ipynb #94bb5cb6
+# %% ../../nbs/60_method/95_cca_merge.ipynb #261cd444
 from dataclasses import dataclass
 from fastcore.basics import patch
 from ..alignment.activations import covariance, joint_grams, plain_groups
@@ -13,8 +13,8 @@ from ..alignment.cca import cca_map, cca_transform
 from ..alignment.zipit import split_reads
 from ..core.errors import FusionError, check_known
 from ..core.state_dict import StateDict
-from .base import BaseAlgorithm, expert_weights
-from .neurons import KINDS, anchor_of, heard, network_of, spec_for
+from .base import BaseAlgorithm, as_pool, expert_weights
+from .neurons import KINDS, anchor_of, heard, measured_anew, network_of, spec_for
 from .weighted_average import weighted_average
 
 # %% ../../nbs/60_method/95_cca_merge.ipynb #f6b2946a
@@ -45,7 +45,7 @@ def _maps(m, pool, spec, moved, anchor):
     grams = joint_grams(spec, [moved, anchor], batches, plain_groups(spec, m.groups), pre=m.pre)
     return {g: cca_map(covariance(x), gamma=m.gamma) for g, x in grams.items()}
 
-# %% ../../nbs/60_method/95_cca_merge.ipynb #07097d38
+# %% ../../nbs/60_method/95_cca_merge.ipynb #3667c3d9
 @patch
 def aligned(self:CCAMerge, pool):
     "The specification with reading apart from making, and the experts in the anchor's features, lazy."
@@ -60,3 +60,9 @@ def merge(self:CCAMerge, pool) -> StateDict:
     "The weighted average of the moved experts."
     weights = expert_weights(self.weights, len(pool), normalize=False, equal=1 / len(pool))
     return weighted_average(self.aligned(pool)[1], weights=weights, like=pool.reference())
+
+@patch
+def run(self:CCAMerge, modelpool):
+    "The merged network; where it has BatchNorm, its statistics are measured anew, on the inputs that were heard."
+    pool = as_pool(modelpool)
+    return measured_anew(self, pool, pool.load(self.merge(pool)))

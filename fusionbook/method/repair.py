@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Repair']
 
-# %% ../../nbs/60_method/93_repair.ipynb #5592e0d8
+# %% ../../nbs/60_method/93_repair.ipynb #eedfd1fe
 from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import nn
-from ..alignment.repair import repair, repair_layers, reset_batchnorm
+from ..alignment.repair import has_batchnorm, repair, repair_layers, reset_batchnorm
 from ..core.errors import FusionError
 from .base import as_pool, expert_weights
 from .git_rebasin import GitRebasin
@@ -26,15 +26,13 @@ class Repair(GitRebasin):
         self.layers = list(self.layers)
         self.uses = (*self.uses, *({self.data} - set(self.uses)))
 
-# %% ../../nbs/60_method/93_repair.ipynb #a6ce7a97
+# %% ../../nbs/60_method/93_repair.ipynb #5bf58992
 def _networks(pool, states):
     nets = [pool.load(sd) for sd in states]
     if bad := [n for n in nets if not isinstance(n, nn.Module)]: raise FusionError(f'expected networks to measure channels in, got a {type(bad[0]).__name__}')
     return [n.eval() for n in nets]
 
-def _normed(net): return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None for m in net.modules())
-
-# %% ../../nbs/60_method/93_repair.ipynb #9e5ddee3
+# %% ../../nbs/60_method/93_repair.ipynb #f12f224d
 @patch
 def run(self:Repair, modelpool):
     "The repaired network."
@@ -43,6 +41,6 @@ def run(self:Repair, modelpool):
     batches = list(heard(self, pool))
     _, states = self.aligned(pool)
     merged, = _networks(pool, [self.merge(pool)])
-    if _normed(merged): return reset_batchnorm(merged, batches)
+    if has_batchnorm(merged): return reset_batchnorm(merged, batches)
     weights = expert_weights(self.weights, len(pool), normalize=False, equal=1 / len(pool))
     return repair(merged, _networks(pool, states), weights=weights, batches=batches, layers=repair_layers(merged, batches[0], self.layers))

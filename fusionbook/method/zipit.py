@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['ZipIt']
 
-# %% ../../nbs/60_method/94_zipit.ipynb #f9c5f986
+# %% ../../nbs/60_method/94_zipit.ipynb #33094d93
 from dataclasses import dataclass
 from fastcore.basics import patch
 from ..alignment.activations import correlation, covariance, joint_grams, plain_groups
 from ..alignment.zipit import split_reads, zip_features, zip_models, zip_trunk
 from ..core.errors import FusionError, check_known
 from ..core.state_dict import StateDict
-from .base import BaseAlgorithm
-from .neurons import KINDS, heard, network_of, spec_for
+from .base import BaseAlgorithm, as_pool
+from .neurons import KINDS, heard, measured_anew, network_of, spec_for
 
 # %% ../../nbs/60_method/94_zipit.ipynb #fe5b3738
 @dataclass
@@ -51,7 +51,7 @@ def clusters(self:ZipIt, pool):
     found = {g: zip_features(correlation(covariance(x)), models=len(nets), a=self.a, b=self.b) for g, x in grams.items()}
     return split_reads(spec, nets[0]), found
 
-# %% ../../nbs/60_method/94_zipit.ipynb #e0507269
+# %% ../../nbs/60_method/94_zipit.ipynb #6d266862
 @patch
 def _sorted(self:ZipIt, pool):
     spec, found = self.clusters(pool)
@@ -61,6 +61,12 @@ def _sorted(self:ZipIt, pool):
 def merge(self:ZipIt, pool) -> StateDict:
     "The zipped tensors, lazy."
     return zip_models(*self._sorted(pool), like=pool.reference())
+
+@patch
+def run(self:ZipIt, modelpool):
+    "The merged network; where it has BatchNorm, its statistics are measured anew, on the inputs that were heard."
+    pool = as_pool(modelpool)
+    return measured_anew(self, pool, pool.load(self.merge(pool)))
 
 # %% ../../nbs/60_method/94_zipit.ipynb #6eec32d3
 @patch
