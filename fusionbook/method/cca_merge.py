@@ -45,7 +45,7 @@ def _maps(m, pool, spec, moved, anchor):
     grams = joint_grams(spec, [moved, anchor], batches, plain_groups(spec, m.groups), pre=m.pre)
     return {g: cca_map(covariance(x), gamma=m.gamma) for g, x in grams.items()}
 
-# %% ../../nbs/60_method/95_cca_merge.ipynb #3667c3d9
+# %% ../../nbs/60_method/95_cca_merge.ipynb #07fb60be
 @patch
 def aligned(self:CCAMerge, pool):
     "The specification with reading apart from making, and the experts in the anchor's features, lazy."
@@ -55,12 +55,14 @@ def aligned(self:CCAMerge, pool):
     both = split_reads(spec, nets[at])
     return both, [sd if i == at else cca_transform(both, sd, _maps(self, pool, spec, nets[i], nets[at])) for i, sd in enumerate(states)]
 
+# %% ../../nbs/60_method/95_cca_merge.ipynb #cdf265b9
 @patch
 def merge(self:CCAMerge, pool) -> StateDict:
     "The weighted average of the moved experts."
     weights = expert_weights(self.weights, len(pool), normalize=False, equal=1 / len(pool))
     return weighted_average(self.aligned(pool)[1], weights=weights, like=pool.reference())
 
+# %% ../../nbs/60_method/95_cca_merge.ipynb #276d2ca9
 @patch
 def run(self:CCAMerge, modelpool):
     "The merged network; where it has BatchNorm, its statistics are measured anew, on the inputs that were heard."

@@ -15,7 +15,7 @@ from ..core.state_dict import StateDict
 from .base import BaseAlgorithm, as_pool
 from .neurons import KINDS, heard, measured_anew, network_of, spec_for
 
-# %% ../../nbs/60_method/94_zipit.ipynb #fe5b3738
+# %% ../../nbs/60_method/94_zipit.ipynb #2a5667cf
 @dataclass
 class ZipIt(BaseAlgorithm):
     "ZipIt!: features that respond alike become one, also within a network (Stoica et al., 2024)."
@@ -28,6 +28,7 @@ class ZipIt(BaseAlgorithm):
     samples: int = 200     # inputs in all
     batch_size: int = 50   # inputs at a time
     pre: bool = True       # responses before ReLU
+    anew: bool = True      # measure BatchNorm's running statistics on the same inputs
     seed: int = 0          # of the choice of inputs
     costs = 'activations'  # inputs are read anyway, so they serve for tracing
     def __post_init__(self):
@@ -51,7 +52,7 @@ def clusters(self:ZipIt, pool):
     found = {g: zip_features(correlation(covariance(x)), models=len(nets), a=self.a, b=self.b) for g, x in grams.items()}
     return split_reads(spec, nets[0]), found
 
-# %% ../../nbs/60_method/94_zipit.ipynb #6d266862
+# %% ../../nbs/60_method/94_zipit.ipynb #5d0dd206
 @patch
 def _sorted(self:ZipIt, pool):
     spec, found = self.clusters(pool)
@@ -64,9 +65,10 @@ def merge(self:ZipIt, pool) -> StateDict:
 
 @patch
 def run(self:ZipIt, modelpool):
-    "The merged network; where it has BatchNorm, its statistics are measured anew, on the inputs that were heard."
+    "The merged network."
     pool = as_pool(modelpool)
-    return measured_anew(self, pool, pool.load(self.merge(pool)))
+    merged = pool.load(self.merge(pool))
+    return measured_anew(self, pool, merged) if self.anew else merged
 
 # %% ../../nbs/60_method/94_zipit.ipynb #6eec32d3
 @patch
