@@ -115,7 +115,7 @@ def run_experiment(
     output = Path(output or f'_runs/{time.strftime("%Y-%m-%d_%H-%M-%S")}_{file.stem}.ipynb')
     output.parent.mkdir(parents=True, exist_ok=True)
     where, bar = re.sub('([{}])', r'\1\1', str(output)), bar and os.environ.get('FUSIONBOOK_PROGRESS') != 'none' # papermill fills in braces
-    try: papermill.execute_notebook(_draft(file, given), where, parameters=dict(given), kernel_name='python3', progress_bar=bar, extra_arguments=['--log-level=ERROR'])
+    try: papermill.execute_notebook(_draft(file, given), where, parameters=dict(given), kernel_name='python3', progress_bar=bar, extra_arguments=['--log-level=CRITICAL'])
     except papermill.PapermillExecutionError as e: error = f'{e.ename}: {e.evalue} in cell {e.exec_count}'
     except RuntimeError as e: error = f'{type(e).__name__}: {e}' # a kernel that died
     else: error = None
