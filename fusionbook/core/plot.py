@@ -122,15 +122,16 @@ def matrices(
 # %% ../../nbs/00_core/04_plot.ipynb #010e1768
 def _color(i): return theme['colors'][i % len(theme['colors'])]
 
-# %% ../../nbs/00_core/04_plot.ipynb #019eedb1
+# %% ../../nbs/00_core/04_plot.ipynb #4440f0c0
 def _label(ax, names, inches):
-    "Name the ticks of the lower axis: level where the names fit into `inches`, wrapped or turned where not."
+    "Name the ticks of the lower axis: level where the names fit into `inches`, wrapped, or turned where not; whether they are level."
     letters = max(3, int(inches / len(names) / .07))
     lines = [textwrap.wrap(str(n).replace('_', ' '), letters, break_long_words=False) or [''] for n in names]
     level = max(len(l) for n in lines for l in n) <= letters and max(map(len, lines)) <= 3
     ax.set_xticks(range(len(names)), ['\n'.join(l) if level else textwrap.shorten(str(n), 32, placeholder='…') for l, n in zip(lines, names)])
     if not level: ax.tick_params(axis='x', rotation=40)
     for t in ax.get_xticklabels() if not level else (): t.set(ha='right', rotation_mode='anchor')
+    return level
 
 # %% ../../nbs/00_core/04_plot.ipynb #c9597ab0
 def _legend(fig, ax, names):
@@ -220,7 +221,7 @@ def curves(
     _legend(fig, ax, list(series))
     return fig
 
-# %% ../../nbs/00_core/04_plot.ipynb #0a2b8b19
+# %% ../../nbs/00_core/04_plot.ipynb #66c11b27
 def heatmap(
     values,         # (R, C) numbers; NaN stays white
     rows:list,      # R names
@@ -239,7 +240,7 @@ def heatmap(
     _cells(ax, x, (-far, far) if diverging else (seen.min(initial=far), far), 'RdBu_r' if diverging else 'Blues',
            lambda v: format(v, fmt), min(8, 8*room) if room > .6 and len(rows) <= 24 else 0)
     ax.set_yticks(range(len(rows)), rows)
-    _label(ax, columns, fig.get_figwidth()*.75)
+    if not _label(ax, columns, fig.get_figwidth()*.75): fig.set_figheight(fig.get_figheight() + .045*min(32, max(len(str(c)) for c in columns))) # turned
     return fig
 
 # %% ../../nbs/00_core/04_plot.ipynb #cf9c013c
