@@ -48,21 +48,24 @@ def _forbid(sims, origin, who):
     at = np.flatnonzero(origin == who)
     sims[np.ix_(at, at)] = -np.inf
 
-# %% ../../nbs/30_alignment/07_zipit.ipynb #827de65c
+# %% ../../nbs/30_alignment/07_zipit.ipynb #f45da395
 def zip_features(
     correlations:Tensor, # (T n, T n), network after network
     *, models:int,       # T
     a:float,             # factor on a cluster's similarities for each merge, in (0, 1]
     b:float,             # share of a network's lost features that may merge within it, in [0, 1]
-) -> Tensor:             # cluster of every feature, (T, n), numbers 0 … n-1
-    "Greedy clusters of n out of T n features (Stoica et al., 2024)."
+    keep:int=None,       # K, clusters that remain; n when None
+) -> Tensor:             # cluster of every feature, (T, n), numbers 0 … K-1
+    "Greedy clusters of T n features (Stoica et al., 2024)."
     if not 0 < a <= 1 or not 0 <= b <= 1: raise FusionError(f'expected `a` in (0, 1] and `b` in [0, 1], got {a} and {b}')
     n, free = len(correlations) // models, correlations.detach().double().cpu().numpy().copy()
+    keep = n if keep is None else keep
+    if not 1 <= keep <= len(free): raise FusionError(f'expected `keep` in [1, {len(free)}] and `a` in (0, 1], got {keep} and {a}')
     np.fill_diagonal(free, -np.inf)
     sims, origin, cluster = free.copy(), np.arange(len(free)) // n, np.arange(len(free))
     budget = np.full(models, int(n * (models - 1) // models * b + 1e-4))
     for who in np.flatnonzero(budget == 0): _forbid(sims, origin, who)
-    for _ in range(n * (models - 1)):
+    for _ in range(len(free) - keep):
         table = sims if np.isfinite(sims.max()) else free     # only forbidden pairs are left: better one of them than none
         i, j = sorted(divmod(int(table.argmax()), len(table)))
         for t in (sims, free): _join(t, i, j, a)
@@ -72,22 +75,14 @@ def zip_features(
             if budget[origin[i]] <= 0: _forbid(sims, origin, origin[i])
     return torch.from_numpy(np.unique(cluster, return_inverse=True)[1]).view(models, n)
 
-# %% ../../nbs/30_alignment/07_zipit.ipynb #85932524
+# %% ../../nbs/30_alignment/07_zipit.ipynb #e7eeb5ff
 def zip_within(
     correlations:Tensor, # (n, n), of one network's features
     *, keep:int,         # clusters that remain, in [1, n]
     a:float,             # factor on a cluster's similarities for each merge, in (0, 1]
 ) -> Tensor:             # cluster of every feature, (1, n), numbers 0 … keep-1
     "Greedy clusters of one network's own features."
-    n, sims = len(correlations), correlations.detach().double().cpu().numpy().copy()
-    if not 1 <= keep <= n or not 0 < a <= 1: raise FusionError(f'expected `keep` in [1, {n}] and `a` in (0, 1], got {keep} and {a}')
-    np.fill_diagonal(sims, -np.inf)
-    cluster = np.arange(n)
-    for _ in range(n - keep):
-        i, j = sorted(divmod(int(sims.argmax()), n))
-        _join(sims, i, j, a)
-        cluster[cluster == j] = i
-    return torch.from_numpy(np.unique(cluster, return_inverse=True)[1]).view(1, n)
+    return zip_features(correlations, models=1, a=a, b=1, keep=keep)
 
 # %% ../../nbs/30_alignment/07_zipit.ipynb #ba822cf5
 def zip_maps(
