@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['entropies', 'AdaMerging', 'CLIPTaskWiseAdaMerging', 'CLIPLayerWiseAdaMerging']
 
-# %% ../../nbs/60_method/72_adamerging.ipynb #913d8fb8
+# %% ../../nbs/60_method/72_adamerging.ipynb #a7670430
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 import torch
@@ -16,19 +16,22 @@ from ..core.state_dict import StateDict, meta, shared
 from .adapt import adapt, entropy, on_threads
 from .base import BaseAlgorithm
 from .coefficients import Mixture, grouped, merge_coefficients, pruning, read_coefficients
+from .one_pass import answers, passes
 
-# %% ../../nbs/60_method/72_adamerging.ipynb #0e2d3dbf
+# %% ../../nbs/60_method/72_adamerging.ipynb #fb2ecbac
 def entropies(
     mixture:Mixture,           # the network and the experts
     w:Tensor,                  # coefficients, (T, G); a leaf, its `.grad` is set
     heads:Mapping[str, Callable], # task -> (network, inputs) -> logits (n, C)
+    rows:int=16,               # inputs that go through the network at once; a larger batch goes alone
 ) -> Callable:                 # {task: inputs (n, …)} -> sum over tasks of the mean entropy
     "AdaMerging's objective, with its gradient."
     def objective(batch):
         mixture.fill(w)
         total = 0.
-        for task, x in batch.items():
-            value = entropy(heads[task](mixture.network, x.to(mixture.device)).float())
+        for part in passes(batch, rows=rows):
+            said = answers(mixture.network, heads, {t: x.to(mixture.device) for t, x in part.items()})
+            value = sum(entropy(logits.float()) for logits in said.values())
             value.backward(); total += value.item()
         w.grad = mixture.gradient().to(w.dtype)
         return total
@@ -58,7 +61,7 @@ def _settle(self):
     if self.max_steps < 1 or self.batch_size < 1: raise FusionError(f'expected at least one step and one input, got {self.max_steps} and {self.batch_size}')
     _range(self.clamp_weights, self.init_values)
 
-# %% ../../nbs/60_method/72_adamerging.ipynb #f6c00123
+# %% ../../nbs/60_method/72_adamerging.ipynb #acaeb5e6
 @dataclass
 class AdaMerging(BaseAlgorithm):
     "AdaMerging: coefficients learned by lowering the entropy of predictions (Yang et al., 2024)."
@@ -81,6 +84,7 @@ class AdaMerging(BaseAlgorithm):
     fast_dev_run: bool = False   # one step only
     seed: int = 0                # of the batches
     threads: int = 1             # of the processor while learning; with more, or null for all, LayerNorm's gradients differ in the last digits
+    cache_mb: float = 4096       # megabytes of task vectors that are kept while learning; the rest is read anew in each step
     device: str = 'cpu'          # where the network works
     def __post_init__(self): _settle(self)
 
@@ -88,7 +92,7 @@ class AdaMerging(BaseAlgorithm):
 @patch(as_prop=True)
 def uses(self:AdaMerging): return ('pretrained', 'experts') + ((self.data,) if self.weights is None else ())
 
-# %% ../../nbs/60_method/72_adamerging.ipynb #3cd00624
+# %% ../../nbs/60_method/72_adamerging.ipynb #29997b46
 def _rounds(pool, how, start) -> Iterator[dict]:
     "From a step on, one batch of every task."
     streams = {t: pool.batches(t, how.data, batch_size=how.batch_size, seed=how.seed, start=start) for t in pool.model_names}
@@ -96,7 +100,7 @@ def _rounds(pool, how, start) -> Iterator[dict]:
 
 def _identity(how, pool):
     "What makes a run another one than that of a checkpoint."
-    idle = ('_target_', 'name', 'checkpoint', 'max_steps', 'patience', 'fast_dev_run', 'device', 'weights', 'tie_weights')
+    idle = ('_target_', 'name', 'checkpoint', 'max_steps', 'patience', 'fast_dev_run', 'device', 'cache_mb', 'weights', 'tie_weights')
     return {k: v for k, v in how.config.items() if k not in idle} | {'models': {n: pool.hash(n) for n in pool.all_model_names}}
 
 # %% ../../nbs/60_method/72_adamerging.ipynb #4435fd48
@@ -129,14 +133,15 @@ def _fixed(how, pool, base, experts):
     clean = pruning(base, experts, list(groups), prune=how.prune, threshold=how.threshold, device=how.device)
     return groups, clean, read_coefficients(how.weights, pool.model_names, list(dict.fromkeys(groups.values())))
 
-# %% ../../nbs/60_method/72_adamerging.ipynb #16c43389
+# %% ../../nbs/60_method/72_adamerging.ipynb #d13ee664
 @patch
 def merge(self:AdaMerging, pool) -> StateDict:
     if self.weights is None: _check_data(pool, self.data)
     base, experts, curve = pool.pretrained(), pool.experts(), []
     if self.weights is not None: groups, clean, w = _fixed(self, pool, base, experts)
     else:
-        mixture = Mixture(pool.load_pretrained_model(), base, experts, prune=self.prune, threshold=self.threshold, granularity=self.granularity, device=self.device)
+        mixture = Mixture(pool.load_pretrained_model(), base, experts, prune=self.prune, threshold=self.threshold, granularity=self.granularity,
+                          device=self.device, cache_mb=self.cache_mb)
         groups, clean, (w, curve) = mixture.groups, mixture.clean, self.learn(pool, mixture)
     self.adaptation = dict(experts=pool.model_names, groups=list(dict.fromkeys(groups.values())), granularity=self.granularity, prune=self.prune,
                            data=self.data if self.weights is None else None, steps=len(curve), curve=curve, coefficients=w.tolist())

@@ -51,10 +51,7 @@ def pruning(
         return kept * (kept * elect_sign(kept, by='sum', tie=1.) > 0) if prune == 'ties' else kept
     return clean
 
-# %% ../../nbs/60_method/71_coefficients.ipynb #a8d7d779
-def _mix(b, tau, w): return b + torch.einsum('t,t...->...', w.to(tau.dtype), tau)
-
-# %% ../../nbs/60_method/71_coefficients.ipynb #2075e2e3
+# %% ../../nbs/60_method/71_coefficients.ipynb #26297c94
 def merge_coefficients(
     base:StateDict, experts:Sequence[StateDict], # θ₀ and T fine-tuned state dicts
     *, coefficients:Tensor,      # w, (T, G)
@@ -67,7 +64,7 @@ def merge_coefficients(
     if coefficients.shape != (len(experts), len(place)):
         raise FusionError(f'expected coefficients ({len(experts)}, {len(place)}), experts × groups, got {tuple(coefficients.shape)}')
     w = coefficients.detach().to(device)
-    def f(name, b, x): return _mix(b, clean(name, x - b), w[:, place[groups[name]]]) if name in groups else b
+    def f(name, b, x): return b + torch.einsum('t,t...->...', w[:, place[groups[name]]].to(b.dtype), clean(name, x - b)) if name in groups else b
     return map_tensors(f, base, experts, elementwise=True, device=device)
 
 # %% ../../nbs/60_method/71_coefficients.ipynb #7d72dde7
@@ -81,7 +78,7 @@ def _merged(network, base):
     for p in found.values(): p.requires_grad_(True)
     return found
 
-# %% ../../nbs/60_method/71_coefficients.ipynb #c325a53c
+# %% ../../nbs/60_method/71_coefficients.ipynb #0aafb651
 class Mixture:
     "One network whose parameters are a mixture of experts."
     def __init__(self,
@@ -90,25 +87,37 @@ class Mixture:
         *, prune:str=None, threshold:float=20, # see `pruning`
         granularity:str='tensor',    # see `grouped`
         device:str='cpu',            # where the network works
+        cache_mb:float=4096,         # megabytes of task vectors that are kept where the network works; the rest is read anew each time
     ):
         self.parameters = _merged(network, base)
         self.network = network.to(device).eval()
-        self.base, self.experts, self.device, self._kept = base, experts, device, {}
+        self.base, self.experts, self.device, self._kept, self._room = base, experts, device, {}, cache_mb * 1e6
         self.groups = grouped(list(self.parameters), granularity)
         self.names = list(dict.fromkeys(self.groups.values()))
         self.clean = pruning(base, experts, list(self.parameters), prune=prune, threshold=threshold, device=device)
 
-# %% ../../nbs/60_method/71_coefficients.ipynb #937a5a93
+# %% ../../nbs/60_method/71_coefficients.ipynb #d1c41b57
+def _gathered(mixture, name, found):
+    "The pieces of one tensor as views of one block of memory."
+    found = iter(found); first = next(found, None)
+    if first is None: return []
+    b = mixture.base[name].reshape(-1).to(mixture.device, first[1].dtype)
+    tau = torch.empty(len(mixture.experts), len(b), dtype=b.dtype, device=b.device)
+    def put(at, piece): tau[:, at] = piece; return at, b[at], tau[:, at]
+    return [put(at, piece) for at, _, piece in (first, *found)]
+
+# %% ../../nbs/60_method/71_coefficients.ipynb #bc8ed020
 @patch
 def pieces(self:Mixture, name:str) -> Iterator:
     "Place, base (n,) and task vectors (T, n) of one tensor, piece by piece."
     if name in self._kept: return iter(self._kept[name])
     found = ((at, b, self.clean(name, x - b)) for at, b, x in _pieces(name, self.base, self.experts, self.device))
-    if self.device == 'cpu': return found
-    self._kept[name] = list(found)
+    need = (1 + len(self.experts)) * self.parameters[name].numel() * max(4, self.parameters[name].element_size())
+    if need > self._room: return found
+    self._kept[name], self._room = _gathered(self, name, found), self._room - need
     return iter(self._kept[name])
 
-# %% ../../nbs/60_method/71_coefficients.ipynb #2d46de1a
+# %% ../../nbs/60_method/71_coefficients.ipynb #a7ce491b
 @patch
 def fill(self:Mixture,
     w:Tensor, # coefficients, (T, G)
@@ -118,7 +127,7 @@ def fill(self:Mixture,
     with torch.no_grad():
         for name, p in self.parameters.items():
             flat, own = p.view(-1), w[:, self.names.index(self.groups[name])]
-            for at, b, tau in self.pieces(name): flat[at] = _mix(b, tau, own).to(p.dtype)
+            for at, b, tau in self.pieces(name): flat[at] = torch.addmv(b, tau.T, own.to(tau.dtype)).to(p.dtype)
 
 # %% ../../nbs/60_method/71_coefficients.ipynb #0e7650d3
 @patch
