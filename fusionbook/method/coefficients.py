@@ -96,15 +96,15 @@ class Mixture:
         self.names = list(dict.fromkeys(self.groups.values()))
         self.clean = pruning(base, experts, list(self.parameters), prune=prune, threshold=threshold, device=device)
 
-# %% ../../nbs/60_method/71_coefficients.ipynb #d1c41b57
+# %% ../../nbs/60_method/71_coefficients.ipynb #06bae45f
 def _gathered(mixture, name, found):
-    "The pieces of one tensor as views of one block of memory."
-    found = iter(found); first = next(found, None)
-    if first is None: return []
-    b = mixture.base[name].reshape(-1).to(mixture.device, first[1].dtype)
-    tau = torch.empty(len(mixture.experts), len(b), dtype=b.dtype, device=b.device)
-    def put(at, piece): tau[:, at] = piece; return at, b[at], tau[:, at]
-    return [put(at, piece) for at, _, piece in (first, *found)]
+    "The pieces of one tensor as views of one block of memory, which is a single piece on an accelerator."
+    b, tau, places = mixture.base[name].reshape(-1), None, []
+    for at, _, rows in found:
+        if tau is None: tau, b = torch.empty(len(rows), len(b), dtype=rows.dtype, device=rows.device), b.to(rows.device, rows.dtype)
+        tau[:, at] = rows; places.append(at)
+    if places and mixture.device != 'cpu': places = [slice(0, len(b))]
+    return [(at, b[at], tau[:, at]) for at in places]
 
 # %% ../../nbs/60_method/71_coefficients.ipynb #bc8ed020
 @patch
@@ -129,7 +129,7 @@ def fill(self:Mixture,
             flat, own = p.view(-1), w[:, self.names.index(self.groups[name])]
             for at, b, tau in self.pieces(name): flat[at] = torch.addmv(b, tau.T, own.to(tau.dtype)).to(p.dtype)
 
-# %% ../../nbs/60_method/71_coefficients.ipynb #0e7650d3
+# %% ../../nbs/60_method/71_coefficients.ipynb #732b7a40
 @patch
 def gradient(self:Mixture) -> Tensor: # (T, G) float64, on the CPU
     "Gradient of the coefficients from the gradients that `backward` left in the network; those are cleared."
@@ -137,7 +137,7 @@ def gradient(self:Mixture) -> Tensor: # (T, G) float64, on the CPU
     for name, p in self.parameters.items():
         if p.grad is None: continue
         at_group, g = self.names.index(self.groups[name]), p.grad.reshape(-1)
-        for at, b, tau in self.pieces(name): found[:, at_group] += (tau @ g[at].to(tau.dtype)).double().cpu()
+        for at, b, tau in self.pieces(name): found[:, at_group] += (tau @ g[at].to(tau.dtype)).cpu().double()
         p.grad = None
     return found
 

@@ -46,21 +46,24 @@ def solve(
         else: a, ha = t, ht
     return math.exp(a if abs(ha) < abs(hb) else b), max((hb - ha) / max(b - a, 1e-9), .1), False, len(tried)
 
-# %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #9ff1b6c6
+# %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #2142bd89
 def refine(
     rise:Callable[[float], Tensor], # as in `solve`, with more parts
     sigma:float,     # σ that `solve` found
     slope:float,     # of ln(rise) in ln σ there
     *, target:float, # rise that is looked for, in nats
-    looks:int=4,     # at most so many
+    near:float=.3,   # |h| of the last look
+    looks:int=5,     # at most so many
 ) -> tuple[float, float|None, int]: # σ, standard error of ln σ, evaluations
-    "Correct a noise level by one Newton step, and say how well it is known."
+    "Correct a noise level by secant steps, and say how well it is known."
+    t, before = math.log(sigma), None
     for look in range(looks):
-        parts = rise(sigma).cpu().double()
-        h = _log_rise(parts, target)
-        sigma *= math.exp(-max(min(h / slope, 1), -1))
-        if abs(h) < .7: break
-    return sigma, (parts.std() / len(parts) ** .5 / parts.mean() / slope).item() if len(parts) > 1 else None, look + 1
+        parts = rise(math.exp(t)).cpu().double()
+        now = t, _log_rise(parts, target)
+        if before and abs(t - before[0]) > .01: slope = max((now[1] - before[1]) / (t - before[0]), .1)
+        t, before = t - max(min(now[1] / slope, 1), -1), now
+        if abs(now[1]) < near: break
+    return math.exp(t), (parts.std() / len(parts) ** .5 / parts.mean() / slope).item() if len(parts) > 1 else None, look + 1
 
 # %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #efca8069
 def _rows(n, parts, size, seed, name):
