@@ -17,6 +17,7 @@ from ..core.errors import FusionError, nearest
 from ..core.state_dict import Lazy, StateDict, meta
 from ..data.images import Normalise, dataset_source, known_dataset
 from .base import BaseModelPool
+import fusionbook.modelpool.data, fusionbook.modelpool.moved # give every pool `attach`, `batches` and `with_experts`
 from ..models.named import matched, model_type, network_of, type_of
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #7e7d3103
