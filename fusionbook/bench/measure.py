@@ -34,7 +34,7 @@ def _truth(text):
     if text not in ('True', 'False'): raise argparse.ArgumentTypeError(f'expected True or False, not {text}')
     return text == 'True'
 
-# %% ../../nbs/80_bench/10_measure.ipynb #abd51068
+# %% ../../nbs/80_bench/10_measure.ipynb #f30fefec
 def _parser():
     p = Flags('measure', USAGE)
     for name, kind in dict(device=str, experiment_name=str, model_type=str, dataset_name=str, seeds=int).items(): p.add_argument(f'--{name}', type=kind, required=True)
@@ -42,7 +42,7 @@ def _parser():
     p.add_argument('--colab', type=_truth, default=False, help='accepted, no effect')
     for name, kind, default, help in [
         ('batch_size', int, 100, 'of the original losses and Hessians'), ('accuracy_metric', str, 'accuracy', 'accuracy or generalisation_gap'), ('save_file_path', str, 'results', 'of the CSV'),
-        ('metrics', str, 'original', 'original, corrected, all, or names with commas'), ('budget', float, 1., 'factor of all sample counts, in (0, 1]'), ('seed', int, 0, 'of everything random'),
+        ('metrics', str, 'original', 'original, corrected, field, all, or names with commas'), ('budget', float, 1., 'factor of all sample counts, in (0, 1]'), ('seed', int, 0, 'of everything random'),
         ('rows', int, 0, 'training images; 0 for all'), ('data', str, None, 'folder or hub id of the data'), ('out', str, 'experiments', 'where experiments are')]:
         p.add_argument(f'--{name}', type=kind, default=default, help=help)
     p.add_argument('--resume', action='store_true', help='take what an earlier run has measured on the same models, data and options')
@@ -56,7 +56,7 @@ def _check_numbers(a):
     if a.correl_space and a.seeds < 2: raise FusionError('expected more than one seed to correlate over, got 1; add --correl_space False')
     if a.correl_space and not a.pred_space: raise FusionError('expected the prediction space for correlations, got --pred_space False; add --correl_space False')
 
-# %% ../../nbs/80_bench/10_measure.ipynb #584eec4d
+# %% ../../nbs/80_bench/10_measure.ipynb #59791fb0
 def measure_arguments(
     argv:Sequence[str],      # what the user typed after `fusionbook measure`
 ) -> argparse.Namespace:     # every flag; `metrics` as names, `folder` of the experiment
@@ -66,7 +66,7 @@ def measure_arguments(
     check_choice(a.accuracy_metric, ('accuracy', 'generalisation_gap'), 'an accuracy metric')
     _check_numbers(a)
     a.metrics = metric_names(a.metrics.split(','), a.accuracy_metric, [s for k, s in _SPACES.items() if getattr(a, k)])
-    if a.correl_space and a.accuracy_metric not in a.metrics: raise FusionError(f'expected `{a.accuracy_metric}` among the metrics for correlations, got none; add it or --correl_space False')
+    if a.correl_space and a.accuracy_metric not in a.metrics: a.metrics.append(a.accuracy_metric) # what correlations are with
     a.folder = Path(a.out)/a.experiment_name
     if not a.folder.is_dir() or not any(a.folder.iterdir()): raise FusionError(f'expected a folder with models, got `{a.folder}`, which ' + ('is empty' if a.folder.is_dir() else 'does not exist'))
     return a
@@ -121,7 +121,7 @@ def _group(a, seed, group, names, subject, facts):
         with atomic(file) as new: new.write_text(json.dumps(rows, indent=1))
     return [r for r in rows if r['metric'] in names]
 
-# %% ../../nbs/80_bench/10_measure.ipynb #7817965a
+# %% ../../nbs/80_bench/10_measure.ipynb #61d9a961
 def measure_models(
     a:argparse.Namespace, # of `measure_arguments`
     data:Mapping,         # of `measured_data`
@@ -131,10 +131,13 @@ def measure_models(
     files = _checked_files(a)
     for seed, kind in track([(s, k) for s in files for k in KINDS], 'models'):
         net, initial = _pair(files[seed], kind)
-        subject = Subject(net.to(a.device), {k: t.to(a.device) for k, t in initial.items()}, data['train'], data['test'], a.seed, a.budget, a.batch_size)
+        parents = [files[seed][k] for k in KINDS[:2]]
+        def parent(i): return network_of(parents[i - 1]).to(a.device)
+        subject = Subject(net.to(a.device), {k: t.to(a.device) for k, t in initial.items()}, data['train'], data['test'], a.seed, a.budget, a.batch_size, parent)
         facts = content_hash(net.state_dict()), content_hash(initial), mark
         for group, names in groups_of(a.metrics).items():
-            for r in _group(a, seed, group, names, subject, facts): yield dict(model=kind, seed=seed, **r)
+            beside = [content_hash(parents[i]) for i in (0, 1) if group == f'beside_parent_{i + 1}']
+            for r in _group(a, seed, group, names, subject, (*facts, *beside)): yield dict(model=kind, seed=seed, **r)
 
 # %% ../../nbs/80_bench/10_measure.ipynb #0f9d3abc
 def correlation_rows(

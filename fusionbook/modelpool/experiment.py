@@ -6,10 +6,9 @@
 __all__ = ['KINDS', 'seed_folder', 'kind_file', 'write_kind', 'read_kind', 'seeds_of', 'check_parents', 'ExperimentPool']
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #3a655cc1
-import re
+import re, torch
 from collections.abc import Sequence
 from pathlib import Path
-import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.checkpoint import Checkpoint, atomic, save
