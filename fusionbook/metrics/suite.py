@@ -129,6 +129,13 @@ def _hessian(s, run, **counts):
     f = Objective(s.net, *s.test)
     return _counted(f, run(f, batch_size=min(s.batch_size, len(f)), seed=s.seed, **{k: s.count(n) for k, n in counts.items()}))
 
+# %% ../../nbs/40_metrics/09b_suite.ipynb #8e3ec7f4
+def _full(s, run, batches):
+    "A number from the Hessian on the share of the test set that the budget allows."
+    f = Objective(s.net, *s.test)
+    batches = min(batches, len(f))
+    return _row(run(f, batches=batches, batch_size=max(1, s.count(len(f)) // batches), seed=s.seed))
+
 # %% ../../nbs/40_metrics/09b_suite.ipynb #de469b9a
 def _drop(s):
     a, b, n, m = accuracy(s.net, *s.train), accuracy(s.net, *s.test), len(s.train[1]), len(s.test[1])
@@ -152,7 +159,7 @@ def _beside(s, i):
     found = beside_parent(s.net, s.parent(i), _some(s.train, s.count(2000, 20)), _some(s.test, s.count(1000, 20)), gradients=s.count(200, 10))
     return {f'{k}_parent_{i}': dict(value=v) for k, v in found.items()}
 
-# %% ../../nbs/40_metrics/09b_suite.ipynb #ddc80ac0
+# %% ../../nbs/40_metrics/09b_suite.ipynb #7076f9df
 _GROUPS = {
     'lipschitz_constant': lambda s: dict(lipschitz_constant=dict(value=lipschitz_constant(s.net, tuple(s.train[0].shape[1:]), seed=s.seed))),
     'hessian_top_eigenvalue': lambda s: dict(hessian_top_eigenvalue=_hessian(s, hessian_top_eigenvalue, iterations=100)),
@@ -162,8 +169,8 @@ _GROUPS = {
     'accuracy': lambda s: dict(accuracy=dict(value=accuracy(s.net, *s.test), n=len(s.test[1]))),
     'generalisation_gap': lambda s: dict(generalisation_gap=dict(value=generalisation_gap(accuracy(s.net, *s.train), accuracy(s.net, *s.test)))),
     'lipschitz_lower_bound': lambda s: dict(lipschitz_lower_bound=_gain(s)),
-    'hessian_top_full': lambda s: dict(hessian_top_full=_row(hessian_top_full(Objective(s.net, *s.test), seed=s.seed))),
-    'hessian_trace_full': lambda s: dict(hessian_trace_full=_row(hessian_trace_full(Objective(s.net, *s.test), batches=min(50, len(s.test[1])), seed=s.seed))),
+    'hessian_top_full': lambda s: dict(hessian_top_full=_full(s, hessian_top_full, 10)),
+    'hessian_trace_full': lambda s: dict(hessian_trace_full=_full(s, hessian_trace_full, 50)),
     'sharpness_worst': lambda s: _corrected_search(s, sharpness_worst, sharpness_measures, 'worst', parts=(2, s.count(8, 2))),
     'pac_bayes_ce': lambda s: _corrected_search(s, pac_bayes_ce, pac_bayes_measures, 'ce', parts=(s.count(16, 4), s.count(128, 8))),
     'accuracy_drop': lambda s: dict(accuracy_drop=_drop(s)), 'robustness': _robust,
