@@ -49,7 +49,7 @@ def _range(clamp, start):
     if start is not None and not low <= start <= high: raise FusionError(f'expected `init_values` in the range of `clamp_weights`, {low} to {high}, got {start}')
     return low, high
 
-# %% ../../nbs/60_method/72_adamerging.ipynb #3b5261bb
+# %% ../../nbs/60_method/72_adamerging.ipynb #70c04c19
 def _settle(self):
     "Check the fields, and let `name` decide."
     if self.name is not None:
@@ -59,6 +59,7 @@ def _settle(self):
     if self.data not in _DATA: raise FusionError(f'expected `data` as one of {", ".join(_DATA)}, got `{self.data}`; {nearest(str(self.data), _DATA)}')
     if not self.tie_weights: raise FusionError('expected `tie_weights` true: tied tensors are merged once and stay tied, got false')
     if self.max_steps < 1 or self.batch_size < 1: raise FusionError(f'expected at least one step and one input, got {self.max_steps} and {self.batch_size}')
+    if not isinstance(self.cache_mb, (int, float)) or not self.cache_mb >= 0: raise FusionError(f'expected `cache_mb` as a number of megabytes of at least 0, got {self.cache_mb}')
     _range(self.clamp_weights, self.init_values)
 
 # %% ../../nbs/60_method/72_adamerging.ipynb #acaeb5e6

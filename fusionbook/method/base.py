@@ -18,7 +18,6 @@ from ..core.errors import FusionError
 from ..core.legacy import build
 from ..core.state_dict import StateDict
 from ..modelpool.base import BaseModelPool
-import fusionbook.modelpool.data, fusionbook.modelpool.moved # give every pool `batches`, `logits` and `with_experts`
 
 # %% ../../nbs/60_method/00_base.ipynb #d167b399
 USES = ('pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test', 'labels') # all that a method can see

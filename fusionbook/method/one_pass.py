@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['question', 'answers', 'passes']
 
-# %% ../../nbs/60_method/70b_one_pass.ipynb #6f2e4abf
+# %% ../../nbs/60_method/70b_one_pass.ipynb #69e95b56
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 import torch
 from torch import Tensor, nn
+from ..core.errors import FusionError
 from .ensemble_outputs import map_outputs
 
 # %% ../../nbs/60_method/70b_one_pass.ipynb #b4976f01
@@ -40,7 +41,7 @@ def question(
     except _Asked: pass
     return call[0] if call else ((), {})
 
-# %% ../../nbs/60_method/70b_one_pass.ipynb #066219ff
+# %% ../../nbs/60_method/70b_one_pass.ipynb #ea373ddd
 def _kind(call):
     "Calls of one kind can be one call; None for a call that can not."
     args, kwargs = call
@@ -48,21 +49,19 @@ def _kind(call):
     if not tensors or any(not isinstance(t, Tensor) or t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors): return None
     return len(args), tuple(kwargs), tuple((t.dtype, t.shape[1:]) for t in tensors)
 
-class _Apart(Exception): "An output has not one row for each row of the inputs."
-
 def _asked_once(network, calls):
     "Output of the network for each call, from one call; None where the output can not be shared out."
     args = [torch.cat(ts) for ts in zip(*(a for a, _ in calls))]
     kwargs = {k: torch.cat([kw[k] for _, kw in calls]) for k in calls[0][1]}
     sizes = [len(next(iter((*a, *kw.values())))) for a, kw in calls]
     def rows(at, t):
-        if t.ndim < 2 or t.shape[1] != sum(sizes): raise _Apart
+        if t.ndim < 2 or t.shape[1] != sum(sizes): raise FusionError(f'expected one row for each of {sum(sizes)} inputs, got {tuple(t.shape[1:])}')
         return t[0].split(sizes)[at]
     out = network(*args, **kwargs)
     try: return [map_outputs(partial(rows, at), [out]) for at in range(len(sizes))]
-    except _Apart: return None
+    except FusionError: return None # also an output with something that is no tensor, such as a cache
 
-# %% ../../nbs/60_method/70b_one_pass.ipynb #580d6993
+# %% ../../nbs/60_method/70b_one_pass.ipynb #0feab8a1
 def answers(
     network:nn.Module,           # treats the rows of a batch one by one
     heads:Mapping[str, Callable],# task -> (network, inputs) -> logits; a head calls the network once
@@ -72,8 +71,8 @@ def answers(
     calls = {t: question(network, heads[t], x) for t, x in inputs.items()}
     kinds, found = {t: _kind(c) for t, c in calls.items()}, {}
     for t, kind in kinds.items():
-        same = [u for u in kinds if kinds[u] == kind]
         if t in found: continue
+        same = [u for u in kinds if kinds[u] == kind]
         outs = None if kind is None or len(same) == 1 else _asked_once(network, [calls[u] for u in same])
         for u, out in zip(same, outs or ()):
             with _forward(network, lambda *a, **kw: out): found[u] = heads[u](network, inputs[u])

@@ -15,7 +15,7 @@ from .prediction_space import brier_score, disagreement, expected_calibration_er
 from .robustness import accuracy_under, fgsm, gradient_similarity, noisy, pgd
 from .similarity import linear_cka
 
-# %% ../../nbs/40_metrics/09a_field.ipynb #52b0e349
+# %% ../../nbs/40_metrics/09a_field.ipynb #d931e610
 def robustness(
     net:nn.Module,       # inputs -> logits
     x:Tensor, y:Tensor,  # test inputs (N, ...) and labels (N,)
@@ -25,7 +25,7 @@ def robustness(
     seed:int=0,          # of the noise and of PGD's start
 ) -> dict[str, float]:   # accuracies in [0, 1]
     "Accuracy under FGSM, PGD and Gaussian noise."
-    attacks = dict(fgsm_accuracy=lambda a, b, i: fgsm(net, a, b, epsilon=epsilon), pgd_accuracy=lambda a, b, i: pgd(net, a, b, epsilon=epsilon, steps=steps, seed=seed + i),
+    attacks = dict(fgsm_accuracy=lambda a, b, i: fgsm(net, a, b, epsilon=epsilon), pgd_accuracy=lambda a, b, i: pgd(net, a, b, epsilon=epsilon, steps=steps, seed=seed, first=i),
                    noise_accuracy=noisy(std, seed))
     return {k: accuracy_under(f, net, x, y) for k, f in attacks.items()}
 

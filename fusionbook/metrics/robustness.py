@@ -44,7 +44,7 @@ def fgsm(
     _check(x, y, epsilon=epsilon)
     return (x + epsilon * input_gradient(model, x, y).sign()).clamp(low, high)
 
-# %% ../../nbs/40_metrics/02d_robustness.ipynb #5f04df3a
+# %% ../../nbs/40_metrics/02d_robustness.ipynb #20f4eb23
 def pgd(
     model:nn.Module, # inputs -> logits
     x:Tensor, y:Tensor, # inputs (n, ...) and labels (n,)
@@ -52,12 +52,13 @@ def pgd(
     steps:int,          # number of gradient steps
     step:float=None,    # length of each; 2.5 ε / steps when None, as Madry et al. do
     seed:int=0,         # of the random start, drawn for each example apart
+    first:int=0,        # place of the first example in the data
     low:float=-torch.inf, high:float=torch.inf, # range of valid inputs
 ) -> Tensor:         # (n, ...)
     "Projected gradient descent from a random start (Madry et al., 2018)."
     _check(x, y, epsilon=epsilon, steps=steps)
     length = 2.5 * epsilon / steps if step is None else step
-    start = torch.stack([torch.rand(x.shape[1:], generator=generator(seed, f'pgd/{i}')) for i in range(len(x))]).to(x)
+    start = torch.stack([torch.rand(x.shape[1:], generator=generator(seed, f'pgd/{first + i}')) for i in range(len(x))]).to(x)
     z = (x + epsilon * (2 * start - 1)).clamp(low, high)
     for _ in range(steps):
         z = z + length * input_gradient(model, z, y).sign()

@@ -6,7 +6,7 @@
 __all__ = ['ORIGINAL', 'CORRECTED', 'FIELD', 'metric_names', 'Subject', 'farther_parent', 'accuracy', 'generalisation_gap',
            'groups_of', 'measure_group']
 
-# %% ../../nbs/40_metrics/09b_suite.ipynb #b6ce485a
+# %% ../../nbs/40_metrics/09b_suite.ipynb #e98ae22b
 import math, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import FusionError, nearest
 from .bounds import pac_bayes_measures, sharpness_measures
 from .field import beside_parent, calibration, robustness
-from .hessian import hessian_top_eigenvalue, hessian_top_full, hessian_trace, hessian_trace_full
+from .hessian import hessian_top_eigenvalue, hessian_top_full, hessian_trace, hessian_trace_full, row_batches
 from .input_space import lipschitz_constant, lipschitz_lower_bound
 from .objective import Objective, flatten
 from .sigma import original_loss, pac_bayes_sigma, sharpness_sigma
@@ -146,17 +146,20 @@ def _gain(s):
     found = lipschitz_lower_bound(s.net, tuple(s.train[0].shape[1:]), seed=s.seed, restarts=s.count(16, 2))
     return dict(value=found.value, saturated=found.settled < 1, n=len(found.starts), forward=found.passes, backward=found.passes)
 
-# %% ../../nbs/40_metrics/09b_suite.ipynb #2a59b609
-def _some(data, n): return tuple(t[:n] for t in data)
+# %% ../../nbs/40_metrics/09b_suite.ipynb #8abe3626
+def _some(s, data, n):
+    "Random rows, as many as the budget allows."
+    rows = row_batches(len(data[1]), batches=1, batch_size=min(s.count(n, 20), len(data[1])), seed=s.seed)[0]
+    return tuple(t[rows.to(t.device)] for t in data)
 
 def _robust(s):
-    x, y = _some(s.test, s.count(1000, 20))
+    x, y = _some(s, s.test, 1000)
     found = robustness(s.net, x, y, seed=s.seed)
     return {k: dict(value=v, error=(v * (1 - v) / len(y)) ** .5, n=len(y)) for k, v in found.items()}
 
 def _beside(s, i):
     if s.parent is None: raise FusionError(f'expected the parents of a model, to measure it beside parent {i}, got none')
-    found = beside_parent(s.net, s.parent(i), _some(s.train, s.count(2000, 20)), _some(s.test, s.count(1000, 20)), gradients=s.count(200, 10))
+    found = beside_parent(s.net, s.parent(i), _some(s, s.train, 2000), _some(s, s.test, 1000), gradients=s.count(200, 10))
     return {f'{k}_parent_{i}': dict(value=v) for k, v in found.items()}
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #7076f9df

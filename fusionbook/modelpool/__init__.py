@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/50_modelpool/02_names.ipynb #60ee5e53
+# %% ../../nbs/50_modelpool/02_names.ipynb #34ff2956
+import fusionbook.modelpool.data, fusionbook.modelpool.moved
 from ..core.config import lazy_attributes
 
 # %% ../../nbs/50_modelpool/02_names.ipynb #e4f6c888

@@ -15,7 +15,6 @@ from ..core.checkpoint import find
 from ..core.errors import FusionError
 from ..core.state_dict import Lazy
 from .base import BaseModelPool, fill
-import fusionbook.modelpool.data, fusionbook.modelpool.moved # give every pool `attach`, `batches` and `with_experts`
 from ..models.clip import vision_model, vision_state
 
 # %% ../../nbs/50_modelpool/01_clip.ipynb #7f8e8cfc

@@ -6,9 +6,10 @@
 __all__ = ['KINDS', 'seed_folder', 'kind_file', 'write_kind', 'read_kind', 'seeds_of', 'check_parents', 'ExperimentPool']
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #3a655cc1
-import re, torch
+import re
 from collections.abc import Sequence
 from pathlib import Path
+import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.checkpoint import Checkpoint, atomic, save
@@ -16,7 +17,6 @@ from ..core.errors import FusionError, nearest
 from ..core.state_dict import Lazy, StateDict, meta
 from ..data.images import Normalise, dataset_source, known_dataset
 from .base import BaseModelPool
-import fusionbook.modelpool.data, fusionbook.modelpool.moved # give every pool `attach`, `batches` and `with_experts`
 from ..models.named import matched, model_type, network_of, type_of
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #7e7d3103

@@ -12,7 +12,6 @@ from torch import nn
 from ..core.errors import FusionError
 from ..core.state_dict import Lazy
 from .base import BaseModelPool, fill
-import fusionbook.modelpool.data, fusionbook.modelpool.moved # give every pool `attach`, `batches` and `with_experts`
 from ..models.text import Tokens, text_folder, text_model, text_state
 
 # %% ../../nbs/50_modelpool/03_text.ipynb #5b76b5e0
