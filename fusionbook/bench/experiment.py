@@ -6,8 +6,8 @@
 __all__ = ['EXPERIMENTS', 'REPORTS', 'experiments', 'find_experiment', 'parsed', 'check_parameters', 'notebook_hash', 'readable',
            'run_experiment', 'portable', 'publish']
 
-# %% ../../nbs/80_bench/05_experiment.ipynb #133429ee
-import hashlib, json, os, re, sys, tempfile, time
+# %% ../../nbs/80_bench/05_experiment.ipynb #ae2a3ba3
+import hashlib, json, logging, os, re, subprocess, sys, tempfile, time
 from collections.abc import Mapping
 from pathlib import Path
 from omegaconf import OmegaConf
@@ -47,10 +47,11 @@ def parsed(
     try: return OmegaConf.to_container(OmegaConf.create(f'v: {text}'))['v']
     except Exception: raise FusionError(f'expected a value in YAML, got `{text}`; quotes make it a string') from None
 
-# %% ../../nbs/80_bench/05_experiment.ipynb #dc2a1e30
+# %% ../../nbs/80_bench/05_experiment.ipynb #151e8bcc
 def _papermill():
     try: import papermill
     except ImportError: raise FusionError("expected papermill to run an experiment, got none; pip install 'fusionbook[experiments]'") from None
+    logging.getLogger('papermill').addHandler(logging.NullHandler()) # what it logs is in the error
     return papermill
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #f662b851
@@ -101,7 +102,15 @@ def _stamp(copy, **facts):
     from fusionbook.core.checkpoint import atomic # see `publish`
     with atomic(copy) as new: nbformat.write(nb, str(new))
 
-# %% ../../nbs/80_bench/05_experiment.ipynb #937602e8
+# %% ../../nbs/80_bench/05_experiment.ipynb #7c35771e
+def _manager():
+    "What starts a kernel that has no terminal."
+    from jupyter_client.manager import AsyncKernelManager
+    class Manager(AsyncKernelManager):
+        async def start_kernel(self, **kwargs): await super().start_kernel(stderr=subprocess.DEVNULL, **kwargs)
+    return Manager
+
+# %% ../../nbs/80_bench/05_experiment.ipynb #d4b0b56f
 def run_experiment(
     name:str,                 # an experiment of the book, or the path of a notebook
     given:Mapping={},         # parameter -> value
@@ -115,7 +124,7 @@ def run_experiment(
     output = Path(output or f'_runs/{time.strftime("%Y-%m-%d_%H-%M-%S")}_{file.stem}.ipynb')
     output.parent.mkdir(parents=True, exist_ok=True)
     where, bar = re.sub('([{}])', r'\1\1', str(output)), bar and os.environ.get('FUSIONBOOK_PROGRESS') != 'none' # papermill fills in braces
-    try: papermill.execute_notebook(_draft(file, given), where, parameters=dict(given), kernel_name='python3', progress_bar=bar, extra_arguments=['--log-level=CRITICAL'])
+    try: papermill.execute_notebook(_draft(file, given), where, parameters=dict(given), kernel_name='python3', progress_bar=bar, kernel_manager_class=_manager())
     except papermill.PapermillExecutionError as e: error = f'{e.ename}: {e.evalue} in cell {e.exec_count}'
     except RuntimeError as e: error = f'{type(e).__name__}: {e}' # a kernel that died
     else: error = None

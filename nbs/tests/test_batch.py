@@ -52,6 +52,22 @@ def test_a_failure_stops_only_itself(squares, cli):
     assert 'Slow squares: x = 2' in next(squares.rglob('x=2.ipynb')).read_text() and 'An Exception was encountered' in next(squares.rglob('x=9.ipynb')).read_text()
 
 
+LAST = "import atexit, os\natexit.register(lambda: os.write(2, b'last words\\n'))"
+DEATH = "import os\nos.abort()"
+
+
+def test_words_of_a_kernel_are_not_ours(squares, cli):
+    page = json.loads((squares/'squares.ipynb').read_text())
+    def told(text):
+        page['cells'][2]['source'] = f'import json, pathlib\n{text}\ny = 1'
+        (squares/'squares.ipynb').write_text(json.dumps(page))
+        return cli('experiment', 'squares.ipynb')
+    done = told(LAST)
+    assert done.status == 0 and done.err == ''
+    said = told(DEATH).line
+    assert 'expected `squares` to run, got' in said and 'died' in said, said
+
+
 def test_full_disk_in_a_batch(squares, here, monkeypatch):
     from fusionbook.bench import experiment as module
     real, words = module._stamp, ['experiment', 'squares.ipynb', '--grid', 'x=2,3']
