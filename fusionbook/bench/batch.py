@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
-from .experiment import EXPERIMENTS, REPORTS, check_parameters, find_experiment, notebook_hash, parsed, publish, readable, run_experiment
+from .experiment import EXPERIMENTS, REPORTS, as_source, check_copy, check_parameters, find_experiment, notebook_hash, parsed, publish, readable, run_experiment
 from .report import markdown_table
 from ..core.checkpoint import atomic
 from ..core.errors import FusionError
@@ -40,11 +40,9 @@ def combinations(
 # %% ../../nbs/80_bench/05b_batch.ipynb #0537bca4
 def _hash(*parts): return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
-def _cells(file): return json.loads(Path(file).read_text(encoding='utf-8'))['cells']
+def _content(file): return notebook_hash(as_source(file)[0].cells)
 
-def _content(file): return notebook_hash(_cells(file))
-
-def _title(file, grid): return ''.join(_cells(file)[0]['source']).partition('\n')[0].removeprefix('# ') + f', over {", ".join(grid)}'
+def _title(file, grid): return as_source(file)[0].cells[0].source.partition('\n')[0].removeprefix('# ') + f', over {", ".join(grid)}'
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #a8cf686b
 def batch_folder(
@@ -139,6 +137,8 @@ def _page(title, runs, link='{}'):
 def _planned(file, fixed, grid, output):
     "The runs of a batch, and its folder."
     known, given = check_parameters(file, {**fixed, **grid}), combinations(fixed, grid)
+    kept = {k: v for k, v in as_source(file)[1].items() if k not in fixed and k not in grid} # of an executed copy
+    given = [kept | values for values in given]
     folder = Path(output) if output else batch_folder(file, fixed, list(grid))
     if folder.suffix == '.ipynb' or folder.is_file(): raise FusionError(f'expected a folder for the copies of a batch, got `{folder}`')
     if 'out_json' in fixed or 'out_json' in grid: raise FusionError('expected no `out_json` in a batch, where each run writes its own beside its copy; got one')
@@ -160,7 +160,7 @@ def run_batch(
     "Run an experiment for every combination of a grid."
     file = find_experiment(name, folder)
     runs, place = _planned(file, fixed, grid, output)
-    content, page, title = _content(file), place/'summary.ipynb', _title(file, grid)
+    content, page, title = _content(file), check_copy(place/'summary.ipynb', file), _title(file, grid)
     def write():
         with atomic(page) as new: new.write_text(_page(title, runs), encoding='utf-8')
     write()
@@ -184,17 +184,23 @@ def publish_batch(
     with atomic(table) as new: new.write_text(_page(nbformat.read(str(page), 4).cells[0].source.partition('\n')[0][2:], shown), encoding='utf-8')
     return [table, *pages]
 
+# %% ../../nbs/80_bench/05b_batch.ipynb #c18483db
+_JOINED = '--grid=', '--output=', '-o='
+
 # %% ../../nbs/80_bench/05b_batch.ipynb #6991a0a4
 def experiment_arguments(
     argv:Sequence[str], # what the user typed after `fusionbook experiment`
 ) -> dict:              # name, fixed, grid, output, report
     "Read the command line of an experiment."
     told = 'expected `fusionbook experiment NAME [-p KEY VALUE …] [--grid KEY=VALUE,… …] [-o OUTPUT] [--report]`, got'
-    names, fixed, grid, output, report, rest = [], {}, {}, None, False, [w for a in argv for w in (a.split('=', 1) if a.startswith('--grid=') else [a])]
+    names, fixed, grid, output, report, rest = [], {}, {}, None, False, [w for a in argv for w in (a.split('=', 1) if a.startswith(_JOINED) else [a])]
     while rest:
         word, left = rest.pop(0), len(rest)
-        if word == '-p' and left > 1: key = rest.pop(0); fixed[key] = parsed(rest.pop(0))
-        elif word == '--grid' and left: key, values = grid_values(rest.pop(0)); grid[key] = values
+        if word == '-p' and left and '=' in rest[0]: rest[:1] = ['-p', *rest[0].split('=', 1)]
+        elif word == '-p' and left > 1:
+            key = rest.pop(0)
+            fixed[key] = parsed(rest.pop(0))
+        elif word == '--grid' and left: grid.update([grid_values(rest.pop(0))])
         elif word in ('-o', '--output') and left: output = rest.pop(0)
         elif word == '--report': report = True
         elif word.startswith('-'): raise FusionError(f'{told} `{word}`' + ' without a value' * (word in ('-p', '--grid', '-o', '--output')))
