@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'FILLED', 'plain', 'composed', 'targets', 'check_targets', 'locate', 'known_keys', 'instantiate',
-           'BaseYAMLSerializable', 'public_name', 'mirrored', 'published', 'lazy_attributes']
+           'BaseYAMLSerializable', 'public_name', 'published', 'lazy_attributes']
 
 # %% ../../nbs/00_core/03_config.ipynb #67a7765e
 import inspect, re
@@ -167,21 +167,6 @@ def public_name(
     "`fusionbook.method.ties.TiesMerging` is published as `fusionbook.method.TiesMerging`."
     parts = cls.__module__.split('.')
     return '.'.join((parts[:2] if parts[0] == 'fusionbook' else parts) + [cls.__qualname__])
-
-# %% ../../nbs/00_core/03_config.ipynb #2d1317c3
-def mirrored(
-    cfg,                      # a plain configuration
-    mirror:Mapping[str, str], # hub name -> local folder
-):                            # the configuration with names replaced
-    "Replace hub names by local folders."
-    if isinstance(cfg, (list, tuple)): return [mirrored(v, mirror) for v in cfg]
-    if not isinstance(cfg, Mapping): return mirror.get(cfg, cfg) if isinstance(cfg, str) else cfg
-    cfg = dict(cfg)
-    if cfg.get('_target_') == 'datasets.load_dataset':
-        args = list(cfg.get('_args_', ()))
-        if args and args[0] in mirror: cfg['_args_'] = args[:1]
-        if cfg.get('path') in mirror: cfg.pop('name', None)
-    return {k: v if k == '_target_' else mirrored(v, mirror) for k, v in cfg.items()}
 
 # %% ../../nbs/00_core/03_config.ipynb #a55da108
 def published(

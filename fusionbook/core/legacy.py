@@ -8,8 +8,9 @@ __all__ = ['KINDS', 'our_target', 'translate', 'build']
 # %% ../../nbs/00_core/07_legacy.ipynb #205963b5
 from collections.abc import Mapping, Sequence
 from omegaconf import OmegaConf
-from .config import CONFIG, check_targets, instantiate, known_keys, locate, mirrored, plain, published
+from .config import CONFIG, check_targets, instantiate, known_keys, locate, plain, published
 from .errors import FusionError, nearest
+from .hub import mirrored
 
 # %% ../../nbs/00_core/07_legacy.ipynb #88ff7774
 KINDS = ('method', 'modelpool', 'taskpool')

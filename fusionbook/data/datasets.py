@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from ..core.config import FILLED, check_targets, instantiate
 from ..core.errors import FusionError, nearest
+from ..core.hub import current_id
 
 # %% ../../nbs/10_data/01_datasets.ipynb #d8188169
 class Images:
@@ -65,7 +66,7 @@ def load(
     import datasets
     if kw.pop('trust_remote_code', False): raise FusionError(f'{path}: data sets that run their own code are not loaded')
     local = Path(path).expanduser()
-    path, name, quiet = (str(local), None, datasets.are_progress_bars_disabled()) if local.exists() else (str(path), name, True)
+    path, name, quiet = (str(local), None, datasets.are_progress_bars_disabled()) if local.exists() else (current_id(str(path)), name, True)
     if not quiet: datasets.disable_progress_bars() # a folder on this disk needs no bar
     try: return datasets.load_dataset(path, name, split=split, **kw)
     except Exception as e: raise FusionError(_explain(e, path, split)) from e
