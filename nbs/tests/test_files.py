@@ -1,5 +1,5 @@
 """Files: what we write, other libraries read; memory stays at one tensor; writers do not hurt each other."""
-import json, os, subprocess, sys, textwrap
+import json, os, subprocess, sys, textwrap, time
 from pathlib import Path
 
 import pytest
@@ -232,3 +232,32 @@ def test_atomic_cleans_up(tmp_path):
     assert list((tmp_path/'a').iterdir()) == []
     with atomic(tmp_path/'a'/'b.txt') as new: new.write_text('whole')
     assert (tmp_path/'a'/'b.txt').read_text() == 'whole' and len(list((tmp_path/'a').iterdir())) == 1
+
+
+KILLED = '''
+import os, sys
+from fusionbook.core.atomic import atomic
+while True:
+    with atomic(sys.argv[1]) as new:
+        new.mkdir()
+        for name in 'abc': (new/name).write_text(str(os.getpid()) * 500)
+'''
+
+def test_kills_leave_whole_folders_and_no_rubbish(tmp_path):
+    "Fifteen writers of one folder, each killed at some moment: the folder is there and whole after each, and the last writer tidies up."
+    (tmp_path/'model').mkdir()
+    for name in 'abc': (tmp_path/'model'/name).write_text('0')
+    for i in range(15):
+        writer = subprocess.Popen([sys.executable, '-c', KILLED, 'model'], cwd=tmp_path)
+        before = (tmp_path/'model'/'a').read_text()
+        while (tmp_path/'model'/'a').read_text() == before: pass
+        time.sleep(.0037 * (i % 7))
+        writer.kill()
+        writer.wait()
+        read = [(tmp_path/'model'/name).read_text() for name in 'abc']
+        assert len(set(read)) == 1 and len(read[0]) % 500 == 0, i
+        assert len(list(tmp_path.iterdir())) <= 2 # the last killed writer's alone
+    with atomic(tmp_path/'model') as new:
+        new.mkdir()
+        (new/'a').write_text('whole')
+    assert [f.name for f in tmp_path.iterdir()] == ['model'] and (tmp_path/'model'/'a').read_text() == 'whole'
