@@ -150,7 +150,7 @@ def crops(
     n:int,                   # number of crops
     rng:np.random.Generator, # source of photograph, place and zoom
     bands,                   # numbers of the bands to cut from, each 0 to 9
-) -> np.ndarray:             # (n, 32, 32, 3) in [0, 1]
+) -> tuple:                  # (n, 32, 32, 3) in [0, 1]; number of each one's photograph, 0 or 1, (n,)
     "Squares of 32 to 64 points from the given bands, shrunk to 32, the one of eight with the largest contrast."
     photo, zoom = rng.integers(2, size=(n, 8, 1, 1)), rng.uniform(1, 2, (n, 8, 1))
     u, v = rng.random((n, 8, 1)), rng.random((n, 8, 1))
@@ -158,4 +158,5 @@ def crops(
     column = (64 * rng.choice(bands, (n, 8, 1)) + u * room + step).astype(int)
     row = (v * (427 - SIDE * zoom) + step).astype(int)
     out = photographs()[photo, row[..., :, None], column[..., None, :]]
-    return out[np.arange(n), out.std((2, 3)).sum(-1).argmax(1)]
+    best = np.arange(n), out.std((2, 3)).sum(-1).argmax(1)
+    return out[best], photo[best].reshape(n)

@@ -228,4 +228,4 @@ def corrupted(
     check_corruption(name, severity)
     dataset = opened(source)
     if not isinstance(dataset, Images): return Corrupted(dataset, name, severity, seed, image)
-    return Images(corrupt(dataset.images, name, severity, seed), dataset.labels, dataset.classnames)
+    return Images(corrupt(dataset.images, name, severity, seed), dataset.labels, dataset.classnames, dataset.clusters)

@@ -26,6 +26,7 @@ class Order:
     rng: np.random.Generator # all its randomness
     split: str = 'test'      # which scans and photographs may be used, a key of `SPLITS`
     level: float = 1.        # 0 clean, 1 hard
+    sources: np.ndarray = None # filled by a painter whose images share originals: the number of each image's, (N,)
 
 # %% ../../nbs/10_data/03_mini8.ipynb #4f002737
 def digits(
@@ -37,6 +38,7 @@ def digits(
     mine = dice('scans').permutation(len(digit))[low:high]
     pools = [mine[digit[mine] == c] for c in range(10)]
     which = np.array([pools[c][int(u * len(pools[c]))] for c, u in zip(ask.labels, ask.rng.random(len(ask.labels)))])
+    ask.sources = which
     x, y = grid(len(which), ask.rng, scale=(.9 - .15 * ask.level, 1), turn=3 + 9 * ask.level, shift=.04 + .06 * ask.level,
                 shear=.1 * ask.level, stretch=.1 * ask.level)
     return ink(press(stamps, which, x, y), ask.rng, ask.level)
@@ -212,7 +214,7 @@ def photos(
 ) -> np.ndarray: # uint8, (N, 32, 32, 3)
     "Crops of photographs after one of twelve treatments."
     n, level, rng = len(ask.labels), ask.level, ask.rng
-    a = crops(n, rng, BANDS[ask.split])
+    a, ask.sources = crops(n, rng, BANDS[ask.split])
     a = a * rng.uniform(1 - .4 * level, 1, (n, 1, 1, 1)) + rng.uniform(0, .15 * level, (n, 1, 1, 1))
     z = rng.standard_normal(a.shape, dtype='f4')
     for c, effect in enumerate(EFFECTS.values()):
@@ -240,10 +242,11 @@ BLOCK = 500 # images drawn at once, with their own seed
 
 # %% ../../nbs/10_data/03_mini8.ipynb #0c8869a5
 def _block(task, split, seed, number, level):
-    "Images and labels of one block."
+    "Images, labels and sources of one block."
     rng = dice('mini8', task, split, seed, number)
     labels = rng.integers(len(TASKS[task]), size=BLOCK)
-    return PAINTERS[task](Order(labels, rng, split, level)), labels
+    order = Order(labels, rng, split, level)
+    return PAINTERS[task](order), labels, order.sources
 
 # %% ../../nbs/10_data/03_mini8.ipynb #e5a0252c
 def load(
@@ -252,7 +255,7 @@ def load(
     size:int=None,       # number of images; default: `SIZES`
     seed:int=0,          # another seed, other images
     level:float=None,    # 0 clean to 1 hard; default 0.6, for pretraining 0.3
-) -> Images:             # images, labels and class names
+) -> Images:             # images, labels and class names; of digits and photographs also the scan or photograph as `clusters`
     "Draw one split of one task; the first images are the same whatever `size`."
     if task not in TASKS: raise FusionError(f'expected a task of mini8, got {task!r}; {nearest(str(task), TASKS)}')
     if split not in SPLITS: raise FusionError(f'expected a split of mini8, got {split!r}; {nearest(str(split), SPLITS)}')
@@ -261,5 +264,6 @@ def load(
     if level is None: level = .3 if split == 'pretraining' else .6
     if not 0 <= level <= 1: raise FusionError(f'expected a level in [0, 1], got {level}')
     blocks = [_block(task, split, seed, number, level) for number in range(-(-size // BLOCK))]
-    images, labels = (np.concatenate(b)[:size] for b in zip(*blocks))
-    return Images(images, labels, TASKS[task])
+    images, labels, sources = zip(*blocks)
+    clusters = None if sources[0] is None else np.concatenate(sources)[:size]
+    return Images(np.concatenate(images)[:size], np.concatenate(labels)[:size], TASKS[task], clusters)

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from itertools import islice
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from ..core.config import BaseYAMLSerializable
 from ..core.errors import FusionError
 from ..core.legacy import build
 from ..core.progress import track
-from ..data.datasets import Images, columns
+from ..data.datasets import Images, clusters_of, columns, whole
 from ..metrics.classification import summarise
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #2de44c56
@@ -28,9 +29,8 @@ class _Collate:
     def __init__(self, prepare, keys): self.prepare, self.keys = prepare, keys
     def __call__(self, rows):
         x, y = self.keys
-        try: labels = [int(row[y]) for row in rows] # booleans too
-        except (TypeError, ValueError): raise FusionError(f'expected integer labels in column {y!r}, got {rows[0][y]!r}') from None
-        return self.prepare([row[x] for row in rows]), torch.tensor(labels)
+        labels = whole([row[y] for row in rows], f'labels in column {y!r}')
+        return self.prepare([row[x] for row in rows]), torch.from_numpy(labels)
 
 def _workers(wanted, steps): return min(wanted, os.cpu_count() or 1) if steps >= 16 else 0
 
@@ -88,15 +88,18 @@ def predict_batches(
     num_workers:int=0,    # processes that read and prepare images
     device='cpu',         # where the model is
     fast_dev_run:bool=False, # stop after one batch
+    clusters=None,        # source of each row, (N,), as from `clusters_of`; the data set's own when None
     **names,              # `image` and `label`, the columns, as in `batches`
-) -> dict:                # numpy vectors (N,): labels int64, predictions int64, losses float64
+) -> dict:                # numpy vectors (N,): labels int64, predictions int64, losses float64; clusters int64 where rows share sources
     "What a model answers to each example, and what that costs: the evaluation loop."
     if not len(dataset): raise FusionError(f'{task}: expected a data set with rows, got an empty one')
     total = 1 if fast_dev_run else math.ceil(len(dataset) / batch_size)
     todo = islice(batches(dataset, prepare, batch_size=batch_size, num_workers=num_workers, **names), total)
     with torch.inference_mode():
         parts = [_score(logits(x.to(device)), y, task) for x, y in track(todo, task, total)]
-    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    found = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    clusters = clusters_of(dataset) if clusters is None else clusters
+    return found if clusters is None else found | dict(clusters=np.asarray(clusters)[:len(found['labels'])])
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #2b5df573
 def model_info(
@@ -138,7 +141,7 @@ class BaseTaskPool(BaseYAMLSerializable):
     def predict(self,
         model:nn.Module, # network of the kind that the pool evaluates
         task:str,        # one of `task_names`
-    ) -> dict:           # numpy vectors (N,): labels, predictions, losses
+    ) -> dict:           # numpy vectors (N,): labels, predictions, losses; clusters where rows share sources
         "Answers of one model to one task, example by example."
         raise NotImplementedError(f'{type(self).__name__} does not predict')
     def fingerprint(self,
@@ -155,6 +158,14 @@ class BaseTaskPool(BaseYAMLSerializable):
             return {k: self.evaluate(v) if k == 'models' or isinstance(v, nn.Module) else v for k, v in model.items()}
         if isinstance(model, Iterable) and not isinstance(model, str): return [self.evaluate(m) for m in model]
         raise FusionError(f'expected a network, or a dictionary or list of networks, got {type(model).__name__}')
+
+# %% ../../nbs/55_taskpool/00_base.ipynb #adf59f9d
+@patch
+def dataset(self:BaseTaskPool,
+    task:str, # one of `task_names`
+):            # a data set, as `data.datasets` reads it
+    "The labelled rows that a task is measured on; a subclass says which."
+    raise NotImplementedError(f'{type(self).__name__} has no data sets')
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #4408f879
 def row(

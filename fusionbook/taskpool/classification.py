@@ -12,14 +12,14 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.config import plain
 from ..core.errors import FusionError, nearest
-from ..data.datasets import _column, content_hash, head, labels_of, opened
+from ..data.datasets import _column, clusters_of, content_hash, head, labels_of, opened
 from ..data.images import Normalise
 from .base import BaseTaskPool, Inputs, evaluating, predict_batches
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #c2316081
 class ClassificationTaskPool(BaseTaskPool):
     "Accuracy of networks with a head of their own on several data sets."
-    _config_mapping = BaseTaskPool._config_mapping | {k: k for k in ('test_datasets', 'mean', 'std', 'size', 'batch_size', 'rows', 'fast_dev_run')}
+    _config_mapping = BaseTaskPool._config_mapping | {k: k for k in ('test_datasets', 'mean', 'std', 'size', 'batch_size', 'rows', 'fast_dev_run', 'clusters')}
     def __init__(self,
         test_datasets:dict,     # task -> data set, path, hub name or configuration
         *, mean=(0., 0., 0.),   # of each channel, for values in [0, 1]
@@ -28,12 +28,14 @@ class ClassificationTaskPool(BaseTaskPool):
         batch_size:int=128,
         rows:int=None,          # the first rows only; None for all
         fast_dev_run:bool=False,# one batch per task
+        clusters:str=None,      # column that names the source of each row; images in memory bring their own
         allow_target=(),        # further targets the user vouches for
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.test_datasets, self.mean, self.std, self.size = test_datasets, list(plain(mean)), list(plain(std)), size
         self.batch_size, self.rows, self.fast_dev_run, self.allow_target = batch_size, rows, fast_dev_run, list(allow_target)
+        self.clusters = clusters
         self.prepare, self.task_names, self._opened = Normalise(self.mean, self.std, size), tuple(test_datasets), {}
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #8093113f
@@ -62,7 +64,8 @@ def probabilities(self:ClassificationTaskPool,
     "Answers with the probability of each class."
     with evaluating(model) as device:
         tap = _Tap(model)
-        answers = predict_batches(tap, _dataset(self, task), prepare=self.prepare, task=task, batch_size=self.batch_size, device=device, fast_dev_run=self.fast_dev_run)
+        rows, loop = _dataset(self, task), dict(task=task, batch_size=self.batch_size, fast_dev_run=self.fast_dev_run)
+        answers = predict_batches(tap, rows, prepare=self.prepare, device=device, clusters=clusters_of(rows, self.clusters), **loop)
     return answers | dict(probabilities=torch.cat(tap.kept).double().softmax(1).cpu().numpy())
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #a2c86aec
@@ -81,6 +84,11 @@ def labels(self:ClassificationTaskPool, task, dataset=None): return labels_of(_d
 def logits(self:ClassificationTaskPool, task): return lambda model, x: model(x)
 
 @patch
+def dataset(self:ClassificationTaskPool, task): return _dataset(self, task)
+
+@patch
 def fingerprint(self:ClassificationTaskPool, task):
     facts = [content_hash(_dataset(self, task)), self.mean, self.std, self.size, self.fast_dev_run and self.batch_size]
+    clusters = clusters_of(_dataset(self, task), self.clusters)
+    if clusters is not None: facts.append(clusters.tolist())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

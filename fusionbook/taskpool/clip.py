@@ -42,7 +42,7 @@ def class_table(
     return dict(classnames=[str(c) for c in table['classnames']], templates=list(table['templates']))
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #430260f9
-OWN = ('classnames', 'templates', 'image', 'label', 'dataset')
+OWN = ('classnames', 'templates', 'image', 'label', 'clusters', 'dataset')
 
 def split_entry(
     entry,     # data set, path, or configuration with `_target_` or `dataset` and the keys of `OWN`
@@ -142,6 +142,12 @@ def pooled(
     return out.float()
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #57500759
+def _shown(rows, own):
+    "The rows, with no columns but image and label."
+    keys = data.columns(rows, own.get('image'), own.get('label'))
+    return rows.select_columns(list(keys)) if hasattr(rows, 'select_columns') else rows
+
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #5ea210da
 class CLIPTask:
     "One data set with its zero-shot head."
     def __init__(self,
@@ -155,11 +161,11 @@ class CLIPTask:
         self.name, self.clip, self.allow, self.loop = name, clip, allow, dict(loop)
         (self.source, self.own), self.from_ = split_entry(entry), clip if processor is None else processor
     @cached_property
-    def dataset(self):
-        "The rows, with no columns but image and label."
-        rows = data.opened(self.source, self.allow)
-        keys = data.columns(rows, self.own.get('image'), self.own.get('label'))
-        return rows.select_columns(list(keys)) if hasattr(rows, 'select_columns') else rows
+    def rows(self): return data.opened(self.source, self.allow)
+    @cached_property
+    def dataset(self): return _shown(self.rows, self.own)
+    @cached_property
+    def clusters(self): return data.clusters_of(self.rows, self.own.get('clusters'))
     @cached_property
     def prompts(self): return task_prompts(self.name, self.own, data.class_names(self.dataset, self.own.get('label')))
     @cached_property
@@ -180,12 +186,13 @@ def _inputs(task, dataset):
 def _predict(task, model, device):
     "Answers of a model that is in evaluation mode on `device`."
     return predict_batches(partial(logits_of, partial(_logits, task.head), model), task.dataset, prepare=task.processor, task=task.name, device=device,
-        image=task.own.get('image'), label=task.own.get('label'), **task.loop)
+        image=task.own.get('image'), label=task.own.get('label'), clusters=task.clusters, **task.loop)
 
 def _fingerprint(task):
     "Hash of rows, columns, class names, sentences, CLIP and preprocessing, and of the batch where a quick run stops after one."
     quick = task.loop.get('batch_size') if task.loop.get('fast_dev_run') else None
     parts = [data.content_hash(task.dataset), task.own.get('image'), task.own.get('label'), task.prompts, head_hash(task.clip), task.processor.settings, quick]
+    if task.clusters is not None: parts.append(task.clusters.tolist())
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #bb654970
@@ -225,6 +232,7 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
     def predict(self, model, task):
         with evaluating(model) as device: return _predict(self.task(task), model, device)
     def fingerprint(self, task): return _fingerprint(self.task(task))
+    def dataset(self, task): return self.task(task).dataset
     def task(self, name:str) -> CLIPTask: return _task_of(self, name)
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #f998cbff

@@ -12,6 +12,7 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch import Tensor
 from ..core.config import plain
 from ..core.errors import FusionError, check_known
 from ..core.state_dict import content_hash
@@ -39,7 +40,7 @@ def text_columns(
     raise FusionError(f'expected a text column or two{asked}, got the columns {", ".join(map(str, names))}')
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #50ccb017
-OWN = ('sentences', 'classnames', 'template', 'text', 'label', 'dataset')
+OWN = ('sentences', 'classnames', 'template', 'text', 'label', 'clusters', 'dataset')
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #58da182f
 def class_sentences(
@@ -104,7 +105,16 @@ class TextTask:
     def sentences(self): return class_sentences(self.name, self.own, getattr(data.features(self.dataset)[self.keys[1]], 'names', None))
     @cached_property
     def tokens(self): return self.tokenise(self.dataset)
-    def tokenise(self, rows): return Tokens(self.from_, self.max_length)(*(_texts(self.name, rows, k) for k in text_columns(rows, self.own.get('text'))))
+
+@patch(as_prop=True)
+def clusters(self:TextTask): return data.clusters_of(self.dataset, self.own.get('clusters'))
+
+@patch
+def tokenise(self:TextTask,
+    rows,           # data set of N rows with this task's columns
+) -> list[Tensor]:  # see `models.text.Tokens`
+    "The texts of any rows as tokens."
+    return Tokens(self.from_, self.max_length)(*(_texts(self.name, rows, k) for k in text_columns(rows, self.own.get('text'))))
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #a83fb681
 def _head(task): return text_head(task.base, task.sentences, scale=task.scale)
@@ -119,7 +129,9 @@ def _predict(task, model, device):
     order = np.argsort([t.shape[1] for t in task.tokens[:n]], kind='stable')
     labels = data.labels_of(task.dataset, task.keys[1])
     rows = [(task.tokens[i], int(labels[i])) for i in order]
-    found, back = predict_batches(partial(logits_of, partial(_logits, task, _head(task)), model), rows, prepare=padded, task=task.name, device=device, **task.loop), np.argsort(order)
+    clusters, back = task.clusters if task.clusters is None else task.clusters[order], np.argsort(order)
+    logits = partial(logits_of, partial(_logits, task, _head(task)), model)
+    found = predict_batches(logits, rows, prepare=padded, task=task.name, device=device, clusters=clusters, **task.loop)
     return {k: v[back] for k, v in found.items()}
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #a974c7ec
@@ -129,6 +141,7 @@ def _fingerprint(task):
     quick = task.loop['batch_size'] if task.loop['fast_dev_run'] else None
     tokens = hashlib.sha256(b''.join(t.numpy().tobytes() for t in task.tokens)).hexdigest()
     parts = [data.content_hash(task.dataset), task.keys, tokens, content_hash(head), task.precision, quick]
+    if task.clusters is not None: parts.append(task.clusters.tolist())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #46d021ca
@@ -169,6 +182,9 @@ class TextClassificationTaskPool(BaseTaskPool):
     def fingerprint(self, task): return _fingerprint(_task_of(self, task))
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #17f432c4
+@patch
+def dataset(self:TextClassificationTaskPool, task): return _task_of(self, task).dataset
+
 @patch
 def labels(self:TextClassificationTaskPool, task, dataset=None):
     own = _task_of(self, task)
