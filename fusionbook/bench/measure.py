@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 import torch
 import fusionbook
-from .configured import check_device
 from .flags import check_choice, Flags
+from .values import check_device, device_name
 from ..core.checkpoint import atomic
 from ..core.errors import FusionError
 from ..core.progress import track
@@ -62,7 +62,8 @@ def measure_arguments(
 ) -> argparse.Namespace:     # every flag; `metrics` as names, `folder` of the experiment
     "Read and check the command line."
     a = _parser().read(argv)
-    check_choice(a.device, ('cpu', 'cuda', 'mps'), 'a device'); check_choice(a.model_type, MODEL_TYPES, 'a model type'); check_choice(a.dataset_name, DATASETS, 'a data set')
+    device_name(a.device, '--device')
+    check_choice(a.model_type, MODEL_TYPES, 'a model type'); check_choice(a.dataset_name, DATASETS, 'a data set')
     check_choice(a.accuracy_metric, ('accuracy', 'generalisation_gap'), 'an accuracy metric')
     _check_numbers(a)
     a.metrics = metric_names(a.metrics.split(','), a.accuracy_metric, [s for k, s in _SPACES.items() if getattr(a, k)])

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 import torch
-from .configured import check_device
 from .flags import check_choice, Flags
 from .provenance import versions
 from .report import print_table
+from .values import check_device
 from ..core.checkpoint import Checkpoint, atomic
 from ..core.errors import FusionError
 from ..core.plot import curves, save_figure

@@ -130,7 +130,7 @@ def test_a_base_that_is_no_number(refused, two, world, tmp_path):
     (['sede=1'], ['got `sede`', '`seed`']),
     (['+sede=1'], ['got `sede`', '`seed`']),
     (['dtype=float15'], ['expected `dtype`', 'got `float15`']),
-    (['device=gpu'], ['expected a device', 'got `gpu`']),
+    (['device=gpu'], ['expected `device`', 'did you mean `cuda`']),
     (['method=ties_merging', 'method.threshold=0'], ['`threshold` in (0, 100]', 'got 0']),
     (['method=ties_merging', 'method.threshold=-5'], ['`threshold`', 'got -5']),
     (['method=ties_merging', 'method.threshold=101'], ['`threshold`', 'got 101']),
