@@ -19,11 +19,10 @@ from .values import check_device, check_models, check_values
 from ..core.checkpoint import atomic, check_replaceable
 from ..core.config import CONFIG, known_keys, locate, plain
 from ..core.errors import FusionError, check_known, nearest
-from ..core.legacy import build, translate
+from ..core.foreign import IDLE
+from ..core.legacy import build, run_values, translate
 
 # %% ../../nbs/80_bench/04_configured.ipynb #b7713ea1
-_FOREIGN = ('_target_', '_recursive_', 'fabric', 'hydra', 'path', 'print_function_call', 'merged_model_save_kwargs', 'corruption', 'severity', 'defaults')
-
 def root_defaults() -> dict:
     "The keys beside `method`, `modelpool` and `taskpool`, with their defaults."
     return {k: v for k, v in plain(OmegaConf.load(CONFIG/'fusionbook.yaml')).items() if k != 'defaults'}
@@ -33,8 +32,8 @@ def complete(
     cfg, # a run's configuration, ours or of either of FusionBench's schemas
 ) -> dict: # every key of `root_defaults`, and method, modelpool, taskpool translated to our schema
     "Check the keys of a run and fill in what is left out."
-    cfg, known = plain(cfg), root_defaults()
-    check_known(cfg, (*known, 'method', 'modelpool', 'taskpool', 'report_save_path', *_FOREIGN), 'a run')
+    cfg, known = run_values(cfg), root_defaults()
+    check_known(cfg, (*known, 'method', 'modelpool', 'taskpool', 'report_save_path', *IDLE), 'a run')
     if 'modelpool' not in cfg: raise FusionError('expected a run with a `modelpool`, got none')
     parts = {'method': {'name': 'dummy'}, 'taskpool': {'type': 'dummy'}} | {k: cfg[k] for k in ('method', 'modelpool', 'taskpool') if cfg.get(k)}
     out = check_values(known | {k: v for k, v in cfg.items() if k in known}) | {k: translate(v, k) for k, v in parts.items()}

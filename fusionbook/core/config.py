@@ -115,6 +115,16 @@ def _blame(error):
     while error is not None and not isinstance(error, FusionError): error = error.__cause__ or error.__context__
     return error
 
+# %% ../../nbs/00_core/03_config.ipynb #3c9db77a
+def _translated(cfg, kind):
+    "Plain values; a configuration of FusionBench's in our schema, by `core.legacy`, which is imported for such a file alone."
+    if not (isinstance(cfg, Mapping) or OmegaConf.is_dict(cfg)): return plain(cfg)
+    whole = bool(kind) and kind in cfg
+    target = cfg.get('_target_')
+    older = target is None and ('type' in cfg or kind in (None, 'method') and 'name' in cfg)
+    if whole or older or str(target).startswith('fusion_bench.'): return import_module('fusionbook.core.legacy').part_of(cfg, kind)
+    return plain(cfg)
+
 # %% ../../nbs/00_core/03_config.ipynb #01f28382
 def instantiate(
     cfg,                       # mapping with `_target_`, at any depth; `_recursive_: false` leaves children to the object
@@ -124,7 +134,7 @@ def instantiate(
     "Build what a configuration describes, after checking all of it."
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as build
-    cfg = plain(cfg)
+    cfg = _translated(cfg, None)
     if not isinstance(cfg, Mapping) or '_target_' not in cfg: raise FusionError(f'expected a configuration with `_target_`, got {cfg!r:.80}')
     check_targets(cfg, allow)
     _check_keys(cfg, allow)
@@ -154,8 +164,8 @@ class BaseYAMLSerializable:
     @classmethod
     def from_yaml(cls, path:str|Path):
         "Build from a file, or from the part of a whole run's file that belongs to this kind of object."
-        cfg = plain(OmegaConf.load(path))
-        cfg = cfg.get(cls._config_key, cfg) if cls._config_key else cfg
+        cfg = _translated(OmegaConf.load(path), cls._config_key)
+        if not isinstance(cfg, Mapping): raise FusionError(f'expected a mapping in `{path}`, got a {type(cfg).__name__}')
         target = cfg.get('_target_', public_name(cls))
         if target in (public_name(cls), f'{cls.__module__}.{cls.__qualname__}'): return cls(**{k: v for k, v in cfg.items() if k not in FILLED[:2]})
         return instantiate(cfg)

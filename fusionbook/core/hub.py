@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MOVED', 'current_id', 'mirrored']
 
-# %% ../../nbs/00_core/06b_hub.ipynb #157acf25
+# %% ../../nbs/00_core/06b_hub.ipynb #4a06af5b
 from collections.abc import Mapping
 
-# %% ../../nbs/00_core/06b_hub.ipynb #daa32d1d
+# %% ../../nbs/00_core/06b_hub.ipynb #8bcb24c4
 MOVED = { # one word of older files -> what the hub calls it today
     'mnist': 'ylecun/mnist', 'svhn': 'ufldl-stanford/svhn', 'cifar10': 'uoft-cs/cifar10', 'cifar100': 'uoft-cs/cifar100',
     'food101': 'ethz/food101', 'fashion_mnist': 'zalando-datasets/fashion_mnist', 'imagenet-1k': 'ILSVRC/imagenet-1k',
@@ -25,8 +25,8 @@ def current_id(
     "The present name of a data set on the hub."
     return MOVED.get(name, name)
 
-# %% ../../nbs/00_core/06b_hub.ipynb #7c86168a
-_NAMES = ('path', 'pretrained_model_name_or_path', 'base', 'adapter', 'base_model', 'clip_model', 'processor', 'data_processor', 'tokenizer', 'dataset', 'data')
+# %% ../../nbs/00_core/06b_hub.ipynb #d0b70868
+_NAMES = ('path', 'pretrained_model_name_or_path', 'base', 'adapter', 'base_model', 'clip_model', 'processor', 'data_processor', 'tokenizer', 'dataset', 'source', 'data')
 _TABLES = ('models', 'train_datasets', 'val_datasets', 'test_datasets') # their direct children are models or data sets
 
 def _here(value, mirror):
@@ -34,7 +34,7 @@ def _here(value, mirror):
     if not isinstance(value, str): return mirrored(value, mirror)
     return mirror.get(value) or {current_id(k): v for k, v in mirror.items()}.get(current_id(value), value)
 
-# %% ../../nbs/00_core/06b_hub.ipynb #bc34d015
+# %% ../../nbs/00_core/06b_hub.ipynb #5993375a
 def _table(cfg, mirror):
     "The children of a table of models or data sets."
     if isinstance(cfg, Mapping): return {k: _here(v, mirror) for k, v in cfg.items()}
@@ -48,7 +48,7 @@ def _arguments(cfg, mirror):
     if args: cfg['_args_'] = [first] if loads and first != args[0] else [first, *mirrored(args[1:], mirror)]
     return cfg
 
-# %% ../../nbs/00_core/06b_hub.ipynb #d7b87275
+# %% ../../nbs/00_core/06b_hub.ipynb #0135a9d4
 def mirrored(
     cfg,                      # a plain configuration
     mirror:Mapping[str, str], # hub name, old or new -> local folder

@@ -16,6 +16,7 @@ from ..core.errors import FusionError
 from ..core.state_dict import Lazy
 from .base import BaseModelPool, fill
 from ..models.clip import vision_model, vision_state
+from ..models.lora import adapted, holds_adapter
 
 # %% ../../nbs/50_modelpool/01_clip.ipynb #7f8e8cfc
 class CLIPVisionModelPool(BaseModelPool):
@@ -31,6 +32,11 @@ class CLIPVisionModelPool(BaseModelPool):
         super().__init__(models, **kwargs)
         self.processor, self.platform = processor, platform
 
+# %% ../../nbs/50_modelpool/01_clip.ipynb #2ce93030
+def _with_adapter(base, adapter):
+    "The tower's tensors with an adapter applied; a folder that holds a whole model holds one that was merged before."
+    return adapted(vision_state(base), adapter) if holds_adapter(adapter) else vision_state(adapter)
+
 # %% ../../nbs/50_modelpool/01_clip.ipynb #998de635
 @patch
 def open_path(self:CLIPVisionModelPool, path:str|Path) -> Lazy:
@@ -39,7 +45,8 @@ def open_path(self:CLIPVisionModelPool, path:str|Path) -> Lazy:
 
 @patch
 def build_model(self:CLIPVisionModelPool, model) -> nn.Module:
-    "The vision tower that a path names, with its weights."
+    "The vision tower that a path names, with its weights, or a base and its LoRA adapter as `{base: …, adapter: …}`."
+    if isinstance(model, Mapping) and set(model) == {'base', 'adapter'}: return fill(vision_model(model['base']), _with_adapter(**model))
     if not isinstance(model, (str, Path)): return super(CLIPVisionModelPool, self).build_model(model)
     return fill(vision_model(model), vision_state(model))
 
@@ -55,5 +62,6 @@ def load_processor(self:CLIPVisionModelPool):
 def extras(self:CLIPVisionModelPool) -> dict[str, str]:
     "The `config.json` of the tower, so that `transformers` can read what is saved."
     model = self._models.get('_pretrained_', next(iter(self._models.values())))
+    if isinstance(model, Mapping): model = model.get('base')
     config = vision_model(model).config if isinstance(model, (str, Path)) else getattr(model, 'config', None)
     return {'config.json': config.to_json_string(use_diff=False)} if hasattr(config, 'to_json_string') else {}

@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'RESERVED', 'class_table', 'split_entry', 'task_prompts', 'pooled', 'CLIPTask', 'CLIPVisionModelTaskPool']
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #d3ef47c7
-import hashlib, json
+import hashlib, json, re
 from collections.abc import Mapping
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.config import CONFIG, plain
 from ..core.errors import FusionError, check_known, nearest
+from ..core.foreign import note
 from ..data import datasets as data
 from ..models.clip import Processor, head_hash, zero_shot_head
 from .base import BaseTaskPool, Inputs, evaluating, logits_of, predict_batches
@@ -70,6 +71,16 @@ def _check_names(task, names, brought, vouched):
         raise FusionError(f'{task}: expected class {moved[0]} to be `{brought[moved[0]]}` as in the data set, got `{names[moved[0]]}` from '
                           'config/classnames; give `classnames` in its entry, as a list or as the name of a table that you know is right')
 
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #57384464
+_CODE = re.compile(r'n\d{8}|(class|label|cat(egory)?)?[ _-]*\d{2,}', re.IGNORECASE)
+
+def _words(task, brought):
+    "The data set's own names, unless sentences with them would say nothing."
+    if brought and all(_CODE.fullmatch(str(n)) for n in brought):
+        raise FusionError(f'{task}: expected class names in words, got {", ".join(map(str, brought[:3]))}, … from the data set, which would become '
+                          f'`a photo of a {brought[0]}.`; give `classnames` in its entry, as a list or the name of a table')
+    return brought
+
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a0ee9f31
 def task_prompts(
     task:str,  # name of the task
@@ -79,7 +90,7 @@ def task_prompts(
     "Class names and sentences of a task."
     names = own.get('classnames')
     table = class_table(names if isinstance(names, str) else task) if isinstance(names, str) or names is None and task.lower() in _tables() else {}
-    names = table.get('classnames') or names or brought
+    names = table.get('classnames') or names or _words(task, brought)
     if not names: raise FusionError(f'{task}: expected `classnames` in its entry, a table in config/classnames or a data set with named classes, got none')
     names = [str(n) for n in names]
     if brought: _check_names(task, names, brought, vouched=own.get('classnames') is not None)
@@ -89,6 +100,7 @@ def task_prompts(
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a29ffc20
 _LOADER = ('batch_size', 'num_workers', 'pin_memory', 'shuffle', 'drop_last', 'prefetch_factor', 'persistent_workers', 'timeout')
 _KEYS = ('name', 'test_datasets', 'base_model', 'clip_model', 'processor', 'data_processor', 'dataloader_kwargs', 'fast_dev_run')
+_IDLE = ('layer_wise_feature_save_path', 'layer_wise_feature_first_token_only', 'layer_wise_feature_max_num', 'move_to_device')
 RESERVED = ('rows', 'config', 'average', 'model_info', 'models')
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #ddd54057
@@ -120,11 +132,10 @@ def _loop(kwargs, fast_dev_run):
     return dict(batch_size=int(kwargs.get('batch_size', 128)), num_workers=int(kwargs.get('num_workers', 0)), fast_dev_run=bool(fast_dev_run))
 
 def _supported(kwargs):
-    "Drop FusionBench's keys that ask for nothing; refuse the one that asks for what is done elsewhere."
+    "What is left without FusionBench's keys that change no number; the one that asks for files is named."
     if kwargs.get('layer_wise_feature_save_path'):
-        raise FusionError('expected no `layer_wise_feature_save_path`: features of layers are collected by an analysis, not while scoring')
-    idle = ('layer_wise_feature_save_path', 'layer_wise_feature_first_token_only', 'layer_wise_feature_max_num', 'move_to_device')
-    return {k: v for k, v in kwargs.items() if k not in idle}
+        note('`layer_wise_feature_save_path` of FusionBench is not used: features of layers are not saved while scoring')
+    return {k: v for k, v in kwargs.items() if k not in _IDLE}
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #bb1ecbb9
 def pooled(
@@ -211,7 +222,7 @@ def _task_of(pool, name):
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #2619c3f0
 class CLIPVisionModelTaskPool(BaseTaskPool):
     "Zero-shot classification by a CLIP vision tower on several data sets."
-    _config_mapping = BaseTaskPool._config_mapping | {k: k for k in _KEYS}
+    _config_mapping = BaseTaskPool._config_mapping | {k: k for k in (*_KEYS, *_IDLE)} # the idle ones are known, never written
     def __init__(self,
         test_datasets:dict,     # task -> entry, see `split_entry`
         clip_model=None,        # CLIP of the text side and the projections: folder or hub id; `base_model` when None
