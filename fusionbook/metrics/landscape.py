@@ -32,8 +32,9 @@ def layer_distances(
     found, total = {}, torch.zeros(4, dtype=torch.float64)
     for name in _floats(a, b):
         x, y = a[name].double().flatten(), b[name].double().flatten()
-        sums = torch.stack([(x - y) @ (x - y), x @ x, y @ y, x @ y])
-        found[name], total = sums.tolist(), total + sums
+        sums = torch.stack([(x - y) @ (x - y), x @ x, y @ y, x @ y]).cpu()
+        found[name] = sums.tolist()
+        total += sums
     def of(d, x, y, xy): return dict(l2=d ** .5, relative=(d / x) ** .5 if x else math.nan, cosine=_cosine(xy, x, y))
     return {k: of(*v) for k, v in (found | {'total': total.tolist()}).items()}
 

@@ -1,0 +1,93 @@
+"""Everything that takes a device, once on the processor and once on the pretend device; prints one line of JSON a job.
+
+A program of its own, since the pretend device changes PyTorch for the whole process: `test_device.py` runs it and reads what it prints.
+"""
+import pretend_device  # before anything else
+import json
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
+
+import torch
+from torch import nn
+
+import fusionbook.method
+from fusionbook.bench.run import fusion
+from fusionbook.data import mini8
+from fusionbook.method.base import BaseAlgorithm, fuse
+from fusionbook.method.check import toy_data_pool
+from fusionbook.metrics.suite import Subject, groups_of, measure_group, metric_names
+from fusionbook.modelpool import CLIPVisionModelPool
+from fusionbook.taskpool import CLIPVisionModelTaskPool
+
+TASKS = 'digits', 'shapes'
+MODELS = {'_pretrained_': 'mini8/pretrained'} | {t: f'mini8/{t}' for t in TASKS}
+
+
+def methods():
+    "Every method with a `device`, and how it is built: few steps, small batches."
+    small = dict(max_steps=2, steps=2, batch_size=8)
+    for name in dir(fusionbook.method):
+        cls = getattr(fusionbook.method, name)
+        if not (isinstance(cls, type) and issubclass(cls, BaseAlgorithm) and is_dataclass(cls)): continue
+        keys = {f.name for f in fields(cls)}
+        if 'device' in keys: yield name, cls, {k: v for k, v in small.items() if k in keys}
+
+
+def merged(cls, options, device):
+    model = fuse(cls(device=device, **options), toy_data_pool())
+    return {k: v.detach().cpu().double() for k, v in model.state_dict().items()}
+
+
+def rows(method, device):
+    "Accuracies and losses of a run whose networks are evaluated on the device."
+    tests = {t: {'dataset': mini8.load(t, 'test').select(slice(0, 24)), 'templates': [mini8.TEMPLATE]} for t in TASKS}
+    held = {t: mini8.load(t, 'validation').select(slice(0, 24)) for t in TASKS}
+    pool = CLIPVisionModelPool(MODELS, val_datasets=held, train_datasets=held)
+    report = fusion(method, pool, CLIPVisionModelTaskPool(tests, 'mini8/clip'), device=device)
+    return {f'{r["model"]} {r["task"]} {k}': torch.tensor(r[k]).double() for r in report['rows'] for k in ('accuracy', 'loss')}
+
+
+RUNS = {
+    'task arithmetic': lambda device: fusionbook.method.TaskArithmetic(device=device),
+    'ensemble of features': lambda device: fusionbook.method.SimpleEnsemble(),
+    'ensemble of probabilities': lambda device: fusionbook.method.SimpleEnsemble(quantity='probabilities'),
+    'maximum of members': lambda device: fusionbook.method.MaxModelPredictor(),
+    'AdaMerging': lambda device: fusionbook.method.CLIPLayerWiseAdaMerging(max_steps=2, batch_size=4, device=device),
+}
+
+
+def subject(device):
+    "A small network, its parents and its data, for the metrics."
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(3)]
+    initial = {k: v.to(device) for k, v in deepcopy(nets[0]).state_dict().items()}
+    x, y = torch.randn(48, 6), torch.randint(0, 3, (48,))
+    nets = [net.eval().to(device) for net in nets]
+    data = x.to(device), y.to(device)
+    return Subject(nets[0], initial, data, data, budget=.05, batch_size=24, parent=lambda i: nets[i])
+
+
+# products with a Hessian are derivatives in forward mode, which tensors that only claim a device can not show
+UNSEEN = 'hessian_top_eigenvalue', 'hessian_trace', 'hessian_top_full', 'hessian_trace_full'
+
+
+def values(group, device):
+    "The metrics of one group."
+    return {r['metric']: torch.tensor(float(r['value'])).double() for r in measure_group(subject(device), group)}
+
+
+def compared(name, compute):
+    "One line: equal, or the largest difference, or the error of the device."
+    expected = compute('cpu')
+    try: got = compute(pretend_device.NAME)
+    except Exception as e: return print(json.dumps(dict(job=name, error=f'{type(e).__name__}: {e}')), flush=True)
+    gap = max(float((got[k] - expected[k]).abs().nan_to_num().max() / (1 + expected[k].abs().max())) for k in expected)
+    print(json.dumps(dict(job=name, gap=gap, names=sorted(got) == sorted(expected))), flush=True)
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    for name, cls, options in methods(): compared(f'method {name}', lambda device: merged(cls, options, device))
+    for name, make in RUNS.items(): compared(f'run with {name}', lambda device: rows(make(device), device))
+    for group in (g for g in groups_of(metric_names(['all'])) if g not in UNSEEN):
+        compared(f'metric {group}', lambda device: values(group, device))
