@@ -65,3 +65,15 @@ def extras(self:CLIPVisionModelPool) -> dict[str, str]:
     if isinstance(model, Mapping): model = model.get('base')
     config = vision_model(model).config if isinstance(model, (str, Path)) else getattr(model, 'config', None)
     return {'config.json': config.to_json_string(use_diff=False)} if hasattr(config, 'to_json_string') else {}
+
+# %% ../../nbs/50_modelpool/01_clip.ipynb #8c881442
+@patch
+def load_clip_model(self:CLIPVisionModelPool, name:str) -> nn.Module:
+    "The base's whole CLIP with the vision tower of one model."
+    from transformers import CLIPModel
+    base = self._models.get('_pretrained_', self._models.get(name))
+    if not isinstance(base, (str, Path)): raise FusionError(f'expected a base with a path, where the text side of CLIP lies, got {type(base).__name__}')
+    whole, model = CLIPModel.from_pretrained(find(base)).eval(), self.load_model(name)
+    tower = model.state_dict() if isinstance(model, nn.Module) else model
+    fill(whole.vision_model, {k.removeprefix('vision_model.'): v for k, v in tower.items()})
+    return whole
