@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 from ..core.errors import FusionError, nearest
 from ..core.state_dict import generator
-from .datasets import Images, _column, features, opened
+from .datasets import Images, column, features, opened
 
 # %% ../../nbs/10_data/02b_corruption.ipynb #d0ce4996
 def scaled(
@@ -204,7 +204,7 @@ class Corrupted:
         places=None,      # rows of `dataset` that are seen, (n,); all when None
     ):
         check_corruption(name, severity)
-        self.dataset, self.column, self.how = dataset, _column(dataset, 'image', 'Image', image), (name, severity, seed)
+        self.dataset, self.column, self.how = dataset, column(dataset, 'image', image), (name, severity, seed)
         self.places, self.features = np.arange(len(dataset)) if places is None else np.asarray(places), features(dataset)
     def __len__(self): return len(self.places)
     def __getitem__(self, i):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from ..core.checkpoint import Checkpoint, atomic, find, save
 from ..core.errors import FusionError, nearest
+from ..core.pictures import rgb
 from ..core.state_dict import Lazy, content_hash, meta, select
 
 # %% ../../nbs/20_models/01_clip.ipynb #e01f62c1
@@ -161,7 +162,7 @@ def _pixels(processor, images):
     "Images (N, H, W, 3) uint8, or a list of PIL images of any size, to (N, 3, H, W) float32."
     from PIL import Image
     if not isinstance(images, np.ndarray):
-        images = [i.convert('RGB') if isinstance(i, Image.Image) else Image.fromarray(np.asarray(i)).convert('RGB') for i in images]
+        images = [rgb(i) for i in images]
         if processor.table is None or any((i.height, i.width) != processor.size for i in images):
             return processor.slow(images, return_tensors='pt')['pixel_values']
         images = np.stack([np.asarray(i) for i in images])

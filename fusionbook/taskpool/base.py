@@ -19,18 +19,39 @@ import torch.nn.functional as F
 from ..core.config import BaseYAMLSerializable
 from ..core.errors import FusionError
 from ..core.legacy import build
+from ..core.numbers import whole
 from ..core.progress import track
-from ..data.datasets import Images, clusters_of, columns, whole
+from ..data.datasets import Images, clusters_of, columns, row_of
+from ..data.images import prepared
 from ..metrics.classification import summarise
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #2de44c56
+class _Rows:
+    "Rows with their numbers; instead of a row that cannot be read stands what is wrong with it, so that it leaves a worker process in one piece."
+    def __init__(self, dataset): self.dataset = dataset
+    def __len__(self): return len(self.dataset)
+    def __getitem__(self, i):
+        try: return i, row_of(self.dataset, i)
+        except FusionError as e: return i, e
+    def __getitems__(self, indices):
+        try: return list(zip(indices, self.dataset.__getitems__(indices)))
+        except Exception: return [self[i] for i in indices]
+
 class _Collate:
-    "Rows of a data set to inputs and labels; a class, so that worker processes can receive it."
+    "Numbered rows to inputs and labels, or what is wrong with them; a class, so that worker processes can receive it."
     def __init__(self, prepare, keys): self.prepare, self.keys = prepare, keys
     def __call__(self, rows):
-        x, y = self.keys
-        labels = whole([row[y] for row in rows], f'labels in column {y!r}')
-        return self.prepare([row[x] for row in rows]), torch.from_numpy(labels)
+        at, (x, y) = [i for i, _ in rows], self.keys
+        try:
+            labels = whole([_cell(i, row, y) for i, row in rows], f'labels in column {y!r}', at)
+            return prepared(self.prepare, [_cell(i, row, x) for i, row in rows], at), torch.from_numpy(labels)
+        except FusionError as e: return e
+
+def _cell(i, row, key):
+    "One column of one row."
+    if isinstance(row, FusionError): raise row
+    try: return row[key]
+    except (KeyError, IndexError, TypeError): raise FusionError(f'expected a column {key!r} in row {i}, got {row!r:.80}') from None
 
 def _workers(wanted, steps): return min(wanted, os.cpu_count() or 1) if steps >= 16 else 0
 
@@ -50,7 +71,9 @@ def batches(
         return
     from torch.utils.data import DataLoader
     collate, workers = _Collate(prepare, columns(dataset, image, label)), _workers(num_workers, len(dataset) / batch_size)
-    yield from DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator())
+    for batch in DataLoader(_Rows(dataset), batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator()):
+        if isinstance(batch, FusionError): raise batch
+        yield batch
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #e0ab9282
 class Inputs:
@@ -63,8 +86,9 @@ class Inputs:
     def __len__(self): return len(self.rows)
     def __getitem__(self, indices) -> Tensor:
         if isinstance(self.rows, Images): return self.prepare(self.rows.images[np.asarray(indices)])
-        rows = [self.rows[int(i)] for i in indices]
-        return self.prepare(rows if self.column is None else [r[self.column] for r in rows])
+        at = [int(i) for i in indices]
+        rows = [row_of(self.rows, i) for i in at]
+        return prepared(self.prepare, rows if self.column is None else [_cell(i, r, self.column) for i, r in zip(at, rows)], at)
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #61e93137
 def _score(logits, labels, task):
@@ -77,6 +101,12 @@ def _score(logits, labels, task):
     logits = logits.float().cpu()
     losses = F.cross_entropy(logits, labels, reduction='none')
     return dict(labels=labels.numpy(), predictions=logits.argmax(1).numpy(), losses=losses.double().numpy())
+
+# %% ../../nbs/55_taskpool/00_base.ipynb #f6256c50
+def _named(batches, task):
+    "Batches whose errors name the task."
+    try: yield from batches
+    except FusionError as e: raise FusionError(f'{task}: {e}') from e
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #813348c4
 def predict_batches(
@@ -94,7 +124,7 @@ def predict_batches(
     "What a model answers to each example, and what that costs: the evaluation loop."
     if not len(dataset): raise FusionError(f'{task}: expected a data set with rows, got an empty one')
     total = 1 if fast_dev_run else math.ceil(len(dataset) / batch_size)
-    todo = islice(batches(dataset, prepare, batch_size=batch_size, num_workers=num_workers, **names), total)
+    todo = islice(_named(batches(dataset, prepare, batch_size=batch_size, num_workers=num_workers, **names), task), total)
     with torch.inference_mode():
         parts = [_score(logits(x.to(device)), y, task) for x, y in track(todo, task, total)]
     found = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}

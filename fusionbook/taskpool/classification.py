@@ -12,7 +12,8 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.config import plain
 from ..core.errors import FusionError, nearest
-from ..data.datasets import _column, clusters_of, content_hash, head, labels_of, opened
+from ..data.datasets import class_names, clusters_of, column, content_hash, head, labels_of, opened
+from ..data.classes import say_order
 from ..data.images import Normalise
 from .base import BaseTaskPool, Inputs, evaluating, predict_batches
 
@@ -44,6 +45,8 @@ def _dataset(pool, task):
     if task not in pool.test_datasets: raise FusionError(f'expected a task of the pool, got `{task}`; {nearest(task, pool.task_names)}')
     if task not in pool._opened:
         data = opened(pool.test_datasets[task], pool.allow_target)
+        if not len(data): raise FusionError(f'{task}: expected a data set with rows, got an empty one')
+        say_order(class_names(data), task)
         pool._opened[task] = head(data, pool.rows) if pool.rows else data
     return pool._opened[task]
 
@@ -75,7 +78,7 @@ def predict(self:ClassificationTaskPool, model, task): return {k: v for k, v in 
 @patch
 def inputs(self:ClassificationTaskPool, task, dataset=None):
     rows = _dataset(self, task) if dataset is None else dataset
-    return Inputs(rows, self.prepare, _column(rows, 'image', 'Image', None))
+    return Inputs(rows, self.prepare, column(rows, 'image'))
 
 @patch
 def labels(self:ClassificationTaskPool, task, dataset=None): return labels_of(_dataset(self, task) if dataset is None else dataset)

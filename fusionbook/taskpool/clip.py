@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'RESERVED', 'class_table', 'split_entry', 'task_prompts', 'pooled', 'CLIPTask', 'CLIPVisionModelTaskPool']
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #d3ef47c7
-import hashlib, json, re
+import hashlib, json
 from collections.abc import Mapping
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..core.config import CONFIG, plain
 from ..core.errors import FusionError, check_known, nearest
 from ..core.foreign import note
 from ..data import datasets as data
+from ..data.classes import by_name, check_telling, class_list, matched, say_order
 from ..models.clip import Processor, head_hash, zero_shot_head
 from .base import BaseTaskPool, Inputs, evaluating, logits_of, predict_batches
 
@@ -40,7 +41,7 @@ def class_table(
     tables = _tables()
     if name.lower() not in tables: raise FusionError(f'expected a data set with class names in config/classnames, got `{name}`; {nearest(name, tables)}')
     table = plain(_read(tables[name.lower()]))
-    return dict(classnames=[str(c) for c in table['classnames']], templates=list(table['templates']))
+    return dict(classnames=class_list(table['classnames'], name), templates=list(table['templates']))
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #430260f9
 OWN = ('classnames', 'templates', 'image', 'label', 'clusters', 'dataset')
@@ -59,43 +60,30 @@ def split_entry(
     if '_target_' not in rest: raise FusionError(f'expected a task with `_target_` or `dataset`, got the keys {", ".join(map(str, entry))}')
     return rest, own
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #77ef1e84
-def _check_names(task, names, brought, vouched):
-    "Refuse names that contradict the data set's own, in number or, unless the entry vouches for them, in order."
-    if len(brought) != len(names):
-        raise FusionError(f'{task}: expected names for the {len(brought)} classes of the data set ({", ".join(brought[:3])}, …), got {len(names)}; '
-                          'give `classnames` in its entry')
-    ours, theirs = ([n.lower().replace('_', ' ') for n in l] for l in (names, brought))
-    moved = [i for i, n in enumerate(theirs) if n in ours and ours[i] != n]
-    if moved and not vouched:
-        raise FusionError(f'{task}: expected class {moved[0]} to be `{brought[moved[0]]}` as in the data set, got `{names[moved[0]]}` from '
-                          'config/classnames; give `classnames` in its entry, as a list or as the name of a table that you know is right')
-
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #57384464
-_CODE = re.compile(r'n\d{8}|(class|label|cat(egory)?)?[ _-]*\d{2,}', re.IGNORECASE)
-
-def _words(task, brought):
-    "The data set's own names, unless sentences with them would say nothing."
-    if brought and all(_CODE.fullmatch(str(n)) for n in brought):
-        raise FusionError(f'{task}: expected class names in words, got {", ".join(map(str, brought[:3]))}, … from the data set, which would become '
-                          f'`a photo of a {brought[0]}.`; give `classnames` in its entry, as a list or the name of a table')
-    return brought
-
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a0ee9f31
+def _sentences(templates, task):
+    "Templates as a list, each with one place for the name."
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    if bad := [t for t in templates if not isinstance(t, str) or t.count('{}') != 1]:
+        raise FusionError(f'{task}: expected templates with one {{}} for the name, got {bad[0]!r}')
+    return templates
+
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #4273eb11
 def task_prompts(
     task:str,  # name of the task
     own:dict,  # the task's own keys, as from `split_entry`
     brought,   # class names that the data set brings along, or None
 ) -> dict:     # classnames (C,), templates
     "Class names and sentences of a task."
-    names = own.get('classnames')
-    table = class_table(names if isinstance(names, str) else task) if isinstance(names, str) or names is None and task.lower() in _tables() else {}
-    names = table.get('classnames') or names or _words(task, brought)
+    given = own.get('classnames')
+    table = class_table(given if isinstance(given, str) else task) if isinstance(given, str) or given is None and task.lower() in _tables() else {}
+    names = table.get('classnames') or (brought if given is None else class_list(given, task, brought))
     if not names: raise FusionError(f'{task}: expected `classnames` in its entry, a table in config/classnames or a data set with named classes, got none')
-    names = [str(n) for n in names]
-    if brought: _check_names(task, names, brought, vouched=own.get('classnames') is not None)
-    templates = own.get('templates') or table.get('templates') or ['a photo of a {}.']
-    return dict(classnames=names, templates=[templates] if isinstance(templates, str) else list(templates))
+    names = matched(names, brought, task, vouched=given is not None)
+    say_order(brought, task)
+    templates = _sentences(own.get('templates') or table.get('templates') or ['a photo of a {}.'], task)
+    check_telling(names, templates, task, vouched=given is not None)
+    return dict(classnames=names, templates=templates)
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a29ffc20
 _LOADER = ('batch_size', 'num_workers', 'pin_memory', 'shuffle', 'drop_last', 'prefetch_factor', 'persistent_workers', 'timeout')
@@ -153,10 +141,12 @@ def pooled(
     return out.float()
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #57500759
-def _shown(rows, own):
-    "The rows, with no columns but image and label."
-    keys = data.columns(rows, own.get('image'), own.get('label'))
-    return rows.select_columns(list(keys)) if hasattr(rows, 'select_columns') else rows
+def _shown(rows, own, task):
+    "The rows, with no columns but image and label, which is a number."
+    keys, names = data.columns(rows, own.get('image'), own.get('label')), own.get('classnames')
+    rows = rows.select_columns(list(keys)) if hasattr(rows, 'select_columns') else rows
+    if isinstance(names, str): names = class_table(names)['classnames']
+    return by_name(rows, keys[1], class_list(names, task) if names else None, task)
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #5ea210da
 class CLIPTask:
@@ -174,7 +164,7 @@ class CLIPTask:
     @cached_property
     def rows(self): return data.opened(self.source, self.allow)
     @cached_property
-    def dataset(self): return _shown(self.rows, self.own)
+    def dataset(self): return _shown(self.rows, self.own, self.name)
     @cached_property
     def clusters(self): return data.clusters_of(self.rows, self.own.get('clusters'))
     @cached_property
@@ -192,7 +182,7 @@ def _logits(head, model, pixels):
 def _inputs(task, dataset):
     "Pixel values of the images of a data set, the task's own when None."
     rows = task.dataset if dataset is None else dataset
-    return Inputs(rows, task.processor, data._column(rows, 'image', 'Image', task.own.get('image')))
+    return Inputs(rows, task.processor, data.column(rows, 'image', task.own.get('image')))
 
 def _predict(task, model, device):
     "Answers of a model that is in evaluation mode on `device`."

@@ -17,6 +17,7 @@ from ..core.config import plain
 from ..core.errors import FusionError, check_known
 from ..core.state_dict import content_hash
 from ..data import datasets as data
+from ..data.classes import by_name, check_telling, class_list, matched
 from ..models.text import Tokens, embed, padded, text_head
 from .base import BaseTaskPool, Inputs, evaluating, logits_of, predict_batches
 from .clip import _check_tasks, _loop, _path, _task_of
@@ -40,6 +41,24 @@ def text_columns(
     raise FusionError(f'expected a text column or two{asked}, got the columns {", ".join(map(str, names))}')
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #50ccb017
+def _said_by_name(said, names, task):
+    "Sentences of a mapping in the order of the names."
+    if set(map(str, said)) != set(names):
+        known = ', '.join(names) or 'the classes (give `classnames`)'
+        raise FusionError(f'{task}: expected a sentence for each of {known}, got {", ".join(map(str, said))}')
+    found = {str(k): v for k, v in said.items()}
+    if bad := [n for n in names if not isinstance(found[n], str) or not found[n].strip()]:
+        raise FusionError(f'{task}: expected a sentence for {bad[0]}, got {found[bad[0]]!r}; quotes make text of words such as no')
+    return [found[n] for n in names]
+
+def _filled(own, names, task):
+    "A sentence for each name."
+    template = own.get('template', '{}')
+    if not isinstance(template, str) or template.count('{}') != 1: raise FusionError(f'{task}: expected a template with one {{}}, got {template!r}')
+    check_telling(names, [template], task, vouched=own.get('classnames') is not None)
+    return [template.replace('{}', n.replace('_', ' ')) for n in names]
+
+# %% ../../nbs/55_taskpool/03_text.ipynb #69243dbb
 OWN = ('sentences', 'classnames', 'template', 'text', 'label', 'clusters', 'dataset')
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #58da182f
@@ -49,19 +68,14 @@ def class_sentences(
     brought,  # class names that the data set brings along, or None
 ) -> list[str]: # C sentences in the order of the labels
     "One sentence per class."
-    names = [str(n) for n in own.get('classnames') or brought or ()]
-    said = own.get('sentences')
-    if isinstance(said, Mapping):
-        if set(map(str, said)) != set(names):
-            known = ', '.join(names) or 'the classes (give `classnames`)'
-            raise FusionError(f'{task}: expected a sentence for each of {known}, got {", ".join(map(str, said))}')
-        return [str({str(k): v for k, v in said.items()}[n]) for n in names]
-    template = own.get('template', '{}')
-    if template.count('{}') != 1: raise FusionError(f'{task}: expected a template with one {{}}, got {template!r}')
-    found = [str(s) for s in said] if said else [template.replace('{}', n.replace('_', ' ')) for n in names]
-    if not found: raise FusionError(f'{task}: expected `sentences` or `classnames` in its entry, or a data set with named classes, got none')
-    if names and len(found) != len(names): raise FusionError(f'{task}: expected {len(names)} sentences, got {len(found)}')
-    return found
+    given, said = own.get('classnames'), own.get('sentences')
+    names = list(brought or ()) if given is None else matched(class_list(given, task, brought), brought, task, vouched=True)
+    if isinstance(said, Mapping): return _said_by_name(said, names, task)
+    if said is not None and (isinstance(said, str) or not said or not all(isinstance(s, str) and s.strip() for s in said)):
+        raise FusionError(f'{task}: expected sentences as text (YAML reads words such as no, on, null and numbers as something else: put quotes around them), got {said!r:.80}')
+    if not said and not names: raise FusionError(f'{task}: expected `sentences` or `classnames` in its entry, or a data set with named classes, got none')
+    if said and names and len(said) != len(names): raise FusionError(f'{task}: expected {len(names)} sentences, got {len(said)}')
+    return list(said) if said else _filled(own, names, task)
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #4b38cd5c
 def _entry(entry):
@@ -79,6 +93,15 @@ def _texts(task, rows, key):
     if bad := [i for i, t in enumerate(found) if not isinstance(t, str)]:
         raise FusionError(f'{task}: expected text in column {key!r}, got {found[bad[0]]!r} in row {bad[0]}')
     return found
+
+# %% ../../nbs/55_taskpool/03_text.ipynb #879b14f5
+def _numbered(rows, task):
+    "The rows, with labels as numbers where they are words; an empty set is refused."
+    if not len(rows): raise FusionError(f'{task.name}: expected a data set with rows, got an empty one')
+    own, said = task.own, task.own.get('sentences')
+    names = own.get('classnames') or (list(said) if isinstance(said, Mapping) else None)
+    key = data.column(rows, 'label', own.get('label'))
+    return by_name(rows, key, class_list(names, task.name) if names else None, task.name)
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #4c0f4097
 class TextTask:
@@ -98,14 +121,15 @@ class TextTask:
         self.max_length, self.scale, self.precision = max_length, scale, precision
         (self.source, self.own), self.from_ = _entry(entry), tokenizer or base
     @cached_property
-    def dataset(self): return data.opened(self.source, self.allow)
+    def dataset(self): return _numbered(data.opened(self.source, self.allow), self)
     @cached_property
-    def keys(self): return text_columns(self.dataset, self.own.get('text')), data._column(self.dataset, 'label', 'ClassLabel', self.own.get('label'))
+    def keys(self): return text_columns(self.dataset, self.own.get('text')), data.column(self.dataset, 'label', self.own.get('label'))
     @cached_property
     def sentences(self): return class_sentences(self.name, self.own, getattr(data.features(self.dataset)[self.keys[1]], 'names', None))
     @cached_property
     def tokens(self): return self.tokenise(self.dataset)
 
+# %% ../../nbs/55_taskpool/03_text.ipynb #43daaff4
 @patch(as_prop=True)
 def clusters(self:TextTask): return data.clusters_of(self.dataset, self.own.get('clusters'))
 
