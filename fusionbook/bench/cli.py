@@ -9,9 +9,10 @@ __all__ = ['HELP', 'COMMANDS', 'OWN_HELP', 'listing', 'main']
 import os, re, sys
 from collections.abc import Sequence
 from importlib import import_module
-from .arguments import GROUPS, catalogue, search_folders, split_words, with_hydra
+from .arguments import GROUPS, TAKES, catalogue, search_folders, split_words, vouched, with_hydra
 from ..core.config import CONFIG
 from ..core.errors import FusionError, nearest
+from ..core.resolve import allowing
 
 # %% ../../nbs/80_bench/99_cli.ipynb #860d1be2
 _USAGE = '''fusionbook: merge trained networks and measure the result.
@@ -42,6 +43,7 @@ keys      method modelpool taskpool             what to merge, how, and what to 
           print_config                          a summary; false: nothing; full: the whole configuration
           hub_mirror={name: folder}             local folders in place of hub names, for models and data sets
           allow_target=[a.b.C]                  further classes that a configuration may name
+          allow_env=true                        a file may read every variable of the environment; [NAME, ...]: these
 
 options   --config-path P  --config-name N  --config-dir D    where Hydra looks; a folder `config` here is not searched by itself
           -m, --multirun   several values per key             --cfg, -c job   print the composed configuration and stop
@@ -87,8 +89,15 @@ def _run(cfg):
     from fusionbook.bench.configured import run_config
     run_config(cfg)
 
+def _command(argv):
+    "The first word that is neither an option nor its value, and the rest of the line."
+    at = 0
+    while at < len(argv) and argv[at].startswith('-'): at += 2 if argv[at] in TAKES else 1
+    known = at < len(argv) and argv[at] in (*COMMANDS, 'list')
+    return (argv[at], argv[:at] + argv[at + 1:]) if known else (None, argv)
+
 def _dispatch(argv):
-    word, rest = (argv[0], argv[1:]) if argv else (None, [])
+    word, rest = _command(argv)
     if any(w in ('-h', '--help') for w in argv) and word not in OWN_HELP: return print(HELP)
     if '--version' in argv:
         from fusionbook import __version__
@@ -110,7 +119,8 @@ def main(
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = '--debug' in argv
     argv = [a for a in argv if a != '--debug']
-    try: _dispatch(argv)
+    try:
+        with allowing(**vouched(argv)): _dispatch(argv)
     except KeyboardInterrupt: return _fail('interrupted; what was measured is in the folder of the run', 130, debug)
     except FusionError as e: return _fail(str(e), 2, debug)
     except OSError as e: return _fail(f'{e.strerror or e}' + (f': {e.filename}' if e.filename else ''), 2, debug)

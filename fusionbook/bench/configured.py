@@ -21,6 +21,7 @@ from ..core.config import CONFIG, known_keys, locate, plain
 from ..core.errors import FusionError, check_known, nearest
 from ..core.foreign import IDLE
 from ..core.legacy import build, run_values, translate
+from ..core.resolve import check_vouched
 
 # %% ../../nbs/80_bench/04_configured.ipynb #b7713ea1
 def root_defaults() -> dict:
@@ -33,11 +34,13 @@ def complete(
 ) -> dict: # every key of `root_defaults`, and method, modelpool, taskpool translated to our schema
     "Check the keys of a run and fill in what is left out."
     cfg, known = run_values(cfg), root_defaults()
+    if not isinstance(cfg, Mapping): raise FusionError(f'expected a run as keys with values, got {cfg!r:.80}')
     check_known(cfg, (*known, 'method', 'modelpool', 'taskpool', 'report_save_path', *IDLE), 'a run')
     if 'modelpool' not in cfg: raise FusionError('expected a run with a `modelpool`, got none')
     parts = {'method': {'name': 'dummy'}, 'taskpool': {'type': 'dummy'}} | {k: cfg[k] for k in ('method', 'modelpool', 'taskpool') if cfg.get(k)}
     out = check_values(known | {k: v for k, v in cfg.items() if k in known}) | {k: translate(v, k) for k, v in parts.items()}
     check_models(out['modelpool'])
+    out['allow_target'] = check_vouched(out['allow_target'])
     if cfg.get('report_save_path') and not out['save_report']: out['save_report'] = cfg['report_save_path']
     if out['fast_dev_run'] and 'fast_dev_run' in known_keys(locate(out['taskpool']['_target_'], out['allow_target'])): out['taskpool']['fast_dev_run'] = True
     return out

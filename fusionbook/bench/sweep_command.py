@@ -9,7 +9,7 @@ __all__ = ['validation_name', 'sweep_command']
 from collections.abc import Sequence
 from pathlib import Path
 from .arguments import GROUPS, catalogue, composition, explain, search_folders, split_words
-from ..core.config import composed
+from ..core.config import CONFIG, composed
 from ..core.errors import FusionError, nearest
 
 # %% ../../nbs/80_bench/08b_sweep_command.ipynb #e00405f3
@@ -29,9 +29,9 @@ def validation_name(
 def _other(name, fixed, folders):
     "The task pool to choose on, with the changes that the run makes to its own."
     words = [f'taskpool={name}', *(w for w in fixed if w.lstrip('+~').startswith('taskpool.'))]
-    try: return composed(*words, f'hydra.searchpath=[{",".join(f"file://{Path(f).resolve()}" for f in folders)}]')['taskpool']
+    try: return composed(*words, folders=[CONFIG, *folders])['taskpool']
     except Exception as e:
-        if type(e).__module__.startswith(('hydra', 'omegaconf')): raise FusionError(explain(e, words)) from e
+        if type(e).__module__.startswith(('hydra', 'omegaconf')): raise FusionError(explain(e, words, [CONFIG, *folders])) from e
         raise
 
 # %% ../../nbs/80_bench/08b_sweep_command.ipynb #72e3025f

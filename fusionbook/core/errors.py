@@ -36,4 +36,4 @@ def check_known(
     "Refuse a key that does not exist and name the nearest that does."
     valid = list(valid)
     for key in given:
-        if key not in valid: raise FusionError(f'expected a key of {what}, got `{key}`; {nearest(key, valid)}')
+        if key not in valid: raise FusionError(f'expected a key of {what}, got `{key}`; {nearest(str(key), valid)}')

@@ -5,30 +5,31 @@
 # %% auto #0
 __all__ = ['LIMIT', 'SHORT', 'DEPTH', 'UNFOLDED', 'read_text', 'read_json', 'check_yaml', 'read_yaml']
 
-# %% ../../nbs/00_core/00b_files.ipynb #4ae1664f
+# %% ../../nbs/00_core/00b_files.ipynb #e99cc495
 import io, json
 from pathlib import Path
 from .errors import FusionError
 
-# %% ../../nbs/00_core/00b_files.ipynb #a0dcaa07
+# %% ../../nbs/00_core/00b_files.ipynb #89e9fe2a
 LIMIT = 64 << 20  # bytes of a JSON file
 SHORT = 4 << 20   # bytes of a YAML file
 DEPTH = 100       # levels of nesting
 
 def _bad(what, path, got): return FusionError(f'expected {what} in `{path}`, got {got}')
 
-# %% ../../nbs/00_core/00b_files.ipynb #27de7550
+# %% ../../nbs/00_core/00b_files.ipynb #fee07bc6
 def read_text(
     path:str|Path,     # a file
     *, limit:int=LIMIT,# bytes
 ) -> str:              # decoded as UTF-8, without a byte order mark
     "The text of a file that is not too long."
+    if Path(path).is_fifo(): raise _bad('a file', path, 'a pipe')
     with open(path, 'rb') as f: data = f.read(limit + 1)
     if len(data) > limit: raise _bad(f'at most {limit:,} bytes', path, 'more')
     try: return data.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise _bad('text in UTF-8', path, f'other bytes at {e.start:,}') from None
 
-# %% ../../nbs/00_core/00b_files.ipynb #ba375b73
+# %% ../../nbs/00_core/00b_files.ipynb #7fe85c0f
 def read_json(
     path:str|Path,      # a file
     kind:type=dict,     # what it must hold: dict or list; `object` for anything
@@ -43,10 +44,10 @@ def read_json(
     if not isinstance(found, kind): raise _bad('an object' if kind is dict else 'a list', path, type(found).__name__)
     return found
 
-# %% ../../nbs/00_core/00b_files.ipynb #ea96df5c
+# %% ../../nbs/00_core/00b_files.ipynb #5fa0d08c
 UNFOLDED = 200_000 # values in a YAML text, aliases written out
 
-# %% ../../nbs/00_core/00b_files.ipynb #855a137a
+# %% ../../nbs/00_core/00b_files.ipynb #d8c3569b
 def _events(text, name):
     "Events of the fast parser; its complaint in one line."
     import yaml
@@ -58,7 +59,7 @@ def _problem(error):
     mark, said = getattr(error, 'problem_mark', None), getattr(error, 'problem', None) or str(error)
     return f'an error{f" in line {mark.line + 1}" if mark else ""}: {" ".join(said.split()):.200}'
 
-# %% ../../nbs/00_core/00b_files.ipynb #59c23222
+# %% ../../nbs/00_core/00b_files.ipynb #4a70ad57
 def check_yaml(
     text:str, # of a file
     name,     # of the file, for the message
@@ -78,7 +79,7 @@ def check_yaml(
         if len(open_) > DEPTH or total > UNFOLDED:
             raise _bad(f'at most {DEPTH} levels and {UNFOLDED:,} values', name, 'more')
 
-# %% ../../nbs/00_core/00b_files.ipynb #7df591d1
+# %% ../../nbs/00_core/00b_files.ipynb #1d0ad58e
 def read_yaml(
     path:str|Path, # a file
 ):                 # an OmegaConf mapping, interpolations as they stand

@@ -178,7 +178,7 @@ def build(
     cfg = mirrored(translate(cfg, kind), mirror)
     check_targets(cfg, allow)
     vouched = {'allow_target': list(allow)} if allow and 'allow_target' in known_keys(locate(cfg['_target_'], allow)) else {}
-    return instantiate(cfg | vouched, allow=allow)
+    return instantiate(cfg, allow=allow, **vouched)
 
 # %% ../../nbs/00_core/07_legacy.ipynb #e5fda52f
 def run_values(

@@ -11,7 +11,7 @@ import hashlib, os, re
 from collections.abc import Mapping
 from pathlib import Path
 import numpy as np
-from ..core.config import FILLED, check_targets, instantiate
+from ..core.config import FILLED, check_loader, check_targets, instantiate
 from ..core.errors import FusionError, nearest
 from ..core.numbers import whole
 from ..core.hub import current_id
@@ -112,6 +112,7 @@ def opened(
     if not isinstance(source, Mapping) or '_target_' not in source: return source
     if source['_target_'] != 'datasets.load_dataset': return instantiate(source, allow=allow)
     check_targets(source, allow)
+    check_loader(source)
     return load(*source.get('_args_', ())[:2], **{k: v for k, v in source.items() if k not in FILLED})
 
 # %% ../../nbs/10_data/01_datasets.ipynb #c8d4c297
