@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['code_hash', 'told_config', 'network_facts', 'identity']
 
-# %% ../../nbs/00_core/02c_identity.ipynb #f278ecaf
+# %% ../../nbs/00_core/02c_identity.ipynb #3503a36e
 import ast, hashlib, importlib.util, json, sys, types
 from collections.abc import Mapping
 from functools import lru_cache
@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor, device, dtype, nn
 from .state_dict import content_hash
 
-# %% ../../nbs/00_core/02c_identity.ipynb #40704363
+# %% ../../nbs/00_core/02c_identity.ipynb #69cd9f0b
 _ASIDE = ('fusionbook.core', 'fusionbook.bench')
 
 def _own(name):
@@ -22,7 +22,7 @@ def _own(name):
     installed = any(p in Path(file).parts for p in ('site-packages', 'dist-packages')) or file.startswith(f'{sys.base_prefix}/lib')
     return file.endswith('.py') and (not installed or name.partition('.')[0] == 'fusionbook')
 
-# %% ../../nbs/00_core/02c_identity.ipynb #2c77b611
+# %% ../../nbs/00_core/02c_identity.ipynb #e96a49ae
 @lru_cache(None)
 def _uses(name):
     "Modules of the same package that a module imports, also inside its functions."
@@ -35,7 +35,7 @@ def _uses(name):
         found |= {base} | {f'{base}.{a.name}' for a in node.names}
     return sorted(n for n in found if n.partition('.')[0] == top and n in sys.modules and not n.startswith(_ASIDE))
 
-# %% ../../nbs/00_core/02c_identity.ipynb #8959ac5e
+# %% ../../nbs/00_core/02c_identity.ipynb #fa1e8e97
 def _closure(names):
     "Modules, and whatever they import of their own package, and so on."
     found, todo = {}, list(names)
@@ -46,7 +46,7 @@ def _closure(names):
         todo += _uses(name)
     return found
 
-# %% ../../nbs/00_core/02c_identity.ipynb #902f2999
+# %% ../../nbs/00_core/02c_identity.ipynb #00a0ed02
 def _compiled(x):
     "What a function computes, where it has no file."
     if isinstance(x, types.CodeType):
@@ -58,7 +58,7 @@ def _loose(kind):
     "The functions of a class that was written in a notebook."
     return [f'{kind.__qualname__}.{k}: {json.dumps(_compiled(v))}' for k, v in sorted(vars(kind).items()) if _compiled(v)]
 
-# %% ../../nbs/00_core/02c_identity.ipynb #69ef8e7e
+# %% ../../nbs/00_core/02c_identity.ipynb #d46b5be3
 def code_hash(
     *kinds:type, # classes
 ) -> str:        # 16 hexadecimal digits
@@ -68,7 +68,7 @@ def code_hash(
     loose = [line for b in bases if b.__module__ not in files and not b.__module__.startswith(_ASIDE) for line in _loose(b)]
     return hashlib.sha256(json.dumps([sorted(files.items()), loose]).encode()).hexdigest()[:16]
 
-# %% ../../nbs/00_core/02c_identity.ipynb #f9aa6be3
+# %% ../../nbs/00_core/02c_identity.ipynb #f2d49c7f
 _UNTOLD = {'training', 'config', 'name_or_path', 'warnings_issued', 'generation_config', 'gradient_checkpointing'}
 _ORIGIN = {'_name_or_path', 'name_or_path', 'transformers_version', 'architectures', 'dtype', 'torch_dtype', '_attn_implementation',
            '_attn_implementation_autoset', 'attn_implementation'}
@@ -83,14 +83,16 @@ def _told(v):
     if callable(v) and hasattr(v, '__qualname__'): return [f'{v.__module__}.{v.__qualname__}', _compiled(v) if v.__module__ == '__main__' else None]
     return type(v).__qualname__
 
-# %% ../../nbs/00_core/02c_identity.ipynb #05da85ee
+# %% ../../nbs/00_core/02c_identity.ipynb #1bc8eb7f
 def _part(name, module):
     "What one part of a network is, beside its tensors."
     own = {k: _told(v) for k, v in vars(module).items() if not k.startswith('_') and k not in _UNTOLD}
     hooks = [_told(h) for hooks in (module._forward_pre_hooks, module._forward_hooks) for h in hooks.values()]
+    if _own(type(module).__module__) or type(module).__module__ == '__main__': # buffers that no state dict has
+        own |= {f'buffer {k}': _told(module._buffers[k]) for k in sorted(module._non_persistent_buffers_set)}
     return [name, f'{type(module).__module__}.{type(module).__qualname__}', module.extra_repr(), own, hooks]
 
-# %% ../../nbs/00_core/02c_identity.ipynb #4b95c9f9
+# %% ../../nbs/00_core/02c_identity.ipynb #cf02c9e2
 def told_config(
     config:Mapping, # of `config.json`, or a configuration's `to_dict()`
 ) -> dict:
@@ -106,7 +108,7 @@ def network_facts(
     config = told_config(config.to_dict()) if hasattr(config, 'to_dict') else _told(config)
     return dict(parts=[_part(n, m) for n, m in modules.items()], config=config, code=code_hash(*dict.fromkeys(type(m) for m in modules.values())))
 
-# %% ../../nbs/00_core/02c_identity.ipynb #5e660dad
+# %% ../../nbs/00_core/02c_identity.ipynb #aef847d8
 def identity(
     tensors:str,     # content hash of a model's tensors
     facts=None,      # what computes with them: `network_facts`, or a configuration; None for bare tensors, which compute nothing

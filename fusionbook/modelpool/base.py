@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core.checkpoint import Checkpoint, save
+from ..core.checkpoint import Checkpoint, find, save
 from ..core.config import BaseYAMLSerializable, instantiate
 from ..core.errors import FusionError, nearest
+from ..core.files import read_json
 from ..core.legacy import build
+from ..core.identity import identity, network_facts, told_config
 from ..core.state_dict import Lazy, StateDict, check_same, common, content_hash, select, shared
 from ..data.datasets import opened
 
@@ -69,7 +71,8 @@ class BaseModelPool(BaseYAMLSerializable):
         if not isinstance(models, (Mapping, list, tuple)): raise FusionError(f'expected models as a mapping or a list, got {type(models).__name__}')
         self._models = dict(models) if isinstance(models, Mapping) else {str(i): m for i, m in enumerate(models)}
         self._train_datasets, self._val_datasets, self._test_datasets = train_datasets, val_datasets, test_datasets
-        self.common_only, self.allow_target, self.seen, self._states, self._hashes = common_only, list(allow_target), set(), {}, {}
+        self.common_only, self.allow_target, self.seen = common_only, list(allow_target), set()
+        self._states, self._networks, self._hashes = {}, {}, {} # of what was opened
         self.taskpool = None # lent for a run, see `modelpool.data`
     @property
     def config(self) -> dict: return super().config | {'_recursive_': False} # models and data are opened when needed
@@ -101,7 +104,8 @@ def _open(pool, name):
         model = pool._models[name]
         if isinstance(model, nn.Module): sd = module_state(model)
         elif _is_state(model): sd = select(model)
-        else: sd = pool.open_path(model) if isinstance(model, (str, Path)) else module_state(pool.load_model(name))
+        elif isinstance(model, (str, Path)): sd = pool.open_path(model)
+        else: sd = module_state(pool._networks.setdefault(name, pool.load_model(name)))
         sd.name = f'`{name}`'
         pool._states[name] = sd
     return pool._states[name]
@@ -211,14 +215,37 @@ def load_test_dataset(self:BaseModelPool, name:str):
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #36621356
 @patch
+def path_facts(self:BaseModelPool, path:str|Path) -> dict|None:
+    "What computes with the tensors of a path: here the `config.json` beside them, or None; subclasses know their networks."
+    place = find(path)
+    file = (place if place.is_dir() else place.parent)/'config.json'
+    return told_config(read_json(file)) if file.exists() else None
+
+# %% ../../nbs/50_modelpool/00_base.ipynb #7ef5cf0c
+def _facts(pool, name):
+    "What computes with a model's tensors."
+    model = pool._models[name]
+    if isinstance(model, (str, Path)): return pool.path_facts(model)
+    network = model if isinstance(model, nn.Module) else pool._networks.get(name)
+    return network_facts(network) if isinstance(network, nn.Module) else None
+
+def _all_tensors(pool, name):
+    "The tensors of one model, also those that are not merged."
+    found, network = _open(pool, name), pool._networks.get(name, pool._models[name])
+    return found if name in getattr(pool, '_exchanged', ()) or not isinstance(network, nn.Module) else network.state_dict()
+
+# %% ../../nbs/50_modelpool/00_base.ipynb #6a6fb695
+@patch
 def hash(self:BaseModelPool, name:str) -> str:
-    "Content hash of one model."
-    if name not in self._hashes: self._hashes[name] = content_hash(_open(self, name))
-    return self._hashes[name]
+    "Identity of one model, see `core.identity`; what is in memory may change, and is read again each time."
+    if name in self._hashes: return self._hashes[name]
+    found = identity(content_hash(_all_tensors(self, name)), _facts(self, name))
+    if isinstance(self._models[name], (str, Path)): self._hashes[name] = found
+    return found
 
 @patch
 def source(self:BaseModelPool, name:str) -> dict:
-    "Where a model came from and its content hash."
+    "Where a model came from and its identity."
     model = self._models[name]
     path = str(model) if isinstance(model, (str, Path)) else model.get('pretrained_model_name_or_path') if isinstance(model, Mapping) else None
     return {'path': path if isinstance(path, str) else None, 'hash': self.hash(name)}

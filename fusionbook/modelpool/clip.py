@@ -10,9 +10,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from fastcore.basics import patch
+import torch
 from torch import nn
 from ..core.checkpoint import find
 from ..core.errors import FusionError
+from ..core.identity import network_facts
 from ..core.state_dict import Lazy
 from .base import BaseModelPool, fill
 from ..models.clip import vision_model, vision_state
@@ -42,6 +44,11 @@ def _with_adapter(base, adapter):
 def open_path(self:CLIPVisionModelPool, path:str|Path) -> Lazy:
     "The vision tower's tensors in a checkpoint."
     return vision_state(path)
+
+@patch
+def path_facts(self:CLIPVisionModelPool, path:str|Path) -> dict:
+    "The tower that computes with a path's tensors."
+    with torch.device('meta'): return network_facts(vision_model(path))
 
 @patch
 def build_model(self:CLIPVisionModelPool, model) -> nn.Module:

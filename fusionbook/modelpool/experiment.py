@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.checkpoint import Checkpoint, atomic, save
 from ..core.errors import FusionError, nearest
+from ..core.identity import network_facts
 from ..core.state_dict import Lazy, StateDict, meta
 from ..data.images import Normalise, dataset_source, known_dataset
 from .base import BaseModelPool
@@ -135,6 +136,11 @@ def open_path(self:ExperimentPool, path:str|Path) -> Lazy:
     like = model_type(**self.type).state_dict()
     pairs = matched(sd, like, Path(path).stem)
     return Lazy({k: (lambda came=came: sd[came]) for k, came in pairs.items()}, {k: meta(sd)[came] for k, came in pairs.items()})
+
+@patch
+def path_facts(self:ExperimentPool, path:str|Path) -> dict:
+    "The network that computes with a path's tensors."
+    return network_facts(model_type(**self.type))
 
 @patch
 def build_model(self:ExperimentPool, model) -> nn.Module:

@@ -8,8 +8,10 @@ __all__ = ['TextEncoderPool']
 # %% ../../nbs/50_modelpool/03_text.ipynb #be2655fe
 from pathlib import Path
 from fastcore.basics import patch
+import torch
 from torch import nn
 from ..core.errors import FusionError
+from ..core.identity import network_facts
 from ..core.state_dict import Lazy
 from .base import BaseModelPool, fill
 from ..models.text import Tokens, text_folder, text_model, text_state
@@ -22,6 +24,11 @@ class TextEncoderPool(BaseModelPool):
 def open_path(self:TextEncoderPool, path:str|Path) -> Lazy:
     "The encoder's tensors in a checkpoint."
     return text_state(path)
+
+@patch
+def path_facts(self:TextEncoderPool, path:str|Path) -> dict:
+    "The encoder that computes with a path's tensors."
+    with torch.device('meta'): return network_facts(text_model(path))
 
 @patch
 def build_model(self:TextEncoderPool, model) -> nn.Module:
