@@ -13,8 +13,9 @@ import torch
 import fusionbook
 from .flags import check_choice, Flags
 from .values import check_device, device_name
-from ..core.checkpoint import atomic
+from ..core.cached import read_record, write_record
 from ..core.errors import FusionError
+from ..core.identity import code_hash, identity, network_facts
 from ..core.progress import track
 from ..core.state_dict import content_hash
 from ..data.datasets import opened
@@ -108,7 +109,7 @@ def measured_data(
 # %% ../../nbs/80_bench/10_measure.ipynb #ffada8bd
 def _kept(a, seed, group, names, facts):
     "Where the numbers of a group are kept."
-    text = json.dumps([group, a.seed, a.budget, a.batch_size, fusionbook.__version__, *facts])
+    text = json.dumps([group, a.seed, a.budget, a.batch_size, code_hash(Subject), *facts])
     folder = a.folder/f'{a.folder.name}_seed{seed}'/'statistics'
     return folder/f'measured_{group}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.json'
 
@@ -116,10 +117,9 @@ def _kept(a, seed, group, names, facts):
 def _group(a, seed, group, names, subject, facts):
     "The rows of one group, from an earlier run or new."
     file = _kept(a, seed, group, names, facts)
-    if a.resume and file.is_file(): rows = json.loads(file.read_text())
-    else:
-        rows = measure_group(subject, group)
-        with atomic(file) as new: new.write_text(json.dumps(rows, indent=1))
+    found = read_record(file, kind='measurement', key=file.stem) if a.resume else None
+    rows = found['content'] if found else measure_group(subject, group)
+    if not found: write_record(file, rows, kind='measurement', key=file.stem)
     return [r for r in rows if r['metric'] in names]
 
 # %% ../../nbs/80_bench/10_measure.ipynb #61d9a961
@@ -135,7 +135,7 @@ def measure_models(
         parents = [files[seed][k] for k in KINDS[:2]]
         def parent(i): return network_of(parents[i - 1]).to(a.device)
         subject = Subject(net.to(a.device), {k: t.to(a.device) for k, t in initial.items()}, data['train'], data['test'], a.seed, a.budget, a.batch_size, parent)
-        facts = content_hash(net.state_dict()), content_hash(initial), mark
+        facts = identity(content_hash(net.state_dict()), network_facts(net)), content_hash(initial), mark
         for group, names in groups_of(a.metrics).items():
             beside = [content_hash(parents[i]) for i in (0, 1) if group == f'beside_parent_{i + 1}']
             for r in _group(a, seed, group, names, subject, (*facts, *beside)): yield dict(model=kind, seed=seed, **r)

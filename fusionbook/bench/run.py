@@ -6,7 +6,7 @@
 __all__ = ['answers', 'cast', 'float_type', 'merged_model', 'merged_rows', 'check_seeds', 'seeded', 'seed_path', 'fusion']
 
 # %% ../../nbs/80_bench/03_run.ipynb #f14b488c
-import json, logging, time
+import hashlib, json, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass
@@ -17,8 +17,10 @@ from torch import nn
 import fusionbook
 from .provenance import git_commit, measured, versions
 from .report import Report, check_task_names, spread
+from ..core.cached import remembered
 from ..core.checkpoint import model_card, save
 from ..core.errors import FusionError
+from ..core.identity import code_hash
 from ..core.progress import track
 from ..core.state_dict import Lazy, StateDict, meta
 from ..method.base import BaseAlgorithm
@@ -27,25 +29,24 @@ from ..models.clip import cache_folder
 from ..taskpool.base import BaseTaskPool, DummyTaskPool, model_info, row
 
 # %% ../../nbs/80_bench/03_run.ipynb #1d9c512d
+def _environment():
+    "Versions of what computes an answer beside our own code."
+    return {k: v for k, v in versions().items() if k in ('torch', 'transformers', 'numpy')}
+
+# %% ../../nbs/80_bench/03_run.ipynb #b1fbd244
 def answers(
     pool:BaseTaskPool,    # with `predict` and `fingerprint`
     model:Callable[[], nn.Module], # called only when the answers are not known yet
     task:str,             # one of the pool's tasks
-    *, model_hash:str,    # content hash of the model's tensors
+    *, model_hash:str,    # identity of the model, see `core.identity`
     device:str='cpu',     # where it is evaluated
 ) -> dict:                # labels, predictions, losses: numpy vectors (N,)
     "Answers of a model to a task, from the cache where they are known."
-    where = torch.device(device).type
-    file = cache_folder()/'answers'/fusionbook.__version__/f'{model_hash}-{pool.fingerprint(task)}-{where}.safetensors'
-    if file.exists():
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-        try: return load_file(file)
-        except (SafetensorError, OSError): pass # a damaged cache costs time, never a result
-    found = pool.predict(model(), task)
-    try: save({k: torch.from_numpy(v) for k, v in found.items()}, file)
-    except (FusionError, OSError) as e: logging.getLogger('fusionbook').warning('answers were not cached: %s', e)
-    return found
+    key = dict(model=model_hash, task=pool.fingerprint(task), device=torch.device(device).type, code=code_hash(type(pool)), versions=_environment())
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    def compute(): return {k: torch.from_numpy(v) for k, v in pool.predict(model(), task).items()}
+    found = remembered(cache_folder()/'answers'/f'{name}.safetensors', compute, kind='answers', key=key)
+    return {k: v.numpy() for k, v in found.items()}
 
 # %% ../../nbs/80_bench/03_run.ipynb #47733430
 def cast(
@@ -102,7 +103,7 @@ def merged_model(
     finally: method.on_run_end()
 
 # %% ../../nbs/80_bench/03_run.ipynb #fa347b9e
-def _reference_rows(pool, taskpool, device) -> Iterator[dict]:
+def _reference_rows(pool, taskpool, device, hashes) -> Iterator[dict]:
     "Rows of the base and of each task's own expert, with the answers behind them."
     asked = [('pretrained', '_pretrained_', t) for t in taskpool.task_names if pool.has_pretrained]
     asked += [('expert', t, t) for t in taskpool.task_names if t in pool.model_names]
@@ -111,7 +112,7 @@ def _reference_rows(pool, taskpool, device) -> Iterator[dict]:
         def network():
             if name not in held: held.clear(); held[name] = pool.load_model(name).to(device)
             return held[name]
-        found = answers(taskpool, network, task, model_hash=pool.hash(name), device=device)
+        found = answers(taskpool, network, task, model_hash=hashes[name], device=device)
         yield dict(model=name, role=role, task=task), found
 
 # %% ../../nbs/80_bench/03_run.ipynb #955672a7
@@ -193,7 +194,7 @@ def _measure(data, kept, results, pool, taskpool, device, references):
     cost = data['cost']
     with measured(cost, 'evaluation'): data['hashes']['data'] = {t: taskpool.fingerprint(t) for t in track(taskpool.task_names, 'reading data')}
     if references:
-        with measured(cost, 'references'): _add(data, kept, _reference_rows(pool, taskpool, device))
+        with measured(cost, 'references'): _add(data, kept, _reference_rows(pool, taskpool, device, data['hashes']['models']))
     for suffix, result in results:
         with measured(cost, 'evaluation'): _add(data, kept, merged_rows(result, taskpool, device=device, suffix=suffix))
     return result

@@ -19,6 +19,7 @@ from .configured import check_places, complete, made, root_defaults, run_config
 from .experiment import parsed
 from .report import Report, averages, pooled, print_table
 from .run import float_type, merged_model, merged_rows, seeded
+from ..core.cached import read_record, write_record
 from ..core.checkpoint import atomic
 from ..core.config import plain
 from ..core.errors import FusionError, nearest
@@ -166,9 +167,8 @@ def _hashes(pool, taskpool):
 # %% ../../nbs/80_bench/06_sweep.ipynb #fe2af7b4
 def _known(file, point, hashes):
     "A point that was computed before from the same models and data."
-    try: old = json.loads(file.read_text())
-    except (OSError, ValueError): return None
-    return old if old.get('point') == point and old.get('hashes') == hashes else None
+    found = read_record(file, kind='sweep point', key=[point, hashes])
+    return found and found['content']
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #40c34e6b
 def score(
@@ -220,7 +220,7 @@ def _walk(runs, pts, folder, pools):
         found[i] = _known(file, pts[i], hashes)
         if found[i]: old += 1; continue
         found[i] = dict(point=pts[i], hashes=hashes) | score(runs[i], pool, taskpool) | dict(seconds=round(time.perf_counter() - start, 3))
-        with atomic(file) as new: new.write_text(_text(found[i]))
+        write_record(file, found[i], kind='sweep point', key=[pts[i], hashes])
     return [found[i] for i in range(len(runs))], old
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #7bc048e8

@@ -230,12 +230,12 @@ class Checkpoint(Lazy):
 def model_card(
     lineage:Mapping, # method, hyperparameters (dict), sources (name -> {path, hash}), versions (name -> text)
 ) -> str:            # Markdown with the YAML head of the Hugging Face hub
-    "Describe a merged model: method, hyper-parameters, sources with content hashes, versions."
+    "Describe a merged model: method, hyper-parameters, sources with their identities, versions."
     sources = lineage['sources']
     hub = [s['path'] for s in sources.values() if re.fullmatch(r'[\w.-]+/[\w.-]+', str(s.get('path', '')))]
     head = ['---', 'library_name: fusionbook', 'tags: [merge, fusionbook]'] + (['base_model:', *(f'- {p}' for p in hub)] if hub else []) + ['---']
     rows = [f'| `{n}` | {s.get("path") or "in memory"} | `{s["hash"]}` |' for n, s in sources.items()]
     hyper = [f'| `{k}` | {json.dumps(v)} |' for k, v in lineage['hyperparameters'].items()]
     return '\n'.join([*head, '', f'# Merged by `{lineage["method"]}`', '', '| hyper-parameter | value |', '|---|---|', *hyper, '',
-        '| source | path | content hash |', '|---|---|---|', *rows, '',
+        '| source | path | identity |', '|---|---|---|', *rows, '',
         'Made with ' + ', '.join(f'{k} {v}' for k, v in lineage['versions'].items()) + '.', ''])

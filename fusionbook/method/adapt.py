@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import Tensor
-from ..core.checkpoint import Checkpoint, save
+from ..core.cached import read_kept, write_kept
+from ..core.checkpoint import Checkpoint
 from ..core.errors import FusionError, nearest
 from ..core.progress import track
 
@@ -44,23 +45,35 @@ def settled(
     return math.fsum(last) >= math.fsum(before)
 
 # %% ../../nbs/60_method/70_adapt.ipynb #669e812a
+def _plain(identity): return json.loads(json.dumps(identity, sort_keys=True, default=str))
+
 def _store(path, parameters, optimizer, curve, identity):
     "Write the state after a whole step."
     moments = {f'{m}/{k}': optimizer.state[p][m] for k, p in parameters.items() for m in optimizer.state[p]}
     values = {f'value/{k}': p.detach() for k, p in parameters.items()}
     tensors = {k: torch.as_tensor(v).clone() for k, v in (values | moments).items()} | {'curve': torch.tensor(curve, dtype=torch.float64)}
-    save(tensors, path, metadata={'run': json.dumps(identity, sort_keys=True, default=str)})
+    write_kept(path, tensors, kind='adaptation', key=_plain(identity))
+
+# %% ../../nbs/60_method/70_adapt.ipynb #18bd89a9
+def _foreign(path):
+    "Whether a readable file holds a model or something else, and no state of an adaptation."
+    try: return 'curve' not in (found := Checkpoint(path)) and not any(k.startswith('value/') for k in found)
+    except FusionError: return False
 
 def _restore(path, parameters, optimizer, identity):
-    "Put the stored state back; the curve so far."
-    found = Checkpoint(path)
-    mine, theirs = json.loads(json.dumps(identity, sort_keys=True, default=str)), json.loads(found.metadata.get('run', '{}'))
+    "Put the stored state back; the curve so far, an empty one where there is no whole file."
+    if Path(path).suffix != '.safetensors': raise FusionError(f'expected `checkpoint` as a `.safetensors` file, got `{path}`')
+    found = read_kept(path, kind='adaptation')
+    if found is None and Path(path).exists() and _foreign(path):
+        raise FusionError(f'expected the checkpoint of this run, got `{path}` with other things in it; name another file or remove it')
+    if found is None: return []
+    mine, theirs = _plain(identity), found.key
     if other := [k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)]:
         raise FusionError(f'expected the checkpoint of this run, got `{path}` of one with another {", ".join(sorted(other))}; name another file or remove it')
     for k, p in parameters.items():
-        p.data.copy_(found[f'value/{k}'])
-        optimizer.state[p] = {name.partition('/')[0]: found[name].clone() for name in found if name.partition('/')[2] == k and not name.startswith('value/')}
-    return found['curve'].tolist()
+        p.data.copy_(found.tensors[f'value/{k}'])
+        optimizer.state[p] = {n.partition('/')[0]: t for n, t in found.tensors.items() if n.partition('/')[2] == k and not n.startswith('value/')}
+    return found.tensors['curve'].tolist()
 
 # %% ../../nbs/60_method/70_adapt.ipynb #3e50346e
 @contextmanager
@@ -104,7 +117,7 @@ def adapt(
 ) -> list[float]:                       # the curve: the objective before each step
     "Learn `parameters` by first-order steps."
     opt, curve = _optimizer(optimizer, parameters, lr), []
-    if checkpoint and Path(checkpoint).exists(): curve = _restore(checkpoint, parameters, opt, identity)
+    if checkpoint: curve = _restore(checkpoint, parameters, opt, identity)
     def keep(): checkpoint and curve and _store(checkpoint, parameters, opt, curve, identity)
     todo = batches(len(curve))
     for step in track(range(len(curve), steps), label, note=lambda: f'objective {curve[-1]:.4f}'):

@@ -50,6 +50,7 @@ def path_facts(self:CLIPVisionModelPool, path:str|Path) -> dict:
     "The tower that computes with a path's tensors."
     with torch.device('meta'): return network_facts(vision_model(path))
 
+# %% ../../nbs/50_modelpool/01_clip.ipynb #a0d375f7
 @patch
 def build_model(self:CLIPVisionModelPool, model) -> nn.Module:
     "The vision tower that a path names, with its weights, or a base and its LoRA adapter as `{base: …, adapter: …}`."

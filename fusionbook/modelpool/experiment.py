@@ -142,6 +142,7 @@ def path_facts(self:ExperimentPool, path:str|Path) -> dict:
     "The network that computes with a path's tensors."
     return network_facts(model_type(**self.type))
 
+# %% ../../nbs/50_modelpool/04_experiment.ipynb #97c8199e
 @patch
 def build_model(self:ExperimentPool, model) -> nn.Module:
     "The network of a path, in evaluation mode."

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from ..core.cached import remembered
 from ..core.checkpoint import Checkpoint, atomic, find, save
 from ..core.errors import FusionError, nearest
+from ..core.identity import code_hash, identity, told_config
 from ..core.pictures import rgb
 from ..core.state_dict import Lazy, content_hash, meta, select
 
@@ -209,6 +211,12 @@ def _encode(folder, config, ids, mask):
         for i, m in zip(ids.split(256), mask.split(256)): rows.append(F.normalize(model(input_ids=i, attention_mask=m).text_embeds, dim=-1))
     return torch.cat(rows).clone()
 
+# %% ../../nbs/20_models/01_clip.ipynb #38b198b1
+def _code():
+    "What computes features beside weights and configuration: this page, and the libraries."
+    import transformers
+    return [code_hash(Processor), torch.__version__, transformers.__version__]
+
 # %% ../../nbs/20_models/01_clip.ipynb #3ea19ab1
 def cache_folder() -> Path: # where results that can be computed again are kept
     "The folder named by `FUSIONBOOK_CACHE`, by default `~/.cache/fusionbook`."
@@ -226,15 +234,10 @@ def text_features(
     weights = _text_hash(folder, _text_stamp(folder))
     config, tokenizer = CLIPTextConfig.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=config.max_position_embeddings, return_tensors='pt')
-    key = [weights, config.to_dict(), tokens['input_ids'].tolist(), tokens['attention_mask'].tolist()]
+    key = [weights, told_config(config.to_dict()), tokens['input_ids'].tolist(), tokens['attention_mask'].tolist(), _code()]
     file = cache_folder()/'text'/(hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32] + '.safetensors')
-    if file.exists():
-        try: return Checkpoint(file)['text_features']
-        except FusionError: pass # damaged: computed again
-    rows = _encode(folder, config, tokens['input_ids'], tokens['attention_mask'])
-    try: save({'text_features': rows}, file)
-    except (FusionError, OSError): pass # a cache that cannot be written costs time, never a result
-    return rows
+    def compute(): return {'text_features': _encode(folder, config, tokens['input_ids'], tokens['attention_mask'])}
+    return remembered(file, compute, kind='text features', key=file.stem)['text_features']
 
 # %% ../../nbs/20_models/01_clip.ipynb #9d07ae68
 class ZeroShotHead(nn.Module):
@@ -262,14 +265,21 @@ def _head_parts(folder):
     frozen = folder/'text_features.safetensors'
     return Checkpoint(frozen) if frozen.exists() else select(Checkpoint(folder), ['text_*', 'visual_projection.weight', 'logit_scale'], exclude=['*position_ids'])
 
+def _head_facts(folder):
+    "What computes sentences into features: configuration and tokenizer; nothing where features are frozen."
+    from transformers import CLIPTextConfig
+    if (folder/'text_features.safetensors').exists(): return None
+    files = [folder/n for n in ('tokenizer.json', 'vocab.json', 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json')]
+    return [told_config(CLIPTextConfig.from_pretrained(folder).to_dict()), [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()]]
+
 @lru_cache(8)
-def _head_hash(folder, stamp): return content_hash(_head_parts(folder))
+def _head_hash(folder, stamp): return identity(content_hash(_head_parts(folder)), _head_facts(folder))
 
 # %% ../../nbs/20_models/01_clip.ipynb #0e75ed1f
 def head_hash(
     clip_path, # whole CLIP model, or a folder with frozen text features
 ) -> str:      # 16 hexadecimal digits
-    "Content hash of all weights that a zero-shot head depends on; the same on every machine, whatever its number of threads."
+    "Hash of all that a zero-shot head depends on: weights, configuration, tokenizer; the same on every machine, whatever its number of threads."
     folder = find(clip_path)
     return _head_hash(folder, _text_stamp(folder))
 

@@ -6,16 +6,17 @@
 __all__ = ['milestones', 'rate_factor', 'epoch_rows', 'save_progress', 'load_progress', 'best_epoch', 'train_epochs']
 
 # %% ../../nbs/20_models/02c_epochs.ipynb #9e419213
-import json, math
+import json, logging, math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from ..core.cached import read_kept, write_kept
 from ..core.checkpoint import Checkpoint, save
 from ..core.errors import FusionError
 from ..core.progress import track
-from ..core.state_dict import generator
+from ..core.state_dict import content_hash, generator
 from .train import descend, schedule
 
 # %% ../../nbs/20_models/02c_epochs.ipynb #bb8f20c2
@@ -55,12 +56,13 @@ def save_progress(
     optimizer,           # `torch.optim.SGD` with momentum
     *, recipe:Mapping,   # what the run is: everything its result depends on
     history:list,        # what was noted after each pass
+    best:str='',         # content hash of the weights of the best pass
 ) -> Path:
     "Write all that is needed to go on."
     names = {p: k for k, p in model.named_parameters()}
     momentum = {f'momentum.{names[p]}': s['momentum_buffer'] for p, s in optimizer.state.items() if s.get('momentum_buffer') is not None}
     tensors = {f'model.{k}': v for k, v in model.state_dict().items()} | momentum
-    return save(tensors, file, metadata={'recipe': json.dumps(recipe), 'history': json.dumps(history)})
+    return write_kept(file, tensors, kind='training', key=dict(recipe), facts=dict(history=history, best=best))
 
 # %% ../../nbs/20_models/02c_epochs.ipynb #d538daf1
 def load_progress(
@@ -68,14 +70,15 @@ def load_progress(
     model:nn.Module,   # changed in place
     optimizer,         # likewise
     recipe:Mapping,    # must be that of the file
-) -> list:             # the history
+) -> dict|None:        # `history`, and `best`, the hash of the best weights; None for no file or a damaged one
     "Go back to where a run stopped."
-    found = Checkpoint(file)
-    _same_recipe(json.loads(found.metadata['recipe']), json.loads(json.dumps(recipe)), file)
-    model.load_state_dict({k.removeprefix('model.'): v for k, v in found.items() if k.startswith('model.')})
+    found = read_kept(file, kind='training')
+    if found is None: return None
+    _same_recipe(found.key, json.loads(json.dumps(recipe)), file)
+    model.load_state_dict({k.removeprefix('model.'): v for k, v in found.tensors.items() if k.startswith('model.')})
     for k, p in model.named_parameters():
-        if f'momentum.{k}' in found: optimizer.state[p]['momentum_buffer'] = found[f'momentum.{k}'].to(p.device, copy=True)
-    return json.loads(found.metadata['history'])
+        if f'momentum.{k}' in found.tensors: optimizer.state[p]['momentum_buffer'] = found.tensors[f'momentum.{k}'].to(p.device, copy=True)
+    return found.facts
 
 # %% ../../nbs/20_models/02c_epochs.ipynb #7cc4bb6a
 def _same_recipe(there, wanted, file):
@@ -140,19 +143,46 @@ def _check(recipe):
     if e < 1 or not r > 0 or not 0 <= m < 1: raise FusionError(f'expected epochs >= 1, learning_rate > 0 and momentum in [0, 1), got {e}, {r}, {m}')
 
 # %% ../../nbs/20_models/02c_epochs.ipynb #ee7b7ca1
+def _weights(file):
+    "Content hash of a file of weights; None for no file or one that can not be read."
+    try: return content_hash(Checkpoint(file))
+    except FusionError: return None
+
+# %% ../../nbs/20_models/02c_epochs.ipynb #5730bc3b
+def _mended(folder, found):
+    "Whether the weights of the best pass are there, or come back from the file of that pass."
+    best, kept = folder/'best_val_epoch.safetensors', folder/f'checkpoint_epoch{best_epoch(found["history"])}.safetensors'
+    if _weights(best) == found['best']: return True
+    if _weights(kept) != found['best']: return False
+    save(Checkpoint(kept), best)
+    return True
+
+def _resume(run):
+    "Go on where the last whole pass ended, if its files are what they were."
+    start, last = {k: v.clone() for k, v in run.model.state_dict().items()}, run.folder/'last.safetensors'
+    found = load_progress(last, run.model, run.optimizer, run.recipe)
+    if _weights(run.folder/'initial_weights.safetensors') != content_hash(start): save(start, run.folder/'initial_weights.safetensors')
+    if found and _mended(run.folder, found): run.history, run.best = found['history'], found['best']
+    elif last.exists():
+        logging.getLogger('fusionbook').warning('damaged files in %s: training starts again', run.folder)
+        run.model.load_state_dict(start)
+        run.optimizer.state.clear()
+
+# %% ../../nbs/20_models/02c_epochs.ipynb #d9696db3
 class _Run:
     "The files of one run, and where it is."
     def __init__(self, folder, model, recipe):
         _check(recipe)
-        self.folder, self.model, self.recipe, self.history, last = folder, model, recipe, [], folder/'last.safetensors'
+        self.folder, self.model, self.recipe, self.history, self.best = folder, model, recipe, [], ''
         self.optimizer = torch.optim.SGD(model.parameters(), lr=recipe['learning_rate'], momentum=recipe['momentum'])
-        if last.exists(): self.history = load_progress(last, model, self.optimizer, recipe)
-        else: self.write('initial_weights')
+        _resume(self)
     def write(self, name): save(self.model.state_dict(), self.folder/f'{name}.safetensors')
     def note(self, row, keep):
         "A pass is done: its file, the best so far, then the file to go on from."
         self.history.append(row)
         if keep: self.write(f'checkpoint_epoch{row["epoch"]}')
-        if best_epoch(self.history) == row['epoch']: self.write('best_val_epoch')
-        save_progress(self.folder/'last.safetensors', self.model, self.optimizer, recipe=self.recipe, history=self.history)
+        if best_epoch(self.history) == row['epoch']:
+            self.write('best_val_epoch')
+            self.best = content_hash(self.model.state_dict())
+        save_progress(self.folder/'last.safetensors', self.model, self.optimizer, recipe=self.recipe, history=self.history, best=self.best)
     def choose(self): self.model.load_state_dict(dict(Checkpoint(self.folder/'best_val_epoch.safetensors')))
