@@ -200,10 +200,9 @@ def dataset(self:BaseTaskPool,
 # %% ../../nbs/55_taskpool/00_base.ipynb #4408f879
 def row(
     answers:dict, # what `predict` returns
-) -> dict:        # accuracy, loss, 95 % interval low..high, n
+) -> dict:        # accuracy, loss, 95 % interval low..high, n; `clusters` and `effective` where examples share sources
     "One task's numbers from its answers."
-    s = summarise(answers['predictions'] == answers['labels'], answers['losses'])
-    return {k: s[k] for k in ('accuracy', 'loss', 'low', 'high', 'n')}
+    return summarise(answers['predictions'] == answers['labels'], answers['losses'], answers.get('clusters'))
 
 def average(
     rows:dict, # task -> row
