@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from textwrap import wrap
 import numpy as np
-from .paired import mcnemar, paired
+from .paired import in_points, mcnemar, paired
 from .report import Report, data_read, pooled, predictions_path, read_predictions, read_report, tuned_on
 from .tables import markdown_table, print_table
 from ..core.checkpoint import atomic
@@ -90,7 +90,7 @@ def correct(
         if a['role'] == role: found.setdefault(a['task'], []).append(np.asarray(a['labels']) == np.asarray(a['predictions']))
     return {t: np.stack(rows) for t, rows in found.items()}
 
-# %% ../../nbs/80_bench/07_compare.ipynb #02414678
+# %% ../../nbs/80_bench/07_compare.ipynb #e5825dfc
 def sources(
     report:Report, # with `answers`
 ) -> dict[str, np.ndarray]: # task -> source of each example (N,), for tasks whose examples share some
@@ -129,14 +129,7 @@ def _against(result):
     "Name -> differences to the first report."
     return {p['second']: p['differences'] for p in result['pairs'] if p['first'] == result['reports'][0]}
 
-# %% ../../nbs/80_bench/07_compare.ipynb #582479bb
-def _points(d):
-    "An interval in points, or why there is none."
-    if d['low'] is None: return '[no interval]'
-    if d['low'] == d['high']: return '[width 0: equal]' if d['difference'] == 0 else '[width 0: constant]'
-    return f'[{100 * d["low"]:+.1f}, {100 * d["high"]:+.1f}]'
-
-# %% ../../nbs/80_bench/07_compare.ipynb #cf79b3bc
+# %% ../../nbs/80_bench/07_compare.ipynb #5fbd2edd
 def _saw(result, name):
     "What distinguishes a report besides its method."
     several = f'{result["seeds"][name]} seeds' if result['seeds'][name] > 1 else ''
@@ -159,7 +152,7 @@ def comparison_table(
     if all(l[3] == '1' for l in lines): head, lines = [h for h in head if h != 'seeds'], [l[:3] + l[4:] for l in lines]
     return head, lines
 
-# %% ../../nbs/80_bench/07_compare.ipynb #d905f130
+# %% ../../nbs/80_bench/07_compare.ipynb #ce724f90
 def difference_tables(
     result:Mapping, # from `compared`
 ) -> dict[str, tuple[list[str], list[list[str]]]]: # title -> header, lines
@@ -168,13 +161,13 @@ def difference_tables(
     def words(t): return f'{t} ({result["sources"][t]} sources)' if t in result['sources'] else t
     def line(n, t, d):
         share = [f'{100 * result["accuracies"][m][t]:.1f}' for m in (n, base)]
-        return [words(t), *share, f'{100 * d["difference"]:+.1f} {_points(d)}', f'{d["p"]:.2g}' if 'p' in d else '']
+        return [words(t), *share, in_points(d), f'{d["p"]:.2g}' if 'p' in d else '']
     for n, found in _against(result).items():
         title = f'{_titled(result, n)} − {_titled(result, base)}'
         out[title] = ['task', 'left', 'right', 'left − right [95 %]', 'p'], [line(n, t, found[t]) for t in [*result['tasks'], 'average']]
     return out
 
-# %% ../../nbs/80_bench/07_compare.ipynb #67741717
+# %% ../../nbs/80_bench/07_compare.ipynb #17759fd2
 def comparison_markdown(
     result:Mapping, # from `compared`
 ) -> str:
@@ -182,7 +175,7 @@ def comparison_markdown(
     def part(title, table): return f'**{title}**\n\n{markdown_table(*table)}'
     return '\n\n'.join([part('accuracy in %', comparison_table(result)), *(part(t, table) for t, table in difference_tables(result).items())])
 
-# %% ../../nbs/80_bench/07_compare.ipynb #875fffb5
+# %% ../../nbs/80_bench/07_compare.ipynb #cccd8caf
 def comparison_figure(
     result:Mapping, # from `compared`
 ):                  # Figure

@@ -125,7 +125,7 @@ def predictions_path(
     return report.with_name('predictions.parquet' if report.name == 'report.json' else f'{report.stem}.predictions.parquet')
 
 def save_predictions(
-    answers:Sequence[Mapping], # model, role, task, and vectors (N,): labels, predictions, losses
+    answers:Sequence[Mapping], # model, role, task, and vectors (N,): labels, predictions, losses, perhaps clusters
     path:str|Path,             # of a `.parquet`
 ) -> Path:
     "Write answers, atomically; one line an example."
@@ -136,6 +136,8 @@ def save_predictions(
     answers = [{**a, 'index': np.arange(len(a['labels']))} for a in answers]
     columns = {k: names(k).dictionary_encode() for k in _NAMES} | {'index': numbers('index', 'int32')}
     columns |= {new: numbers(old, 'float32' if old == 'losses' else 'int32') for old, new in _NUMBERS.items()}
+    def sources(a): return pa.array(np.asarray(a['clusters']), pa.int64()) if a.get('clusters') is not None else pa.nulls(len(a['labels']), pa.int64())
+    if any(a.get('clusters') is not None for a in answers): columns['cluster'] = pa.concat_arrays([sources(a) for a in answers])
     with atomic(path) as new: parquet.write_table(pa.table(columns), new, compression='zstd', use_dictionary=[*_NAMES, 'label', 'prediction'],
                                                   column_encoding={'index': 'DELTA_BINARY_PACKED', 'loss': 'BYTE_STREAM_SPLIT'})
     return Path(path)
@@ -152,7 +154,11 @@ def read_predictions(
     except (ArrowInvalid, OSError) as e: raise FusionError(f'expected answers in Parquet, got `{path}` ({str(e).splitlines()[0]})') from None
     columns = {k: table[k].to_numpy() for k in (*_NAMES, 'index', *_NUMBERS.values())}
     starts = np.flatnonzero(columns['index'] == 0).tolist()
-    return [{k: columns[k][i] for k in _NAMES} | {old: columns[new][i:j] for old, new in _NUMBERS.items()} for i, j in zip(starts, [*starts[1:], len(table)])]
+    def sources(i, j):
+        part = table['cluster'].slice(i, j - i) if 'cluster' in table.column_names else None
+        return {} if part is None or part.null_count else dict(clusters=part.to_numpy())
+    def one(i, j): return {k: columns[k][i] for k in _NAMES} | {old: columns[new][i:j] for old, new in _NUMBERS.items()} | sources(i, j)
+    return [one(i, j) for i, j in zip(starts, [*starts[1:], len(table)])]
 
 # %% ../../nbs/80_bench/01_report.ipynb #a1187d98
 def _interval(found): return '[no interval]' if None in found else f'[{100 * found[0]:.1f}, {100 * found[1]:.1f}]'
@@ -206,7 +212,8 @@ def tuned_on(
 # %% ../../nbs/80_bench/01_report.ipynb #5a7057fe
 def _met(report):
     "Which data the method read, or was tuned on, that are test data."
-    return [f'{n:,} of the test examples of {task} are in its {part} data' for task, found in (report.get('meets') or {}).items() for part, n in found.items()]
+    found = {part: {t: n for t, n in by.items() if n} for part, by in (report.get('meets') or {}).items() if part != 'unlabeled_test'}
+    return [f'{n:,} test examples of {t} are in the {part} data' for part, by in found.items() for t, n in by.items()]
 
 def _given(report):
     "Tasks without an interval of their own."
@@ -252,7 +259,7 @@ def _seen(r): return [data_read(r), tuned_on(r)]
 
 def _over(rows):
     "How the average varies between models."
-    a, count = spread(rows)['average'], len({r['model'] for r in rows})
+    count, a = max(r.get('models', 1) for r in pooled(rows)), spread(rows)['average']
     return '' if count == 1 else f'{count}: sd {100 * a["sd"]:.1f}, {100 * a["min"]:.1f} to {100 * a["max"]:.1f}'
 
 def comparison(

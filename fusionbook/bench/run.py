@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import fusionbook
+from .meeting import run_meets
 from .provenance import git_commit, measured, versions
 from .report import Report, check_task_names, spread
 from ..core.cached import remembered
@@ -179,10 +180,10 @@ def _info(result):
 # %% ../../nbs/80_bench/03_run.ipynb #054ccf00
 def _head(method, pool, taskpool, lineage, result, keys):
     "Everything of a report but its rows; `config` is a run that can be repeated."
-    config = dict(method=method.config, modelpool=pool.config, taskpool=taskpool.config) | keys
+    config, met = dict(method=method.config, modelpool=pool.config, taskpool=taskpool.config) | keys, run_meets(pool, taskpool)
     return dict(created=time.strftime('%Y-%m-%dT%H:%M:%S%z'), method=lineage['method'], uses=sorted(pool.seen), versions=lineage['versions'],
                 git_commit=git_commit(), model_info=_info(result), config=_readable(config),
-                hashes=dict(models={k: s['hash'] for k, s in lineage['sources'].items()}))
+                hashes=dict(models={k: s['hash'] for k, s in lineage['sources'].items()})) | (dict(meets=met) if met else {})
 
 # %% ../../nbs/80_bench/03_run.ipynb #487914be
 def _add(data, kept, rows):

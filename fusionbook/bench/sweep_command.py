@@ -36,15 +36,15 @@ def _other(name, fixed, folders):
 
 # %% ../../nbs/80_bench/08b_sweep_command.ipynb #72e3025f
 def _read_sweep(argv):
-    "The grid, the words as typed before `=`, what is fixed, and the validation asked for."
+    "The grid, the words as typed before `=`, what is fixed, and what is asked of the sweep itself."
     from fusionbook.bench.sweep import axis, points
     options, overrides, files = split_words(argv)
     if bad := [o for o in options if o in ('-m', '--multirun')]: raise FusionError(f'expected a sweep without `{bad[0]}`, which starts a run for every point')
-    grid, typed, fixed, asked = {}, {}, [], None
+    grid, typed, fixed, asked = {}, {}, [], {}
     for word in overrides:
         key, _, text = word.partition('=')
         name, values = key.lstrip('+'), None if key.startswith('~') else axis(text)
-        if name == 'validation': asked = text
+        if name in ('validation', 'allow_overlap'): asked[name] = text
         elif values: grid[name], typed[name] = values, key
         else: fixed.append(word)
     points(grid) # refuses an empty grid and one too large
@@ -66,14 +66,16 @@ def _composer(words, grid, typed, other):
 def sweep_command(
     argv:Sequence[str], # what the user typed after `fusionbook sweep`
 ) -> None:
-    "fusionbook sweep key=values ... [validation=TASKPOOL]"
+    "fusionbook sweep key=values ... [validation=TASKPOOL] [allow_overlap=true]"
     from fusionbook.bench.sweep import run_sweep
     grid, typed, fixed, asked, rest = _read_sweep(argv)
     chosen = {w.split('=')[0].lstrip('+'): w.split('=', 1)[1] for w in fixed if '=' in w}
     outside = any(w.split('=')[0] in ('--config-path', '-cp', '--config-name', '-cn') or w.endswith(('.yaml', '.yml')) for w in rest)
     own = None if outside or 'taskpool' in grid else chosen.get('taskpool', 'dummy' if 'modelpool' in chosen else 'mini8').removesuffix('.yaml')
     folders = search_folders(rest)
-    name = validation_name(asked and asked.removesuffix('.yaml'), own, catalogue('taskpool', folders))
+    allowed = asked.get('allow_overlap', 'false').lower()
+    if allowed not in ('true', 'false'): raise FusionError(f'expected `allow_overlap` as true or false, got `{allowed}`')
+    name = validation_name(asked.get('validation', '').removesuffix('.yaml') or None, own, catalogue('taskpool', folders))
     other = _other(name, fixed, folders[1:]) if name != 'test' else None
     if any(w in ('--cfg', '-c') for w in rest): return composition(rest + fixed)
-    run_sweep(_composer(rest + fixed, grid, typed, other), grid, validation=name)
+    run_sweep(_composer(rest + fixed, grid, typed, other), grid, validation=name, allow_overlap=allowed == 'true')

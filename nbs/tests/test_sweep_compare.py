@@ -67,12 +67,24 @@ def test_a_choice_on_test_is_marked(here, two):
     assert done.report['sweep']['chosen_on'] == 'test' and 'chosen on the test data' in done.out
 
 
+def test_a_choice_on_test_under_another_name_is_refused(here, two, mine):
+    file = Path('mine/taskpool/ours_validation.yaml')
+    file.write_text(file.read_text().replace('split: train', 'split: test'))
+    refused = here('sweep', *two, *mine, SCALES)
+    assert refused.status == 2 and 'of the 20 test examples of' in refused.line and 'in `ours_validation`' in refused.line
+    assert not list(Path('_runs').glob('sweep_*/points'))
+    asked = here('sweep', *two, *mine, SCALES, 'allow_overlap=true')
+    assert asked.status == 0, asked.err
+    assert asked.report['sweep']['chosen_on'] == 'validation, partly test' and asked.report['sweep']['meets'] == {'svhn': 20, 'mnist': 20}
+    assert 'chosen on validation, partly test' in asked.out and 'test examples among those to choose on: 20 of svhn, 20 of mnist' in asked.out
+
+
 def test_models_and_data_are_opened_once(sweep, monkeypatch):
     from fusionbook.bench import sweep as module
     made, kinds = module.made, []
     monkeypatch.setattr(module, 'made', lambda cfg, kind: kinds.append(kind) or made(cfg, kind))
     assert sweep(SCALES).status == 0
-    assert (kinds.count('modelpool'), kinds.count('taskpool')) == (1, 1)
+    assert (kinds.count('modelpool'), kinds.count('taskpool')) == (1, 2) # the test data, compared with those to choose on, and these
 
 
 def test_a_killed_sweep_goes_on_with_the_same_numbers(two, mine, tmp_path, sweep):
@@ -166,6 +178,19 @@ def test_compare(here, two):
     assert 'mean rank' in done.out and 'table    out/comparison.md' in done.out
     same = here('compare', a, a, '-o', 'same')
     assert same.status == 0 and all(d['low'] == d['high'] == 0 for d in json.loads(Path('same/comparison.json').read_text())['pairs'][0]['differences'].values())
+
+
+def test_comparison_at_80_columns_loses_nothing(here, two, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    runs = [here(*two, f'method.scaling_factor={s}').folder for s in (.3, .6, 1)]
+    out = here('compare', *runs, '-o', 'out').out
+    found = json.loads(Path('out/comparison.json').read_text())
+    lines = out.splitlines()
+    assert max(len(l) for l in lines[:next(i for i, l in enumerate(lines) if l.startswith('table'))]) <= 80 and '…' not in out
+    for accuracies in found['accuracies'].values():
+        assert all(f'{100 * a:.1f}' in out for a in accuracies.values())
+    for word in ('svhn', 'mnist', 'average', 'mean rank', 'read', 'tuned on', 'no data', '[95 %]'): assert word in out and word in Path('out/comparison.md').read_text()
+    for p in found['pairs'][:2]: assert all(f'{100 * d["difference"]:+.1f}' in out for d in p['differences'].values())
 
 
 def test_comparisons_that_are_refused(here, two):
