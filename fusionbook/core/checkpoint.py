@@ -8,18 +8,19 @@ __all__ = ['WEIGHTS', 'check_packaged', 'find', 'header', 'check_replaceable', '
 # %% ../../nbs/00_core/02_checkpoint.ipynb #f8b35971
 import json, os, re, struct
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 import torch
 from torch import Tensor
 import fusionbook
 from .atomic import atomic
 from .errors import FusionError, nearest
+from .folders import MODEL_FILES, read_model, stored_ties
+from .reading import CODES
 from .state_dict import Lazy, StateDict, meta, shared
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #a6f36ea8
 WEIGHTS = Path(fusionbook.__file__).parent/'weights'
-_HUB_FILES = ['*.safetensors', '*.safetensors.index.json', '*.json', 'merges.txt', '*.model']
+_HUB_FILES = ['*.safetensors', '*.json', *(f for f in MODEL_FILES if not f.endswith('.json'))]
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #b7f1936f
 def _download(name):
@@ -57,11 +58,6 @@ def find(
         raise FusionError(f'expected a checkpoint file or folder, got `{text}`, which does not exist')
     return _download(text)
 
-# %% ../../nbs/00_core/02_checkpoint.ipynb #f2ef7a24
-_CODE = {torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int64: 'I64', torch.int32: 'I32',
-         torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL', torch.float8_e4m3fn: 'F8_E4M3',
-         torch.float8_e5m2: 'F8_E5M2', torch.uint16: 'U16', torch.uint32: 'U32', torch.uint64: 'U64'}
-
 # %% ../../nbs/00_core/02_checkpoint.ipynb #d53059c7
 def header(
     info:Mapping[str, Tensor],    # name -> tensor on the `meta` device
@@ -72,9 +68,9 @@ def header(
     table, start = ({'__metadata__': dict(metadata)} if metadata else {}), 0
     for name in order:
         t = info[name]
-        if t.dtype not in _CODE: raise FusionError(f'expected a type that safetensors stores, got {t.dtype} in `{name}`')
+        if t.dtype not in CODES: raise FusionError(f'expected a type that safetensors stores, got {t.dtype} in `{name}`')
         end = start + t.numel() * t.element_size()
-        table[name], start = dict(dtype=_CODE[t.dtype], shape=list(t.shape), data_offsets=[start, end]), end
+        table[name], start = dict(dtype=CODES[t.dtype], shape=list(t.shape), data_offsets=[start, end]), end
     text = json.dumps(table, separators=(',', ':')).encode()
     text += b' ' * (-len(text) % 8)
     return struct.pack('<Q', len(text)) + text, order
@@ -113,10 +109,7 @@ def _write_folder(folder, sd, info, metadata, size, track):
     (folder/'model.safetensors.index.json').write_text(json.dumps(index, indent=2))
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #8972083a
-_BESIDE = {'README.md', 'config.json', 'generation_config.json', 'fusionbook.json', 'preprocessor_config.json', 'processor_config.json',
-           'video_preprocessor_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
-           'vocab.json', 'vocab.txt', 'merges.txt', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'chat_template.jinja',
-           'chat_template.json', 'model.safetensors.index.json'}
+_BESIDE = {'README.md', 'fusionbook.json', 'model.safetensors.index.json', *MODEL_FILES}
 _OTHER_FORMATS = ('.pth', '.pt', '.bin', '.ckpt', '.pkl', '.npz', '.h5', '.onnx', '.gguf', '.json', '.yaml', '.yml', '.ipynb', '.png')
 
 def _of_a_model(file): return file.name in _BESIDE or file.match('model*.safetensors')
@@ -145,7 +138,7 @@ def save(
     path:str|Path,     # `….safetensors` for one file, else a folder
     *, shard_size:int|None=None,        # bytes per file of a folder; None for one file
     metadata:Mapping[str, str]=(),      # free text kept in the file, such as the lineage
-    extras:Mapping[str, str]=(),        # further text files of a folder: name -> content (config.json, README.md)
+    extras:Mapping[str, str|bytes]=(),  # further files of a folder: name -> content (config.json, README.md)
     track:Callable[[Iterable], Iterable]=iter, # wraps the loop over tensors, for a progress bar
 ) -> Path:             # `path`
     "Stream a state dict to safetensors, atomically; peak memory is one tensor."
@@ -157,59 +150,8 @@ def save(
         if path.suffix == '.safetensors': _write(new, sd, info, metadata, track)
         else:
             _write_folder(new, sd, info, metadata, shard_size or float('inf'), track)
-            for name, text in dict(extras).items(): (new/name).write_text(text)
+            for name, data in dict(extras).items(): (new/name).write_bytes(data if isinstance(data, bytes) else data.encode())
     return path
-
-# %% ../../nbs/00_core/02_checkpoint.ipynb #dd21bee9
-def _open(file):
-    from safetensors import SafetensorError, safe_open
-    try: return safe_open(file, framework='pt')
-    except SafetensorError as e: raise FusionError(f'expected a whole safetensors file, got a damaged or cut one: `{file}` ({e})') from None
-
-def _pickle(file):
-    "Tensors of a `.pth` file, memory-mapped; code in it is refused."
-    from pickle import UnpicklingError
-    try: sd = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError) as e:
-        why = str(e).split('\n')[0]
-        try: sd = torch.load(file, map_location='cpu', weights_only=True)  # the format before 2020 can not be mapped
-        except Exception: raise FusionError(f'expected a file of tensors, got `{file}`, which weights-only loading refuses ({why})') from None
-    for key in ('state_dict', 'model_state_dict', 'model'):
-        if isinstance(sd, Mapping) and isinstance(sd.get(key), Mapping): sd = sd[key]
-    if not isinstance(sd, Mapping) or not all(isinstance(v, Tensor) for v in sd.values()):
-        raise FusionError(f'expected a file with one state dict, got `{file}` with other things in it')
-    return dict(sd)
-
-# %% ../../nbs/00_core/02_checkpoint.ipynb #381a41e6
-def _files(path):
-    "The tensor files of a checkpoint, by tensor name where an index says so."
-    if path.is_file() and path.name.endswith('.index.json'): return _indexed(path)
-    if path.is_file(): return [path]
-    for pattern in ('model.safetensors.index.json', '*.safetensors.index.json', 'model.safetensors', '*.safetensors', '*.bin.index.json',
-                    'pytorch_model.bin', '*.pth', '*.pt', '*.bin'):
-        if found := sorted(path.glob(pattern)):
-            if found[0].name.endswith('.index.json'): return _indexed(found[0])
-            if len(found) == 1: return found
-            raise FusionError(f'expected one model in `{path}`, got {len(found)} files without an index: {", ".join(f.name for f in found[:3])}')
-    raise FusionError(f'expected a folder with a checkpoint, got `{path}` without *.safetensors, *.bin or *.pth')
-
-def _indexed(index):
-    files = sorted({index.parent/f for f in json.loads(index.read_text())['weight_map'].values()})
-    if lost := [f.name for f in files if not f.exists()]: raise FusionError(f'expected the shards of `{index}`, got none named {", ".join(lost[:3])}')
-    return files
-
-# %% ../../nbs/00_core/02_checkpoint.ipynb #ceb69c3b
-_TYPE = {v: k for k, v in _CODE.items()}
-
-def _contents(file):
-    "Of one file: name -> (meta tensor, function that reads it); and its metadata."
-    if file.suffix != '.safetensors':
-        return {k: (torch.empty_like(v, device='meta'), partial(Tensor.detach, v)) for k, v in _pickle(file).items()}, {}
-    handle = _open(file)
-    def entry(k):
-        cut = handle.get_slice(k)
-        return torch.empty(cut.get_shape(), dtype=_TYPE[cut.get_dtype()], device='meta'), partial(handle.get_tensor, k)
-    return {k: entry(k) for k in handle.keys()}, handle.metadata() or {}
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #ed050302
 class Checkpoint(Lazy):
@@ -217,14 +159,11 @@ class Checkpoint(Lazy):
     def __init__(self,
         path:str|Path, # whatever `find` resolves
     ):
-        self.path, self.metadata, entries = find(path), {}, {}
-        for file in _files(self.path):
-            found, notes = _contents(file)
-            entries |= found; self.metadata |= notes
-        if not entries: raise FusionError(f'expected tensors in `{self.path}`, got none')
+        self.path = find(path)
+        entries, self.metadata, tied = read_model(self.path)
         info = {k: m for k, (m, _) in entries.items()}
-        tied = {a: o for a, o in json.loads(self.metadata.get('tied', '{}')).items() if o in info}
-        super().__init__({k: read for k, (_, read) in entries.items()}, info | {a: info[o] for a, o in tied.items()}, tied)
+        tied |= (alone := stored_ties(self.metadata, info, self.path))
+        super().__init__({k: read for k, (_, read) in entries.items()}, info | {a: info[o] for a, o in alone.items()}, tied)
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #d882b083
 def model_card(
