@@ -22,6 +22,7 @@ from ..core.cached import remembered
 from ..core.checkpoint import model_card, save
 from ..core.errors import FusionError
 from ..core.identity import code_hash
+from ..core.mergeable import rounded
 from ..core.progress import track
 from ..core.state_dict import Lazy, StateDict, meta
 from ..method.base import BaseAlgorithm
@@ -54,9 +55,9 @@ def cast(
     sd:StateDict,      # any state dict
     dtype:torch.dtype, # float type of the result; integer entries keep theirs
 ) -> Lazy:
-    "A state dict whose float tensors are rounded to another type when read."
+    "A state dict whose float tensors are rounded to another type when read; numbers beyond its range are refused."
     info = {k: t.to(dtype) if t.is_floating_point() else t for k, t in meta(sd).items()}
-    return Lazy({k: (lambda k=k: sd[k].to(info[k].dtype)) for k in info}, info, getattr(sd, 'tied', ()))
+    return Lazy({k: (lambda k=k: rounded(sd[k], info[k].dtype, k)) for k in info}, info, getattr(sd, 'tied', ()))
 
 # %% ../../nbs/80_bench/03_run.ipynb #606d3558
 def float_type(

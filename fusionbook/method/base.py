@@ -16,6 +16,7 @@ from ..core.checkpoint import atomic
 from ..core.config import CONFIG, BaseYAMLSerializable, public_name, published
 from ..core.errors import FusionError
 from ..core.legacy import build
+from ..core.mergeable import check_numbers
 from ..core.state_dict import StateDict
 from ..modelpool.base import BaseModelPool
 
@@ -30,6 +31,9 @@ class BaseAlgorithm(BaseYAMLSerializable):
     config_names = ()      # files below `config/method/` that hold its defaults; the first is the name it is known by
     symmetric = True       # whether the order of the experts is irrelevant
     adaptation = None      # what the last run learned, as JSON for the report: coefficients with their names, the curve of the objective
+    def __setattr__(self, key, value):
+        if key in getattr(self, '__dataclass_fields__', ()) or key in self._config_mapping: check_numbers(key, value)
+        super().__setattr__(key, value)
     def on_run_start(self): "Called before `run`."
     def on_run_end(self): "Called after `run`, also when it failed."
     def merge(self, pool:BaseModelPool) -> StateDict:

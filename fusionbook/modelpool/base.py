@@ -8,17 +8,19 @@ __all__ = ['module_state', 'fill', 'BaseModelPool', 'load_modelpool_from_config'
 # %% ../../nbs/50_modelpool/00_base.ipynb #7aac5d5a
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core.checkpoint import Checkpoint, find, save
+from ..core.checkpoint import Checkpoint, find
 from ..core.config import BaseYAMLSerializable, instantiate
 from ..core.errors import FusionError, nearest
-from ..core.files import read_json
+from ..core.folders import check_whole
 from ..core.legacy import build
-from ..core.identity import identity, network_facts, told_config
-from ..core.state_dict import Lazy, StateDict, check_same, common, content_hash, select, shared
+from ..core.state_dict import Lazy, StateDict, check_same, common, meta, select, shared
+from ..core.views import detached, finite, renamed
+from ..core.vocabulary import check_vocabulary
 from ..data.datasets import opened
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #183aa2ff
@@ -49,6 +51,11 @@ def fill(
 # %% ../../nbs/50_modelpool/00_base.ipynb #8205a9b0
 _ALIASES = {'_models': 'models', '_train_datasets': 'train_datasets', '_val_datasets': 'val_datasets', '_test_datasets': 'test_datasets'}
 
+def _named(models):
+    if isinstance(models, Mapping): return dict(models)
+    if isinstance(models, (list, tuple)): return {str(i): m for i, m in enumerate(models)}
+    raise FusionError(f'expected models as a mapping or a list, got {type(models).__name__}')
+
 def _special(name): return name.startswith('_') and name.endswith('_')
 
 def _is_state(x): return isinstance(x, Mapping) and '_target_' not in x and all(isinstance(v, Tensor) for v in getattr(x, 'meta', x).values())
@@ -56,24 +63,24 @@ def _is_state(x): return isinstance(x, Mapping) and '_target_' not in x and all(
 # %% ../../nbs/50_modelpool/00_base.ipynb #1b760b3e
 class BaseModelPool(BaseYAMLSerializable):
     "Models by name: modules, state dicts, paths or configurations with `_target_`; a list is named `0`, `1`, …"
-    _config_key = 'modelpool'
-    _config_mapping = BaseYAMLSerializable._config_mapping | _ALIASES | {'common_only': 'common_only'}
+    _config_key, has_words = 'modelpool', True # the second: whether a row of some tensor stands for a word
+    _config_mapping = BaseYAMLSerializable._config_mapping | _ALIASES | {k: k for k in ('common_only', 'check_vocabulary')}
     def __init__(self,
         models,                       # name -> model, or a list of models; `_pretrained_` is the base
         *, train_datasets:Mapping|None=None, # task -> data set or its configuration; likewise the next two
         val_datasets:Mapping|None=None,
         test_datasets:Mapping|None=None,
         common_only:bool=False,       # merge only the tensors that all models share, instead of refusing models that differ
+        check_vocabulary:bool=True,   # refuse experts whose tokenizer numbers words differently from the base's
         allow_target:Sequence[str]=(),# further targets the user vouches for
         **kwargs,                     # the remaining keys of a configuration, checked
     ):
         super().__init__(**kwargs)
-        if not isinstance(models, (Mapping, list, tuple)): raise FusionError(f'expected models as a mapping or a list, got {type(models).__name__}')
-        self._models = dict(models) if isinstance(models, Mapping) else {str(i): m for i, m in enumerate(models)}
+        self._models = _named(models)
         self._train_datasets, self._val_datasets, self._test_datasets = train_datasets, val_datasets, test_datasets
-        self.common_only, self.allow_target, self.seen = common_only, list(allow_target), set()
-        self._states, self._networks, self._hashes = {}, {}, {} # of what was opened
-        self.taskpool = None # lent for a run, see `modelpool.data`
+        self.common_only, self.check_vocabulary = common_only, check_vocabulary
+        self.allow_target, self.seen = list(allow_target), set()
+        self._states, self._networks, self._hashes, self._words_agree, self.taskpool = {}, {}, {}, None, None # the last is lent for a run
     @property
     def config(self) -> dict: return super().config | {'_recursive_': False} # models and data are opened when needed
     def __len__(self): return len(self.model_names)
@@ -96,6 +103,16 @@ def has_pretrained(self:BaseModelPool) -> bool:
     "Whether there is a base."
     return '_pretrained_' in self._models
 
+# %% ../../nbs/50_modelpool/00_base.ipynb #1445dc81
+@patch
+def place(self:BaseModelPool, model) -> Path|None:
+    "The file or folder that a model is read from; None for what is in memory."
+    path = model.get('pretrained_model_name_or_path') if isinstance(model, Mapping) else model
+    if not isinstance(path, (str, Path)): return None
+    if path is model: return find(path)
+    try: return find(path)
+    except FusionError: return None # its loader knows more places
+
 # %% ../../nbs/50_modelpool/00_base.ipynb #a277bdf1
 def _open(pool, name):
     "The lazy state dict of one model, opened once."
@@ -103,17 +120,40 @@ def _open(pool, name):
     if name not in pool._states:
         model = pool._models[name]
         if isinstance(model, nn.Module): sd = module_state(model)
-        elif _is_state(model): sd = select(model)
-        elif isinstance(model, (str, Path)): sd = pool.open_path(model)
-        else: sd = module_state(pool._networks.setdefault(name, pool.load_model(name)))
+        elif _is_state(model): sd = detached(model)
+        else:
+            if where := pool.place(model): check_whole(where, f'`{name}`')
+            if isinstance(model, (str, Path)): sd = pool.open_path(model)
+            else: sd = module_state(pool._networks.setdefault(name, pool.load_model(name)))
         sd.name = f'`{name}`'
         pool._states[name] = sd
     return pool._states[name]
 
+def _like(sd, names):
+    "A state dict under other names, where a shared prefix is all that differs."
+    pairs = None if sd.keys() == names.keys() else renamed(sd, names)
+    if pairs is None: return sd
+    back, info = {old: new for new, old in pairs.items()}, meta(sd)
+    tied = {back[a]: back[o] for a, o in shared(sd).items()}
+    new = Lazy({k: partial(sd.__getitem__, old) for k, old in pairs.items()}, {k: info[old] for k, old in pairs.items()}, tied)
+    new.name = sd.name
+    return new
+
+# %% ../../nbs/50_modelpool/00_base.ipynb #c3916fcd
+def _check_words(pool, names):
+    "Compare the tokenizers beside the models, once."
+    if pool._words_agree == names or not (pool.has_words and pool.check_vocabulary): return
+    first, *others = [(n, pool.place(pool._models[n])) for n in names]
+    for name, where in others:
+        if first[1] and where: check_vocabulary(first[1], where, f'`{name}`')
+    pool._words_agree = list(names)
+
 def _matching(pool):
     "All state dicts, checked to have the same names and shapes or restricted to what they share."
     names = pool.all_model_names if pool.has_pretrained else pool.model_names
-    states = [_open(pool, n) for n in names]
+    first, *others = [_open(pool, n) for n in names]
+    _check_words(pool, names)
+    states = [first, *(_like(sd, first) for sd in others)]
     if not pool.common_only: check_same(states[0], states[1:], names[1:])
     else:
         for new, name in zip(restricted := common(*states), names): new.name = f'`{name}`'
@@ -125,6 +165,11 @@ def _matching(pool):
 def open_path(self:BaseModelPool, path:str|Path) -> Lazy:
     "How this kind of pool reads a path; subclasses know architectures."
     return Checkpoint(path)
+
+@patch
+def opened(self:BaseModelPool, name:str) -> StateDict:
+    "One model's tensors, lazy, as they are; not recorded."
+    return _open(self, name)
 
 @patch
 def pretrained(self:BaseModelPool) -> StateDict:
@@ -165,8 +210,8 @@ def build_model(self:BaseModelPool, model) -> nn.Module|dict:
 def load(self:BaseModelPool, sd:StateDict) -> nn.Module|dict:
     "A network with the tensors of `sd`; names that it lacks keep the base's values."
     names = ['_pretrained_'] if self.has_pretrained else self.model_names[:1]
-    model = self.load_model(names[0])
-    return fill(model, sd) if isinstance(model, nn.Module) else model | {k: sd[k] for k in sd}
+    model, own = self.load_model(names[0]), finite(sd, self.reference)
+    return fill(model, own) if isinstance(model, nn.Module) else model | {k: own[k] for k in own}
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #3330a264
 @patch
@@ -212,53 +257,6 @@ def load_val_dataset(self:BaseModelPool, name:str):
 def load_test_dataset(self:BaseModelPool, name:str):
     "Test data of one task; a method may look at inputs only, and the report says so."
     return _dataset(self, 'unlabeled_test', name)
-
-# %% ../../nbs/50_modelpool/00_base.ipynb #36621356
-@patch
-def path_facts(self:BaseModelPool, path:str|Path) -> dict|None:
-    "What computes with the tensors of a path: here the `config.json` beside them, or None; subclasses know their networks."
-    place = find(path)
-    file = (place if place.is_dir() else place.parent)/'config.json'
-    return told_config(read_json(file)) if file.exists() else None
-
-# %% ../../nbs/50_modelpool/00_base.ipynb #7ef5cf0c
-def _facts(pool, name):
-    "What computes with a model's tensors."
-    model = pool._models[name]
-    if isinstance(model, (str, Path)): return pool.path_facts(model)
-    network = model if isinstance(model, nn.Module) else pool._networks.get(name)
-    return network_facts(network) if isinstance(network, nn.Module) else None
-
-def _all_tensors(pool, name):
-    "The tensors of one model, also those that are not merged."
-    found, network = _open(pool, name), pool._networks.get(name, pool._models[name])
-    return found if name in getattr(pool, '_exchanged', ()) or not isinstance(network, nn.Module) else network.state_dict()
-
-# %% ../../nbs/50_modelpool/00_base.ipynb #6a6fb695
-@patch
-def hash(self:BaseModelPool, name:str) -> str:
-    "Identity of one model, see `core.identity`; what is in memory may change, and is read again each time."
-    if name in self._hashes: return self._hashes[name]
-    found = identity(content_hash(_all_tensors(self, name)), _facts(self, name))
-    if isinstance(self._models[name], (str, Path)): self._hashes[name] = found
-    return found
-
-@patch
-def source(self:BaseModelPool, name:str) -> dict:
-    "Where a model came from and its identity."
-    model = self._models[name]
-    path = str(model) if isinstance(model, (str, Path)) else model.get('pretrained_model_name_or_path') if isinstance(model, Mapping) else None
-    return {'path': path if isinstance(path, str) else None, 'hash': self.hash(name)}
-
-@patch
-def extras(self:BaseModelPool) -> dict[str, str]:
-    "Text files that belong into the folder of a saved model, such as `config.json`."
-    return {}
-
-@patch
-def save_model(self:BaseModelPool, sd:StateDict|nn.Module, path:str|Path, **kwargs) -> Path:
-    "Write a model of this pool's kind, see `core.checkpoint.save`."
-    return save(sd.state_dict() if isinstance(sd, nn.Module) else sd, path, extras=self.extras() | kwargs.pop('extras', {}), **kwargs)
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #cee2c780
 def load_modelpool_from_config(

@@ -23,6 +23,7 @@ from ..models.lora import adapted, holds_adapter
 # %% ../../nbs/50_modelpool/01_clip.ipynb #7f8e8cfc
 class CLIPVisionModelPool(BaseModelPool):
     "CLIP image encoders by name; a text is a hub name, a folder or a file."
+    has_words = False # the tower has none, whatever tokenizer lies beside it
     _config_mapping = BaseModelPool._config_mapping | {'processor': 'processor', 'platform': 'platform'}
     def __init__(self,
         models:Mapping,        # name -> path, `CLIPVisionModel`, state dict or configuration
@@ -66,13 +67,18 @@ def load_processor(self:CLIPVisionModelPool):
     if not (self.processor or isinstance(base, (str, Path))): raise FusionError('expected `processor` or a base with a path, got neither')
     return Processor(self.processor or base)
 
+# %% ../../nbs/50_modelpool/01_clip.ipynb #fef88435
 @patch
-def extras(self:CLIPVisionModelPool) -> dict[str, str]:
-    "The `config.json` of the tower, so that `transformers` can read what is saved."
+def extras(self:CLIPVisionModelPool) -> dict[str, str|bytes]:
+    "The `config.json` of the tower and the settings of its images, so that `transformers` can read what is saved."
+    found = super(CLIPVisionModelPool, self).extras()
+    images = {k: v for k, v in found.items() if k == 'preprocessor_config.json'}
     model = self._models.get('_pretrained_', next(iter(self._models.values())))
     if isinstance(model, Mapping): model = model.get('base')
     config = vision_model(model).config if isinstance(model, (str, Path)) else getattr(model, 'config', None)
-    return {'config.json': config.to_json_string(use_diff=False)} if hasattr(config, 'to_json_string') else {}
+    if not hasattr(config, 'to_json_string'): return images
+    told = json.loads(config.to_json_string(use_diff=False)) | {'architectures': ['CLIPVisionModel']}
+    return images | {'config.json': json.dumps(told, indent=2) + '\n'}
 
 # %% ../../nbs/50_modelpool/01_clip.ipynb #8c881442
 @patch

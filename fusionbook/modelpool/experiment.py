@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'seed_folder', 'kind_file', 'write_kind', 'read_kind', 'seed
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #3a655cc1
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -16,6 +17,7 @@ from ..core.checkpoint import Checkpoint, atomic, save
 from ..core.errors import FusionError, nearest
 from ..core.identity import network_facts
 from ..core.state_dict import Lazy, StateDict, meta
+from ..core.views import without_wrappers
 from ..data.images import Normalise, dataset_source, known_dataset
 from .base import BaseModelPool
 from ..models.named import matched, model_type, network_of, type_of
@@ -80,13 +82,19 @@ def seeds_of(
     return sorted(int(m[1]) for m in found if m)
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #00f07742
+def _bare(sd):
+    "A state dict without its numbers, and without the prefix that a wrapper put before its names."
+    info = meta(sd)
+    return {k: info[v] for k, v in without_wrappers(info).items()}
+
+# %% ../../nbs/50_modelpool/04_experiment.ipynb #72b5749b
 def check_parents(
     first:StateDict,      # names and shapes alone are read
     second:StateDict,
     names:Sequence[str]=('parent_1', 'parent_2'), # what to call them
 ) -> dict:                # the type they share, as `type_of` gives it
     "Refuse parents of different architecture and name the first tensor that differs."
-    a, b = ({k.removeprefix('module.'): v for k, v in meta(sd).items()} for sd in (first, second))
+    a, b = (_bare(sd) for sd in (first, second))
     kinds = [type_of(x) for x in (a, b)]
     if kinds[0]['name'] != kinds[1]['name']: raise FusionError(f'expected parents of one type, got {kinds[0]["name"]} in {names[0]} and {kinds[1]["name"]} in {names[1]}')
     for k in {**a, **b}:
@@ -123,7 +131,7 @@ def _checked(pool):
     states = {k: read_kind(pool.experiment, pool.seed, k) for k in pool.kinds}
     if not states: raise FusionError('expected at least one kind of model, got none')
     first, *rest = states
-    found = type_of({k.removeprefix('module.'): v for k, v in meta(states[first]).items()})
+    found = type_of(_bare(states[first]))
     if pool.model_type and pool.model_type != found['name']: raise FusionError(f'expected a {pool.model_type} in {first}, got a {found["name"]}')
     for k in rest: check_parents(states[first], states[k], (first, k))
     return found
@@ -135,7 +143,14 @@ def open_path(self:ExperimentPool, path:str|Path) -> Lazy:
     sd = Checkpoint(path if Path(path).is_file() else Path(path).with_suffix('.safetensors'))
     like = model_type(**self.type).state_dict()
     pairs = matched(sd, like, Path(path).stem)
-    return Lazy({k: (lambda came=came: sd[came]) for k, came in pairs.items()}, {k: meta(sd)[came] for k, came in pairs.items()})
+    info = meta(sd)
+    return Lazy({k: partial(sd.__getitem__, came) for k, came in pairs.items()}, {k: info[came] for k, came in pairs.items()})
+
+# %% ../../nbs/50_modelpool/04_experiment.ipynb #ac5c013e
+@patch
+def place(self:ExperimentPool, model) -> Path|None:
+    "The file of a model; nothing that lies beside it belongs to it."
+    return None
 
 @patch
 def path_facts(self:ExperimentPool, path:str|Path) -> dict:

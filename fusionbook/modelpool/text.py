@@ -6,6 +6,7 @@
 __all__ = ['TextEncoderPool']
 
 # %% ../../nbs/50_modelpool/03_text.ipynb #be2655fe
+import json
 from pathlib import Path
 from fastcore.basics import patch
 import torch
@@ -44,15 +45,15 @@ def load_tokens(self:TextEncoderPool, max_length:int=128) -> Tokens:
     return Tokens(base, max_length)
 
 # %% ../../nbs/50_modelpool/03_text.ipynb #4c22c2c0
-_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.txt')
+@patch
+def place(self:TextEncoderPool, model) -> Path|None:
+    "The folder of an encoder, also of the packaged one; None for what is in memory."
+    return text_folder(model) if isinstance(model, (str, Path)) else super(TextEncoderPool, self).place(model)
 
 @patch
-def extras(self:TextEncoderPool) -> dict[str, str]:
-    "`config.json` and the tokenizer's files, so that `transformers` can read what is saved."
-    model = self._models.get('_pretrained_', next(iter(self._models.values())))
-    if isinstance(model, (str, Path)):
-        folder = text_folder(model)
-        config = text_model(model).config.to_json_string(use_diff=False)
-        return {'config.json': config} | {f: (folder/f).read_text() for f in _FILES if (folder/f).exists()}
-    config = getattr(model, 'config', None)
-    return {'config.json': config.to_json_string(use_diff=False)} if hasattr(config, 'to_json_string') else {}
+def extras(self:TextEncoderPool) -> dict[str, str|bytes]:
+    "`config.json` and the tokenizer's files, so that `transformers` can read what is saved; `BertModel` is the class of what is written."
+    found = super(TextEncoderPool, self).extras()
+    if 'config.json' not in found: return found
+    told = json.loads(found['config.json']) | {'architectures': ['BertModel']}
+    return found | {'config.json': json.dumps(told, indent=2) + '\n'}

@@ -20,6 +20,7 @@ from ..core.errors import FusionError, nearest
 from ..core.identity import code_hash, identity, told_config
 from ..core.pictures import rgb
 from ..core.state_dict import Lazy, content_hash, meta, select
+from ..core.views import without_wrappers
 
 # %% ../../nbs/20_models/01_clip.ipynb #e01f62c1
 def _tokenizer(sentences, length):
@@ -107,7 +108,9 @@ def vision_state(
 ) -> Lazy:   # the tower's tensors under the module's names, read when asked
     "The state dict of a CLIP's vision tower."
     saved, parts = Checkpoint(path), ('embeddings.', 'pre_layrnorm.', 'encoder.', 'post_layernorm.')
-    names = {k[len('vision_model.'):]: k for k in saved if k.startswith('vision_model.')} or {k: k for k in saved if k.startswith(parts)}
+    plain = without_wrappers(saved)
+    names = {k[len('vision_model.'):]: v for k, v in plain.items() if k.startswith('vision_model.')}
+    names = names or {k: v for k, v in plain.items() if k.startswith(parts)}
     names = {k: v for k, v in names.items() if not k.endswith('position_ids')}
     info = {k: saved.meta[v] for k, v in names.items()}
     expected = _expected(path) or info

@@ -6,10 +6,12 @@
 __all__ = ['MODEL_TYPES', 'HIDDEN', 'initialise', 'model_type', 'type_of', 'matched', 'network_of']
 
 # %% ../../nbs/20_models/04c_named.ipynb #58bb81eb
+import re
 import torch
 from torch import nn
 from ..core.errors import FusionError, nearest
 from ..core.state_dict import StateDict, generator, meta
+from ..core.views import renamed, without_wrappers
 from .mlp import MLP
 from .resnet18 import ResNet18
 from .vgg import VGG11
@@ -72,21 +74,30 @@ def type_of(
     name = family + '_NOBIAS' * (f'{head}.bias' not in info) + '_NOBN' * (bare and family != 'MLP')
     return dict(name=name, classes=info[f'{head}.weight'].shape[0], width=first[0] / (400 if family == 'MLP' else 64), inputs=first[1] if family == 'MLP' else 784)
 
+# %% ../../nbs/20_models/04c_named.ipynb #e1ae0986
+_ENDS = {'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'}
+
+def _in_order(names):
+    "Names as a file holds them; where it holds them by the alphabet, numbers in them count as numbers."
+    def key(n): return [(0, int(p), '') if p.isdigit() else (1, 0, p) for p in re.split(r'(\d+)', n)]
+    return sorted(names, key=key) if list(names) == sorted(names) else list(names)
+
 # %% ../../nbs/20_models/04c_named.ipynb #2a260555
 def matched(
     sd:StateDict,   # what came
     like:StateDict, # names and shapes that are wanted
     what:str='the file', # whose tensors `sd` are, for the message
 ) -> dict[str, str]: # wanted name -> name in `sd`
-    "Pair tensors by name, else by order where every shape fits."
+    "Pair tensors by name, else by order where every shape and every kind fits."
     info, wanted = meta(sd), meta(like)
-    by_name = {k.removeprefix('module.'): k for k in info}
-    if by_name.keys() == wanted.keys(): pairs = {k: by_name[k] for k in wanted}
-    elif len(info) == len(wanted): pairs = dict(zip(wanted, info))
-    else:
+    by_name, pairs = without_wrappers(info), renamed(info, wanted)
+    if pairs is None and len(info) == len(wanted): pairs = dict(zip(wanted, _in_order(info)))
+    if pairs is None:
         odd = next((k for k in by_name if k not in wanted), None) or next(k for k in wanted if k not in by_name)
         raise FusionError(f'expected {len(wanted)} tensors in {what}, got {len(info)}; the first that differs is `{odd}`')
     for k, came in pairs.items():
+        if {k.rpartition('.')[2], came.rpartition('.')[2]} <= _ENDS and k.rpartition('.')[2] != came.rpartition('.')[2]:
+            raise FusionError(f'expected `{k}`, got `{came}` in its place in {what}')
         if wanted[k].shape != info[came].shape: raise FusionError(f'expected `{k}` as {tuple(wanted[k].shape)}, got `{came}` as {tuple(info[came].shape)} in {what}')
     return pairs
 
@@ -97,8 +108,8 @@ def network_of(
     what:str='the file',  # whose tensors these are, for the message
 ) -> nn.Module:
     "Build the network that tensors belong to, and fill it."
-    plain = {k.removeprefix('module.'): v for k, v in meta(sd).items()}
-    found = type_of(plain)
+    info = meta(sd)
+    found = type_of({k: info[v] for k, v in without_wrappers(info).items()})
     if name and name != found['name']: raise FusionError(f'expected a {name} in {what}, got a {found["name"]}')
     net = _built(**found)
     pairs = matched(sd, net.state_dict(), what)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ..core.checkpoint import Checkpoint, atomic, find, save
 from ..core.errors import FusionError
 from ..core.state_dict import Lazy, meta, select
+from ..core.views import without_wrappers
 
 # %% ../../nbs/20_models/05_text.ipynb #8abd9c96
 _MARKS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
@@ -94,7 +95,7 @@ def text_state(
 ) -> Lazy: # the encoder's tensors under the module's names, read when asked
     "The state dict of a sentence encoder."
     saved = Checkpoint(text_folder(path) if str(path) in PACKAGED else path)
-    names = {k.removeprefix('bert.'): k for k in saved}
+    names = {k.removeprefix('bert.'): v for k, v in without_wrappers(saved).items()}
     info, wanted = {k: saved.meta[v] for k, v in names.items()}, _expected(path)
     for what, bad in dict(lacks=[k for k in wanted if k not in info],
                           reshapes=[k for k in wanted if k in info and info[k].shape != wanted[k].shape]).items():
