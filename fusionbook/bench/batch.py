@@ -10,6 +10,7 @@ __all__ = ['grid_values', 'combinations', 'batch_folder', 'copy_name', 'Run', 'f
 import hashlib, itertools, json, re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import quote
 from .experiment import EXPERIMENTS, REPORTS, as_source, check_copy, check_parameters, find_experiment, notebook_hash, parsed, publish, readable, run_experiment
@@ -185,7 +186,13 @@ def publish_batch(
     return [table, *pages]
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #c18483db
-_JOINED = '--grid=', '--output=', '-o='
+_JOINED, _TAKING = ('--grid=', '--output=', '-o='), ('-p', '--grid', '-o', '--output')
+
+def _meant(word, rest):
+    "What a word that is no flag was meant to be: the nearest flag, or a parameter."
+    flags, (key, sign, value) = [*_TAKING, '--report'], word.lstrip('-').partition('=')
+    if close := get_close_matches(word, flags, n=1, cutoff=.7): return f'did you mean `{close[0]}`?'
+    return f'did you mean `-p {key} {value or next(iter(rest), "VALUE")}`?'
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #6991a0a4
 def experiment_arguments(
@@ -203,7 +210,9 @@ def experiment_arguments(
         elif word == '--grid' and left: grid.update([grid_values(rest.pop(0))])
         elif word in ('-o', '--output') and left: output = rest.pop(0)
         elif word == '--report': report = True
-        elif word.startswith('-'): raise FusionError(f'{told} `{word}`' + ' without a value' * (word in ('-p', '--grid', '-o', '--output')))
+        elif word.startswith('-') and word not in _TAKING: raise FusionError(f'{told} `{word}`; ' + _meant(word, rest))
+        elif word.startswith('-'): raise FusionError(f'{told} `{word}` without a value')
+        elif '=' in word: raise FusionError(f'{told} `{word}`; ' + _meant(word, rest))
         else: names.append(word)
     if len(names) != 1: raise FusionError(f'{told} {len(names)} names')
     return dict(name=names[0], fixed=fixed, grid=grid, output=output, report=report)

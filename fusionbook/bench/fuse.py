@@ -13,7 +13,7 @@ from pathlib import Path
 from ..alignment.fuse import average, fuse
 from ..alignment.original import Original, original_fusion
 from ..alignment.trace import derive
-from .flags import check_choice, Flags
+from .flags import check_choice, Flags, read_flags
 from .report import print_table
 from ..core.errors import FusionError
 from ..core.progress import track
@@ -30,7 +30,8 @@ USAGE = 'fusionbook fuse --experiment_name NAME --model_type TYPE --seeds 5 --da
 # %% ../../nbs/80_bench/11_fuse.ipynb #54433895
 def _parser():
     p = Flags('fuse', USAGE)
-    for name, kind in dict(experiment_name=str, model_type=str, seeds=int, dataset_name=str).items(): p.add_argument(f'--{name}', type=kind, required=True)
+    for name, kind, help in [('experiment_name', str, 'folder below --out'), ('model_type', str, ', '.join(MODEL_TYPES)), ('seeds', int, 'how many, from 1'), ('dataset_name', str, ', '.join(DATASETS))]:
+        p.add_argument(f'--{name}', type=kind, required=True, help=help)
     for name, default, help in [('out', 'experiments', 'where experiments are'), ('kinds', ','.join(_KINDS), 'what to write'), ('geometric', 'original', 'original: layer by layer, weights alone; spec: any network, classes stay in place'),
         ('transport_output', 'True', 'whether the original transports the class layer too: True, False')]:
         p.add_argument(f'--{name}', default=default, help=help)
@@ -41,7 +42,7 @@ def fuse_arguments(
     argv:Sequence[str],  # what the user typed after `fusionbook fuse`
 ) -> argparse.Namespace: # every flag; `kinds` as a list, `folder` of the experiment
     "Read and check the command line."
-    a = _parser().read(argv)
+    a = read_flags(_parser(), argv)
     a.kinds, a.folder = a.kinds.split(','), Path(a.out)/a.experiment_name
     for value, valid, what in [(a.model_type, MODEL_TYPES, 'a model type'), (a.dataset_name, DATASETS, 'a data set'), (a.transport_output, ('True', 'False'), 'transport_output'), (a.geometric, ('original', 'spec'), 'geometric'),
                                *((k, _KINDS, 'a kind of fusion') for k in a.kinds)]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 import torch
 import fusionbook
-from .flags import check_choice, Flags
+from .flags import check_choice, Flags, read_flags
 from .values import check_device, device_name
 from ..core.cached import read_record, write_record
 from ..core.errors import FusionError
@@ -38,8 +38,10 @@ def _truth(text):
 # %% ../../nbs/80_bench/10_measure.ipynb #f30fefec
 def _parser():
     p = Flags('measure', USAGE)
-    for name, kind in dict(device=str, experiment_name=str, model_type=str, dataset_name=str, seeds=int).items(): p.add_argument(f'--{name}', type=kind, required=True)
-    for name in (*_SPACES, 'correl_space'): p.add_argument(f'--{name}', type=_truth, default=True)
+    for name, kind, help in [('device', str, 'cpu, cuda, cuda:1, mps'), ('experiment_name', str, 'folder below --out'), ('model_type', str, ', '.join(MODEL_TYPES)), ('dataset_name', str, ', '.join(DATASETS)),
+                             ('seeds', int, 'how many, from 1')]:
+        p.add_argument(f'--{name}', type=kind, required=True, help=help)
+    for name in (*_SPACES, 'correl_space'): p.add_argument(f'--{name}', type=_truth, default='True', help='True or False: whether it is measured')
     p.add_argument('--colab', type=_truth, default=False, help='accepted, no effect')
     for name, kind, default, help in [
         ('batch_size', int, 100, 'of the original losses and Hessians'), ('accuracy_metric', str, 'accuracy', 'accuracy or generalisation_gap'), ('save_file_path', str, 'results', 'of the CSV'),
@@ -62,7 +64,7 @@ def measure_arguments(
     argv:Sequence[str],      # what the user typed after `fusionbook measure`
 ) -> argparse.Namespace:     # every flag; `metrics` as names, `folder` of the experiment
     "Read and check the command line."
-    a = _parser().read(argv)
+    a = read_flags(_parser(), argv)
     device_name(a.device, '--device')
     check_choice(a.model_type, MODEL_TYPES, 'a model type'); check_choice(a.dataset_name, DATASETS, 'a data set')
     check_choice(a.accuracy_metric, ('accuracy', 'generalisation_gap'), 'an accuracy metric')

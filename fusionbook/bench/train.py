@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 import torch
-from .flags import check_choice, Flags
+from .flags import check_choice, Flags, read_flags
 from .provenance import versions
 from .report import print_table
 from .values import check_device
@@ -55,7 +55,7 @@ def train_arguments(
     argv:Sequence[str],    # what the user typed after `fusionbook train`
 ) -> argparse.Namespace:   # every flag; `seeds` as a list
     "Read and check the command line."
-    args = _parser().read(argv)
+    args = read_flags(_parser(), argv)
     check_choice(args.model_type, MODEL_TYPES, 'a model type'); check_choice(args.dataset_name, DATASETS, 'a data set')
     check_choice(args.selection, ('validation', 'last', 'test'), 'a selection'); check_choice(args.precision, ('float32', 'bfloat16'), 'a precision')
     if Path(args.experiment_name).name != args.experiment_name: raise FusionError(f'expected a name without folders as experiment_name, got `{args.experiment_name}`; --out names the folder')

@@ -71,13 +71,13 @@ class BaseModelFusionAlgorithm(BaseAlgorithm):
 def method_yaml(
     cls:type, # a dataclass derived from `BaseAlgorithm`
 ) -> str:     # text of its YAML file
-    "The configuration file of a method: first line of its docstring, target, defaults with their comments."
+    "The configuration file of a method: first line of its docstring, what it sees, target, defaults with their comments."
     from fastcore.docments import docments
     from omegaconf import OmegaConf
     module = published('fusionbook.method').get(cls.__name__)  # in a notebook `cls` lives in `__main__`; the file is about the exported class
     cls = getattr(import_module(module), cls.__name__) if module else cls
     notes = docments(cls) if module else {}
-    lines = [f'# {cls.__doc__.splitlines()[0]}', f'_target_: {public_name(cls)}']
+    lines = [f'# {cls.__doc__.splitlines()[0]}', f'# sees: {", ".join(cls().uses)}', f'_target_: {public_name(cls)}']
     for f in fields(cls):
         value = OmegaConf.to_yaml({f.name: cls().config[f.name]}).strip()
         lines.append(f'{value} # {notes[f.name]}' if notes.get(f.name) and '\n' not in value else value)

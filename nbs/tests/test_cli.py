@@ -253,7 +253,11 @@ def test_dummies_where_only_models_are_named(here):
     assert (shown['method']['_target_'], shown['taskpool']['_target_']) == ('fusionbook.method.Dummy', 'fusionbook.taskpool.DummyTaskPool')
     assert shown['modelpool']['models']['dtd'] == 'tanganke/clip-vit-base-patch32_dtd'
     half = yaml.safe_load(here('modelpool=clip-vit-base-patch32_TA8', 'method=ties_merging', '-c', 'job').out)
-    assert (half['method']['_target_'], half['taskpool']['_target_']) == ('fusionbook.method.TiesMerging', 'fusionbook.taskpool.DummyTaskPool')
+    assert (half['method']['_target_'], half['taskpool']['_target_']) == ('fusionbook.method.TiesMerging', 'fusionbook.taskpool.CLIPVisionModelTaskPool')
+    own = yaml.safe_load(here('modelpool=mini8', 'method=ties_merging', '-c', 'job').out)
+    assert len(own['taskpool']['test_datasets']) == 8
+    alone = yaml.safe_load(here('modelpool=clip-vit-base-patch32_TA8_model_only', 'method=ties_merging', '-c', 'job').out)
+    assert alone['taskpool']['_target_'] == 'fusionbook.taskpool.DummyTaskPool'
     bare = yaml.safe_load(here('--cfg', 'job').out)
     assert (bare['method']['_target_'], len(bare['modelpool']['models']), len(bare['taskpool']['test_datasets'])) == ('fusionbook.method.TaskArithmetic', 9, 8)
     assert not list(Path.cwd().iterdir()) # showing leaves nothing behind

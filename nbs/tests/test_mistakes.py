@@ -1,0 +1,118 @@
+"""What people mistype: each line is answered by one line with the nearest right thing, before any work, and leaves nothing behind."""
+import shlex
+
+import pytest
+
+T = 'train --experiment_name x --model_type VGG11 --dataset_name CIFAR10'
+M = 'measure --experiment_name x --model_type VGG11 --dataset_name CIFAR10'
+F = 'fuse --experiment_name x --model_type VGG11 --dataset_name CIFAR10'
+MISTAKES = [ # what was typed, what the answer holds
+    ('swep method.scaling_factor=0:1:.1', '`sweep`'),
+    ('compair a.json b.json', '`compare`'),
+    ('experiments compare_methods', '`experiment`'),
+    ('lst', '`list`'),
+    ('tran --experiment_name x', '`train`'),
+    ('run method=ties_merging', 'fusionbook method=ties_merging'),
+    ('help', '`--help`'),
+    ('--hepl', '`--help`'),
+    ('--verison', '`--version`'),
+    ('--list', '`list`'),
+    ('list methdos', '`methods`'),
+    ('list --method', '`methods`'),
+    ('list ties_merging', 'methods, modelpools'),
+    ('method ties_merging', '`method=ties_merging`'),
+    ('ties_merging', '`method=ties_merging`'),
+    ('method = ties_merging', '`method=ties_merging`'),
+    ('method= ties_merging', '`method=ties_merging`'),
+    ('method=ties-merging', '`ties_merging`'),
+    ('method=TIES', '`ties_merging`'),
+    ('method=TiesMerging', '`ties_merging`'),
+    ('method=average', '`simple_average`'),
+    ('method=adamerging', '`adamerging/clip`'),
+    ('Method=ties_merging', '`method`'),
+    ('model_pool=mini8', '`modelpool`'),
+    ('task_pool=mini8', '`taskpool`'),
+    ('scaling_factor=0.5', '`method.scaling_factor`'),
+    ('scalling_factor=0.5', '`method.scaling_factor`'),
+    ('method=ties_merging threshold=10', '`method.threshold`'),
+    ('models.digits=mini8/mnist', '`modelpool.models.digits`'),
+    ('method.scalling_factor=0.5', '`scaling_factor`'),
+    ('method.scaling_factor=0,5', '0.5'),
+    ('shard_size=5XB', '5GB'),
+    ('shard_size=0', 'shard_size'),
+    ('shard_size=-5', 'shard_size'),
+    ('threads=0', 'threads'),
+    ('threads=two', 'threads'),
+    ('threads=-1', 'threads'),
+    ('device=gpu', '`cuda`'),
+    ('device=GPU:0', '`cuda:0`'),
+    ('device=cpuu', '`cpu`'),
+    ('seed=abc', 'whole number'),
+    ('seed=1.5', 'whole number'),
+    ('seeds=3', '[0, 1, 2]'),
+    ('seeds=[a]', 'seeds'),
+    ('dtype=fp16', '`float16`'),
+    ('dtype=float12', '`float16`'),
+    ('modelpool=mini9', '`mini8`'),
+    ('modelpool=mini8 taskpool=mini8_val', '`mini8_validation`'),
+    ('modelpool.models.digits=mini8/digit', '`mini8/digits`'),
+    ('modelpool.models.digits=mini8/digit dry_run=true', '`mini8/digits`'),
+    ('references=no', 'true or false'),
+    ('references=off', 'true or false'),
+    ('dry_run=yes', 'true or false'),
+    ('fast_dev_run=on', 'true or false'),
+    ('print_config=ful', '`full`'),
+    ('hub_mirror=/data', '{name: folder}'),
+    ('no.yaml', 'no.yaml'),
+    ('--config-path nowhere', 'nowhere'),
+    ('--config-nam x', '`--config-name`'),
+    ('method=ties_merging,task_arithmetic', '-m'),
+    ('method=ties_merging method=task_arithmetic', 'twice'),
+    ('sweep method=task_arithmetic', 'at least one key'),
+    ('sweep scaling_factor=0:1:.5', '`method.scaling_factor`'),
+    ('sweep method.scalling_factor=0:1:.5', '`scaling_factor`'),
+    ('sweep method.scaling_factor=0:1:.5 validation=mini8_valid', '`mini8_validation`'),
+    ('compare', 'at least two'),
+    ('compare no.json neither.json', 'no.json'),
+    ('compare no.json neither.json --outptu x', '-o'),
+    ('experiment', 'NAME'),
+    ('experiment compare_method', '`compare_methods`'),
+    ('experiment compare_methods -p fst true', '`fast`'),
+    ('experiment compare_methods -p fast', '-p'),
+    ('experiment compare_methods fast=true', '-p fast true'),
+    ('experiment compare_methods --fast true', '-p fast'),
+    ('train', '--experiment_name'),
+    ('train --experiment-name x --model_type VGG11 --dataset_name CIFAR10', '`--experiment_name`'),
+    ('train --experiment_name x --model_type vgg11 --dataset_name CIFAR10', '`VGG11`'),
+    ('train --experiment_name x --model_type VGG11 --dataset_name cifar-10', '`CIFAR10`'),
+    (T + ' --epochs ten', 'epochs'),
+    (T + ' --device gpu', '`cuda`'),
+    (T + ' epochs=3', '`--epochs 3`'),
+    (M, '--device'),
+    (M + ' --device gpu --seeds 2', '`cuda`'),
+    (F + ' --seed 2', '`--seeds`'),
+    (F + ' --seeds two', 'seeds'),
+]
+
+
+@pytest.mark.parametrize('typed, told', MISTAKES, ids=[w for w, _ in MISTAKES])
+def test_one_line_with_the_nearest_right_thing(here, typed, told):
+    done = here(*shlex.split(typed))
+    assert done.status == 2, (done.status, done.out, done.err)
+    assert told in done.line and len(done.line) < 500, done.line
+    assert not done.out and not list(done.cwd.iterdir())
+
+
+def test_sizes_are_read(here):
+    done = here('shard_size=1MB', 'references=false', 'fast_dev_run=true', 'merged_model_save_path=model')
+    assert done.status == 0, done.err
+    assert len(list((done.cwd/'model').glob('*.safetensors'))) > 1 and done.report['config']['shard_size'] == 1_000_000
+
+
+@pytest.mark.parametrize('word', ['list', 'experiment', 'sweep', 'compare', 'train', 'fuse', 'measure'])
+def test_every_command_has_help_of_its_own(here, word):
+    done, whole = here(word, '--help'), here('--help')
+    assert done.status == 0 and not done.err and f'fusionbook {word}' in done.out and done.out != whole.out
+    assert '(default: None)' not in done.out and all(len(l) <= 125 for l in done.out.splitlines())
+    for flag in ('--experiment_name', '--model_type', '--dataset_name') if word in ('train', 'fuse', 'measure') else (): assert flag in done.out
+    assert word not in ('train', 'fuse', 'measure') or '(required)' in done.out
