@@ -29,6 +29,7 @@ from ..method.base import BaseAlgorithm
 from ..modelpool.base import BaseModelPool
 from ..models.clip import cache_folder
 from ..taskpool.base import BaseTaskPool, DummyTaskPool, model_info, row
+from ..taskpool.clip import lending
 
 # %% ../../nbs/80_bench/03_run.ipynb #1d9c512d
 def _environment():
@@ -81,6 +82,14 @@ def _notes(lineage, shard_size):
     return dict(shard_size=shard_size, extras={'README.md': model_card(lineage)} if lineage else {}, track=lambda names: track(names, 'merging'),
                 metadata={'lineage': json.dumps(lineage, default=str)})
 
+# %% ../../nbs/80_bench/03_run.ipynb #3cf815f0
+def _single(result):
+    "The one network of a result that is to be saved."
+    found = {'model': result} if isinstance(result, nn.Module) or not isinstance(result, (Mapping, list, tuple)) else _models(result)
+    if isinstance(result, Mapping) and not found and all(isinstance(v, torch.Tensor) for v in result.values()): return result # a state dict
+    if len(found) != 1: raise FusionError(f'expected one model to be saved, got {len(found)} from the method ({", ".join(found) or type(result).__name__})')
+    return next(iter(found.values()))
+
 # %% ../../nbs/80_bench/03_run.ipynb #fdd1fd16
 def merged_model(
     method:BaseAlgorithm,   # the method
@@ -96,7 +105,7 @@ def merged_model(
     try:
         if not _streams(method):
             model = method.run(pool)
-            if save_path: pool.save_model(model, save_path, **notes)
+            if save_path: pool.save_model(_single(model), save_path, **notes)
             return model
         sd = method.merge(pool)
         if dtype: sd = cast(sd, dtype)
@@ -121,8 +130,15 @@ def _reference_rows(pool, taskpool, device, hashes) -> Iterator[dict]:
 def _models(result, suffix='') -> dict[str, nn.Module]:
     "What a method made, by name."
     if isinstance(result, nn.Module): return {f'merged{suffix}': result}
-    items = result.items() if isinstance(result, Mapping) else enumerate(result) if isinstance(result, (list, tuple)) else ()
-    return {f'{k}{suffix}': m for k, m in items if isinstance(m, nn.Module)}
+    items = dict(result) if isinstance(result, Mapping) else dict(enumerate(result)) if isinstance(result, (list, tuple)) else {}
+    named = {'merged' if k == 'model' else k: m for k, m in items.items() if isinstance(m, nn.Module)}
+    inner = _models(items['models'], suffix) if isinstance(items.get('models'), (Mapping, list, tuple)) else {}
+    return {f'{k}{suffix}': m for k, m in named.items()} | inner
+
+def _returned(result) -> dict:
+    "What a method gave beside its models, for the report."
+    items = result if isinstance(result, Mapping) and _models(result) else {}
+    return {str(k): _readable(v) for k, v in items.items() if k != 'models' and not isinstance(v, nn.Module)}
 
 # %% ../../nbs/80_bench/03_run.ipynb #765dfed0
 def merged_rows(
@@ -182,9 +198,10 @@ def _info(result):
 def _head(method, pool, taskpool, lineage, result, keys):
     "Everything of a report but its rows; `config` is a run that can be repeated."
     config, met = dict(method=method.config, modelpool=pool.config, taskpool=taskpool.config) | keys, run_meets(pool, taskpool)
+    found = {k: v for k, v in dict(meets=met, returned=_returned(result)).items() if v}
     return dict(created=time.strftime('%Y-%m-%dT%H:%M:%S%z'), method=lineage['method'], uses=sorted(pool.seen), versions=lineage['versions'],
                 git_commit=git_commit(), model_info=_info(result), config=_readable(config),
-                hashes=dict(models={k: s['hash'] for k, s in lineage['sources'].items()})) | (dict(meets=met) if met else {})
+                hashes=dict(models={k: s['hash'] for k, s in lineage['sources'].items()})) | found
 
 # %% ../../nbs/80_bench/03_run.ipynb #487914be
 def _add(data, kept, rows):
@@ -247,7 +264,7 @@ def fusion(
     "Load, merge, evaluate, report."
     check_task_names((taskpool := taskpool or DummyTaskPool()).task_names)
     cost, kept, learned, kind, runs = {}, [], {}, float_type(dtype) if dtype else None, seeded(method, check_seeds(seeds))
-    with measured(cost, 'loading'): _checked(method, pool.attach(taskpool)); lineage = _lineage(method, pool); pool.seen.clear()
+    with measured(cost, 'loading'): _checked(method, pool.attach(lending(taskpool, pool))); lineage = _lineage(method, pool); pool.seen.clear()
     results = _results(runs, pool, cost, lineage, save_path, learned, shard_size=shard_size, dtype=kind); first = next(results)
     keys = dict(seed=seed, seeds=seeds, device=device, dtype=dtype, references=references,
                 merged_model_save_path=save_path and str(save_path), shard_size=shard_size)

@@ -141,16 +141,26 @@ def gradient(self:Mixture) -> Tensor: # (T, G) float64, on the CPU
         p.grad = None
     return found
 
+# %% ../../nbs/60_method/71_coefficients.ipynb #df005a10
+def _numbers(path):
+    "The numbers of a NumPy or PyTorch file; neither may hold anything that runs."
+    import pickle
+    import numpy as np
+    try: found = torch.load(path, map_location='cpu', weights_only=True) if path.suffix in ('.pt', '.pth') else np.load(path, allow_pickle=False)
+    except (pickle.UnpicklingError, ValueError, RuntimeError, EOFError, OSError) as e:
+        raise FusionError(f'expected `weights` as a tensor and nothing else in `{path}`, got {" ".join(str(e).split()) or type(e).__name__:.80}; '
+                          '`numpy.save("weights.npy", tensor.numpy())` makes a file of one') from None
+    if not hasattr(found, 'tolist'): raise FusionError(f'expected `weights` as a tensor in `{path}`, got a {type(found).__name__}')
+    return found.tolist()
+
 # %% ../../nbs/60_method/71_coefficients.ipynb #f1a9f86a
 def _read(source):
     "What a file or a list holds."
     if not isinstance(source, (str, Path)): return source
     path = Path(source)
     if not path.exists(): raise FusionError(f'expected `weights` as a file or numbers, got `{source}`, which does not exist')
-    if path.suffix == '.npy':
-        import numpy as np
-        return np.load(path, allow_pickle=False).tolist()
-    if path.suffix != '.json': raise FusionError(f'expected `weights` in a .json or .npy file, got `{path.name}`; `numpy.save("weights.npy", tensor.numpy())` makes one of a tensor')
+    if path.suffix in ('.npy', '.np', '.pt', '.pth'): return _numbers(path)
+    if path.suffix != '.json': raise FusionError(f'expected `weights` in a .json, .npy or .pt file, got `{path.name}`; `numpy.save("weights.npy", tensor.numpy())` makes one of a tensor')
     found = json.loads(path.read_text())
     found = found.get('adaptation', found) if isinstance(found, dict) else found   # a whole report too
     models = [v for v in found.values() if isinstance(v, dict) and 'coefficients' in v] if isinstance(found, dict) else []
@@ -164,7 +174,7 @@ def _check_names(found, what, mine):
 
 # %% ../../nbs/60_method/71_coefficients.ipynb #df8f5ea6
 def read_coefficients(
-    source,               # a `.json` or `.npy` file, or numbers: (T, G), or (T,) for every group
+    source,               # a `.json`, `.npy` or `.pt` file, or numbers: (T, G), or (T,) for every group
     experts:Sequence[str],# names of the T experts
     groups:Sequence[str], # names of the G groups
 ) -> Tensor:              # (T, G) float64
