@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['vocabulary', 'conflict', 'check_vocabulary']
 
-# %% ../../nbs/00_core/01d_vocabulary.ipynb #3db38549
+# %% ../../nbs/00_core/01d_vocabulary.ipynb #f8671da4
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from .errors import FusionError
 from .files import read_json, read_text
 from .folders import beside
 
-# %% ../../nbs/00_core/01d_vocabulary.ipynb #fffc1ea2
+# %% ../../nbs/00_core/01d_vocabulary.ipynb #4b10bcab
 def _from_tokenizer(file):
     "Words of a `tokenizer.json`, with those that were added."
     found = read_json(file)
@@ -36,7 +36,7 @@ def _from_binary(file): return {hashlib.sha256(file.read_bytes()).hexdigest()[:1
 _READERS = {'tokenizer.json': _from_tokenizer, 'vocab.json': _from_table, 'vocab.txt': _from_lines,
             'tokenizer.model': _from_binary, 'spiece.model': _from_binary, 'sentencepiece.bpe.model': _from_binary}
 
-# %% ../../nbs/00_core/01d_vocabulary.ipynb #95d80619
+# %% ../../nbs/00_core/01d_vocabulary.ipynb #3490c7e5
 def vocabulary(
     path:str|Path, # a file of a model, or its folder
     kind:str,      # the file to read, such as `tokenizer.json`
@@ -45,7 +45,7 @@ def vocabulary(
     file = beside(path)/kind
     return _READERS[kind](file) if file.is_file() else None
 
-# %% ../../nbs/00_core/01d_vocabulary.ipynb #7ec7da2f
+# %% ../../nbs/00_core/01d_vocabulary.ipynb #02235997
 def conflict(
     a:Mapping[str, int],  # word -> row
     b:Mapping[str, int],
@@ -58,7 +58,7 @@ def conflict(
         if rows.get(row, word) != word and word not in a and rows[row] not in b: return f'row {row} for `{rows[row]}` and for `{word}`'
     return ''
 
-# %% ../../nbs/00_core/01d_vocabulary.ipynb #fa0e2f34
+# %% ../../nbs/00_core/01d_vocabulary.ipynb #2092376f
 def check_vocabulary(
     base:str|Path,   # a file of the base, or its folder
     other:str|Path,  # the same of an expert
@@ -73,5 +73,5 @@ def check_vocabulary(
         if None in tables: continue
         if found := conflict(*tables):
             raise FusionError(f'expected {who} to number words as the base does, got {found} in the two files `{kind}`; rows of other words would be averaged. '
-                              'If that is meant, set `check_vocabulary=false` of the model pool')
+                              'If that is meant, set `modelpool.check_vocabulary=false` (`+modelpool.…` where a file lacks the key)')
         return

@@ -114,7 +114,7 @@ def vision_state(
     names = {k: v for k, v in names.items() if not k.endswith('position_ids')}
     info = {k: saved.meta[v] for k, v in names.items()}
     expected = _expected(path) or info
-    if not info: raise FusionError(f'expected a CLIP vision tower in `{path}`, got {", ".join(list(saved)[:3])} …')
+    if not info: raise FusionError(f'expected a CLIP vision tower in `{path}`, got {", ".join(list(saved)[:3])} …; models of other kinds are merged by `modelpool=folders`')
     for what, bad in dict(lacks=[k for k in expected if k not in info], adds=[k for k in info if k not in expected],
                           reshapes=[k for k in expected if k in info and info[k].shape != expected[k].shape]).items():
         if bad: raise FusionError(f'expected the vision tower that its config.json describes, got `{path}`, which {what} {", ".join(bad[:3])}'
