@@ -174,8 +174,8 @@ def main(
     debug = '--debug' in argv
     argv = [a for a in argv if a != '--debug']
     try:
-        with allowing(**vouched(argv)): _dispatch(argv)
-    except KeyboardInterrupt: return _fail('interrupted; what was measured is in the folder of the run', 130, debug)
+        with terminable() as came, allowing(**vouched(argv)): _dispatch(argv)
+    except KeyboardInterrupt: return _fail('interrupted; what was measured is in the folder of the run', came.status, debug)
     except FusionError as e: return _fail(str(e), 2, debug)
     except OSError as e: return _fail(f'{e.strerror or e}' + (f': {e.filename}' if e.filename else ''), 2, debug)
     except Exception as e: return _fail(f'{type(e).__name__}: {e} (--debug shows where)', 1, debug)

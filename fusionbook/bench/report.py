@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from fastcore.basics import patch
 from .tables import around, markdown_table, print_table
-from ..core.checkpoint import atomic
+from ..core.atomic import atomic, json_text
 from ..core.errors import FusionError
 from ..metrics.classification import mean_interval, normalised
 
@@ -95,7 +95,7 @@ class Report(Mapping):
 @patch
 def save(self:Report, path:str|Path) -> Path:
     "Write JSON, atomically."
-    with atomic(path) as new: new.write_text(json.dumps(self.data, indent=1, allow_nan=False, default=str) + '\n')
+    with atomic(path) as new: new.write_text(json_text(self.data))
     return Path(path)
 
 def read_report(

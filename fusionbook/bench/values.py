@@ -91,7 +91,7 @@ def _classes(key, value):
 
 # %% ../../nbs/80_bench/03b_values.ipynb #c72d9b67
 _KINDS = dict(seed=lambda k, v: _whole(k, v, 0), seeds=lambda k, v: check_seeds(v), device=lambda k, v: device_name(v, k), dtype=_dtype, threads=lambda k, v: _whole(k, v, 1),
-              references=_truth, fast_dev_run=_truth, dry_run=_truth, print_config=_printed, save_report=_path, merged_model_save_path=_path,
+              references=_truth, fast_dev_run=_truth, dry_run=_truth, print_config=_printed, save_report=_path, merged_model_save_path=_path, log_dir=_path,
               shard_size=lambda k, v: size(v, k), hub_mirror=_mirror, allow_target=_classes)
 _NEVER_NONE = 'device', 'references', 'fast_dev_run', 'dry_run'
 

@@ -99,8 +99,8 @@ def resolved(
 
 # %% ../../nbs/00_core/06c_foreign.ipynb #1b320e4f
 IDLE = ('_target_', '_recursive_', 'defaults', 'print_function_call', 'corruption', 'severity', # of its current files
-        'use_lightning', 'fabric_logger', 'trainer', 'exp_name', 'log_dir', 'merged_model_save_kwargs') # and of its first releases
-_ASKS = {'log_dir': 'a run writes into its own folder below _runs', 'merged_model_save_kwargs': 'a model is saved with the files of its base'}
+        'use_lightning', 'fabric_logger', 'trainer', 'exp_name', 'merged_model_save_kwargs') # and of its first releases
+_ASKS = {'merged_model_save_kwargs': 'a model is saved with the files of its base'}
 
 def program(
     cfg,   # a run, interpolations resolved or not
