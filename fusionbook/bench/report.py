@@ -68,7 +68,7 @@ def spread(
 
 # %% ../../nbs/80_bench/01_report.ipynb #510ee987
 _OWN = ('rows', 'config', 'method', 'uses', 'seed', 'versions', 'git_commit', 'hashes', 'cost', 'interrupted', 'model_info', 'average', 'created', 'seeds', 'sweep',
-        'adaptation', 'tuned_on', 'meets')
+        'adaptation', 'tuned_on', 'meets', 'returned')
 
 # %% ../../nbs/80_bench/01_report.ipynb #e47d4b58
 class Report(Mapping):
