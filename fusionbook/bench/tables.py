@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['markdown_table', 'around', 'pages', 'print_table']
 
-# %% ../../nbs/80_bench/00_tables.ipynb #d96b9127
+# %% ../../nbs/80_bench/00_tables.ipynb #0c8d97e3
 from collections.abc import Sequence
 
-# %% ../../nbs/80_bench/00_tables.ipynb #acc85b45
+# %% ../../nbs/80_bench/00_tables.ipynb #8e7177c2
 def markdown_table(
     head:Sequence[str],            # column names; the first column is left-aligned
     lines:Sequence[Sequence[str]], # cells
@@ -16,7 +16,7 @@ def markdown_table(
     "A table in Markdown, as notebooks and pages show it."
     return '\n'.join('|'.join(['', *map(str, row), '']) for row in [head, ['---'] + ['---:'] * (len(head) - 1), *lines])
 
-# %% ../../nbs/80_bench/00_tables.ipynb #5f7c7d8f
+# %% ../../nbs/80_bench/00_tables.ipynb #15c56990
 def around(
     value:float, # in [0, 1]
     low:float|None, high:float|None, # its interval; None where there is none
@@ -26,15 +26,15 @@ def around(
     less, more = f'{100 * (value - low):.1f}', f'{100 * (high - value):.1f}'
     return f'{100 * value:.1f} ' + (f'±{less}' if less == more else f'−{less} +{more}')
 
-# %% ../../nbs/80_bench/00_tables.ipynb #31f0acae
+# %% ../../nbs/80_bench/00_tables.ipynb #396931e7
 def pages(
     widths:Sequence[int], # letters of each column; the first one stands on every page
     room:int,             # letters of a line
 ) -> list[list[int]]:     # the columns of each page, beside the first
-    "Columns that fit beside the first one."
+    "Columns that fit beside the first one, two letters apart."
     found, used = [[]], 0
     for i, w in enumerate(widths[1:], 1):
-        if found[-1] and used + w + 2 > room - widths[0] - 3: found, used = [*found, []], 0
+        if found[-1] and used + w + 2 > room - widths[0]: found, used = [*found, []], 0
         found[-1].append(i)
         used += w + 2
     return found
@@ -44,7 +44,8 @@ def _printed(head, lines, columns, first, title, bold):
     from rich import box
     from rich.table import Table
     from rich.text import Text
-    out, last = Table(title=title and Text(title), box=box.SIMPLE_HEAD, title_justify='left'), len(lines) - 1
+    look = dict(box=box.SIMPLE_HEAD, title_justify='left', collapse_padding=True, pad_edge=False, show_edge=False)
+    out, last = Table(title=title and Text(title), **look), len(lines) - 1
     for i in columns: out.add_column(Text(str(head[i])), justify='left' if i == 0 else 'right', overflow='fold', max_width=None if i else first)
     for i, line in enumerate(lines):
         if i == last and i in bold: out.add_section()
@@ -64,7 +65,7 @@ def print_table(
     from rich.console import Console
     console = console or Console()
     widths = [max(cell_len(str(row[i])) for row in [head, *lines]) for i in range(len(head))]
-    wide = sum(w + 2 for w in widths) > console.width - 2
+    wide = sum(w + 2 for w in widths) - 2 > console.width
     first = min(widths[0], max(24, console.width // 3)) if wide else widths[0]
     for n, part in enumerate(pages([first, *widths[1:]], console.width)):
-        console.print(_printed(head, lines, [0, *part], first, title if n == 0 else '', bold))
+        console.print(_printed(head, lines, [0, *part], first, title if n == 0 else '', bold), '')
