@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['markdown_table', 'around', 'pages', 'print_table']
 
-# %% ../../nbs/80_bench/00_tables.ipynb #0c8d97e3
+# %% ../../nbs/80_bench/00_tables.ipynb #00546536
 from collections.abc import Sequence
 
-# %% ../../nbs/80_bench/00_tables.ipynb #8e7177c2
+# %% ../../nbs/80_bench/00_tables.ipynb #a7c0df1a
 def markdown_table(
     head:Sequence[str],            # column names; the first column is left-aligned
     lines:Sequence[Sequence[str]], # cells
@@ -16,7 +16,7 @@ def markdown_table(
     "A table in Markdown, as notebooks and pages show it."
     return '\n'.join('|'.join(['', *map(str, row), '']) for row in [head, ['---'] + ['---:'] * (len(head) - 1), *lines])
 
-# %% ../../nbs/80_bench/00_tables.ipynb #15c56990
+# %% ../../nbs/80_bench/00_tables.ipynb #8b7789c8
 def around(
     value:float, # in [0, 1]
     low:float|None, high:float|None, # its interval; None where there is none
@@ -26,7 +26,7 @@ def around(
     less, more = f'{100 * (value - low):.1f}', f'{100 * (high - value):.1f}'
     return f'{100 * value:.1f} ' + (f'±{less}' if less == more else f'−{less} +{more}')
 
-# %% ../../nbs/80_bench/00_tables.ipynb #396931e7
+# %% ../../nbs/80_bench/00_tables.ipynb #656c100e
 def pages(
     widths:Sequence[int], # letters of each column; the first one stands on every page
     room:int,             # letters of a line
@@ -39,13 +39,12 @@ def pages(
         used += w + 2
     return found
 
-def _printed(head, lines, columns, first, title, bold):
+def _printed(head, lines, columns, first, bold):
     "One page of a table."
     from rich import box
     from rich.table import Table
     from rich.text import Text
-    look = dict(box=box.SIMPLE_HEAD, title_justify='left', collapse_padding=True, pad_edge=False, show_edge=False)
-    out, last = Table(title=title and Text(title), **look), len(lines) - 1
+    out, last = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False), len(lines) - 1
     for i in columns: out.add_column(Text(str(head[i])), justify='left' if i == 0 else 'right', overflow='fold', max_width=None if i else first)
     for i, line in enumerate(lines):
         if i == last and i in bold: out.add_section()
@@ -63,9 +62,11 @@ def print_table(
     "Print a table in a terminal, in as many pages as its columns need."
     from rich.cells import cell_len
     from rich.console import Console
+    from rich.text import Text
     console = console or Console()
     widths = [max(cell_len(str(row[i])) for row in [head, *lines]) for i in range(len(head))]
     wide = sum(w + 2 for w in widths) - 2 > console.width
     first = min(widths[0], max(24, console.width // 3)) if wide else widths[0]
-    for n, part in enumerate(pages([first, *widths[1:]], console.width)):
-        console.print(_printed(head, lines, [0, *part], first, title if n == 0 else '', bold), '')
+    if title: console.print(Text(title, style='italic'))
+    for part in pages([first, *widths[1:]], console.width):
+        console.print(_printed(head, lines, [0, *part], first, bold), '')
