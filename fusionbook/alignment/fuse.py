@@ -14,8 +14,9 @@ from .activations import listeners, plain_groups
 from .cost import TINY, Gram, activation_grams, distances, rescale
 from .spec import Group, Spec, as_maps, check_spec, make_spec, members, permute, transform, unfold
 from .transport import plan, transport_map
+from ..core.engine import map_tensors
 from ..core.errors import FusionError, check_known
-from ..core.state_dict import StateDict, map_tensors, meta, shared
+from ..core.state_dict import StateDict, meta, shared
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #e6137c8e
 def move(
@@ -186,7 +187,9 @@ def average(
     "Naive fusion: the weighted mean of every tensor."
     w = [1 / len(models)] * len(models) if weights is None else list(weights)
     if len(w) != len(models): raise FusionError(f'expected {len(models)} weights, one per model, got {len(w)}')
-    def f(name, base, x): return torch.tensordot(torch.tensor(w, dtype=x.dtype, device=x.device), x, 1) if len(set(w)) > 1 else x.sum(0) * w[0]
+    def f(e):
+        x = e.experts
+        return torch.tensordot(torch.tensor(w, dtype=x.dtype, device=x.device), x, 1) if len(set(w)) > 1 else x.sum(0) * w[0]
     return map_tensors(f, None, models, elementwise=True, like=like or models[0])
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #be4246fd

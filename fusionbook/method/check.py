@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from ..core.checkpoint import Checkpoint
+from ..core.entries import chunk
 from ..core.state_dict import StateDict
 from .base import BaseAlgorithm, USES, fuse
 from ..modelpool.base import BaseModelPool
@@ -91,29 +92,72 @@ def _variants(pool):
     data = dict(train_datasets=pool._train_datasets, val_datasets=pool._val_datasets, test_datasets=pool._test_datasets)
     return [ToyPool(experts, base, **data).attach(pool.taskpool) for experts in ({n: pool._models[n] for n in names[::-1]}, dict.fromkeys(names, base))]
 
+# %% ../../nbs/60_method/01_check.ipynb #feb47273
+class _Trial:
+    "One method on one toy pool: what was there before, and what came out."
+    def __init__(self, method, pool):
+        self.method, self.pool = method, pool
+        self.before = {n: _tensors(pool._models[n]) for n in pool.all_model_names}
+        self.base = self.before['_pretrained_']
+        pool.seen.clear()
+        self.merged = self.run(pool)
+        self.seen = set(pool.seen)
+    def run(self, pool): return _tensors(fuse(self.method, pool))
+
+# %% ../../nbs/60_method/01_check.ipynb #89179d7d
+def _uses_known(t):
+    if not set(t.method.uses) <= set(USES): return f'`uses` knows {USES}, got {t.method.uses}'
+
+def _uses_true(t):
+    if t.seen != set(t.method.uses): return f'says it uses {sorted(t.method.uses)}, and read {sorted(t.seen)}'
+
+def _form_kept(t):
+    want, got = ({k: (v.shape, v.dtype) for k, v in sd.items()} for sd in (t.base, t.merged))
+    if got != want: return f'changed names, shapes or types: {set(got.items()) ^ set(want.items())}'
+
+def _inputs_kept(t):
+    for n, sd in t.before.items():
+        if not all(sd[k].equal(v) for k, v in _tensors(t.pool._models[n]).items()): return f'modified its input `{n}`'
+
+# %% ../../nbs/60_method/01_check.ipynb #e72ae99d
+def _same_bytes(a, b): return all(a[k].equal(b[k]) for k in a)
+
+def _repeatable(t):
+    if not _same_bytes(t.merged, t.run(t.pool)): return 'gave two results for one input'
+
+def _counters_kept(t):
+    if not t.merged['steps'].equal(t.base['steps']): return 'did not take the integer `steps` from the base'
+
+def _any_order(t):
+    turned, _ = _variants(t.pool)
+    if t.method.symmetric and not _close(t.merged, t.run(turned)): return 'depends on the order of the experts'
+
+def _stays(t):
+    _, same = _variants(t.pool)
+    if not _close(t.base, t.run(same)): return 'moved away from the base although no expert did'
+
+# %% ../../nbs/60_method/01_check.ipynb #4795a1ef
+def _any_pieces(t):
+    with chunk(8): tiny = t.run(t.pool)
+    if not _same_bytes(t.merged, tiny): return 'depends on the size of the pieces it works in'
+
+def _survives_yaml(t):
+    made = type(t.method)(**{k: v for k, v in t.method.config.items() if k != '_target_'})
+    if made.config != t.method.config: return f'does not survive its YAML: {made.config} for {t.method.config}'
+
+_CHECKS = _uses_known, _uses_true, _form_kept, _inputs_kept, _repeatable, _counters_kept, _any_order, _any_pieces, _survives_yaml
+
 # %% ../../nbs/60_method/01_check.ipynb #3723e6af
 def check_method(
     algorithm:BaseAlgorithm,    # a method with `merge` or `run`
     pool:BaseModelPool|None=None, # toy models with a base; `toy_pool()` when None
     *, identity:bool=True,      # whether experts that equal the base must give the base
-) -> None:                      # raises `AssertionError` on the first property that does not hold
+) -> None:                      # raises `AssertionError` that names every property that does not hold
     "The properties of every merge, on toy tensors."
-    pool, who = pool or toy_pool(), type(algorithm).__name__
-    before = {n: _tensors(pool._models[n]) for n in pool.all_model_names}
-    pool.seen.clear()
-    merged, base = _tensors(fuse(algorithm, pool)), before['_pretrained_']
-    assert set(algorithm.uses) <= set(USES), f'{who}: `uses` knows {USES}, got {algorithm.uses}'
-    assert pool.seen == set(algorithm.uses), f'{who} says it uses {sorted(algorithm.uses)}, and read {sorted(pool.seen)}'
-    want, got = ({k: (v.shape, v.dtype) for k, v in sd.items()} for sd in (base, merged))
-    assert got == want, f'{who} changed names, shapes or types: {set(got.items()) ^ set(want.items())}'
-    for n, sd in before.items(): assert all(sd[k].equal(v) for k, v in _tensors(pool._models[n]).items()), f'{who} modified its input `{n}`'
-    again, (turned, same) = _tensors(fuse(algorithm, pool)), _variants(pool)
-    assert all(merged[k].equal(again[k]) for k in merged), f'{who} gave two results for one input'
-    assert merged['steps'].equal(base['steps']), f'{who} did not take the integer `steps` from the base'
-    if algorithm.symmetric: assert _close(merged, _tensors(fuse(algorithm, turned))), f'{who} depends on the order of the experts'
-    if identity: assert _close(base, _tensors(fuse(algorithm, same))), f'{who} moved away from the base although no expert did'
-    copy = type(algorithm)(**{k: v for k, v in algorithm.config.items() if k != '_target_'})
-    assert copy.config == algorithm.config, f'{who} does not survive its YAML: {copy.config} for {algorithm.config}'
+    trial = _Trial(algorithm, pool or toy_pool())
+    checks = [*_CHECKS, _stays] if identity else _CHECKS
+    faults = [wrong for check in checks if (wrong := check(trial))]
+    assert not faults, f'{type(algorithm).__name__} ' + '; '.join(faults)
 
 # %% ../../nbs/60_method/01_check.ipynb #47d0a182
 def oracle_folder() -> Path|None: # the folder with `merge/cases.json`, or None

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from ..core.engine import map_tensors, pieces as _pieces
 from ..core.errors import FusionError, nearest
-from ..core.state_dict import StateDict, map_tensors, meta, pieces as _pieces
+from ..core.state_dict import StateDict, meta
 from .ties import _thresholds, elect_sign, kept_share, trim
 
 # %% ../../nbs/60_method/71_coefficients.ipynb #bbb1b2c8
@@ -64,7 +65,9 @@ def merge_coefficients(
     if coefficients.shape != (len(experts), len(place)):
         raise FusionError(f'expected coefficients ({len(experts)}, {len(place)}), experts × groups, got {tuple(coefficients.shape)}')
     w = coefficients.detach().to(device)
-    def f(name, b, x): return b + torch.einsum('t,t...->...', w[:, place[groups[name]]].to(b.dtype), clean(name, x - b)) if name in groups else b
+    def f(e):
+        if e.name not in groups: return e.base
+        return e.base + torch.einsum('t,t...->...', w[:, place[groups[e.name]]].to(e.base.dtype), clean(e.name, e.tau))
     return map_tensors(f, base, experts, elementwise=True, device=device)
 
 # %% ../../nbs/60_method/71_coefficients.ipynb #7d72dde7

@@ -8,7 +8,8 @@ __all__ = ['simple_average', 'SimpleAverage']
 # %% ../../nbs/60_method/20_simple_average.ipynb #407dc76a
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ..core.state_dict import StateDict, map_tensors
+from ..core.engine import map_tensors
+from ..core.state_dict import StateDict
 from .base import BaseAlgorithm
 
 # %% ../../nbs/60_method/20_simple_average.ipynb #291a6274
@@ -18,7 +19,7 @@ def simple_average(
     device:str='cpu',            # where the arithmetic happens
 ) -> StateDict:                  # lazy
     "The mean of the experts, in float32, rounded once."
-    return map_tensors(lambda name, b, x: x.mean(0), None, experts, like=like, elementwise=True, device=device)
+    return map_tensors(lambda e: e.experts.mean(0), None, experts, like=like, elementwise=True, device=device)
 
 # %% ../../nbs/60_method/20_simple_average.ipynb #d8770a6d
 @dataclass

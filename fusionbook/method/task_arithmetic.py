@@ -9,7 +9,8 @@ __all__ = ['task_arithmetic', 'TaskArithmetic']
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
-from ..core.state_dict import StateDict, map_tensors
+from ..core.engine import map_tensors
+from ..core.state_dict import StateDict
 from .base import BaseAlgorithm, expert_weights
 
 # %% ../../nbs/60_method/22_task_arithmetic.ipynb #b038d829
@@ -21,7 +22,7 @@ def task_arithmetic(
 ) -> StateDict:                  # lazy
     "Base plus the weighted sum of the task vectors, in float32, rounded once."
     w = torch.tensor(weights, dtype=torch.float64, device=device)
-    def f(name, b, x): return b + torch.einsum('t,t...->...', w.to(x.dtype), x - b)
+    def f(e): return e.base + torch.einsum('t,t...->...', w.to(e.base.dtype), e.tau)
     return map_tensors(f, base, experts, elementwise=True, device=device)
 
 # %% ../../nbs/60_method/22_task_arithmetic.ipynb #5f55c1ad

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import cache, partial
 import torch
 from torch import Tensor
+from ..core.engine import map_tensors, pieces
 from ..core.errors import FusionError
 from ..core.selection import kth_largest
-from ..core.state_dict import StateDict, check_same, map_tensors, meta, pieces, shared
+from ..core.state_dict import StateDict, check_same, meta, shared
 from .base import BaseAlgorithm, expert_weights
 
 # %% ../../nbs/60_method/31_ties.ipynb #1a56fc48
@@ -123,10 +124,10 @@ def ties(
     threshold = (lambda name: whole()) if trim_by == 'model' else each
     ballot = w if elect == 'weighted_sum' else None
     draw = cache(lambda: 1. if tie == 'plus' else _majority(base, experts, names, threshold, ballot, by, device))
-    def f(name, b, x):
-        if name in keep_base: return b
-        kept = trim(x - b, threshold(name))
-        return b + scale * disjoint_merge(kept, _elect(kept, ballot, by, draw), w, how=merge_func)
+    def f(e):
+        if e.name in keep_base: return e.base
+        kept = trim(e.tau, threshold(e.name))
+        return e.base + scale * disjoint_merge(kept, _elect(kept, ballot, by, draw), w, how=merge_func)
     return map_tensors(f, base, experts, elementwise=True, device=device)
 
 # %% ../../nbs/60_method/31_ties.ipynb #2fa89646

@@ -9,7 +9,8 @@ __all__ = ['weighted_average', 'WeightedAverage']
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
-from ..core.state_dict import StateDict, map_tensors
+from ..core.engine import map_tensors
+from ..core.state_dict import StateDict
 from .base import BaseAlgorithm, expert_weights
 
 # %% ../../nbs/60_method/21_weighted_average.ipynb #81e16884
@@ -21,7 +22,7 @@ def weighted_average(
 ) -> StateDict:                  # lazy
     "The weighted sum of the experts, in float32, rounded once."
     w = torch.tensor(weights, dtype=torch.float64, device=device)
-    def f(name, b, x): return torch.einsum('t,t...->...', w.to(x.dtype), x)
+    def f(e): return torch.einsum('t,t...->...', w.to(e.experts.dtype), e.experts)
     return map_tensors(f, None, experts, like=like, elementwise=True, device=device)
 
 # %% ../../nbs/60_method/21_weighted_average.ipynb #5c18e2c7

@@ -11,8 +11,9 @@ import math
 import torch
 from ..alignment.matching import weight_matching
 from ..alignment.spec import Spec, permute
+from ..core.engine import map_tensors
 from ..core.errors import FusionError
-from ..core.state_dict import Lazy, StateDict, check_same, map_tensors, meta
+from ..core.state_dict import Lazy, StateDict, check_same, meta
 
 # %% ../../nbs/40_metrics/03e_landscape.ipynb #086aa00d
 def _floats(a, b):
@@ -56,7 +57,7 @@ def interpolated(
     t:float,     # place on the line; also outside of [0, 1]
 ) -> Lazy:       # computed when read
     "A network on the straight line through two."
-    return map_tensors(lambda name, x, y: (1 - t) * x + t * y[0], a, [b], elementwise=True)
+    return map_tensors(lambda e: (1 - t) * e.base + t * e.experts[0], a, [b], elementwise=True)
 
 # %% ../../nbs/40_metrics/03e_landscape.ipynb #87eba18f
 def barrier(
@@ -87,7 +88,8 @@ def plane(
     def at(x, y):
         second = y / height
         first = x / width - second * uw / uu
-        return map_tensors(lambda n, base, z: base + first * (z[0] - base) + second * (z[1] - base), a, [b, c], elementwise=True)
+        def f(e): return e.base + first * (e.experts[0] - e.base) + second * (e.experts[1] - e.base)
+        return map_tensors(f, a, [b, c], elementwise=True)
     return dict(a=(0., 0.), b=(width, 0.), c=(uw / width, height)), at
 
 # %% ../../nbs/40_metrics/03e_landscape.ipynb #2e7686e9
