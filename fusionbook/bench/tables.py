@@ -6,15 +6,21 @@
 __all__ = ['markdown_table', 'around', 'pages', 'print_table']
 
 # %% ../../nbs/80_bench/00_tables.ipynb #00546536
+import re
 from collections.abc import Sequence
 
 # %% ../../nbs/80_bench/00_tables.ipynb #a7c0df1a
+def _cell(x):
+    "A cell in Markdown: one line, in which neither `|` ends it nor `<` begins a tag."
+    return re.sub(r'(?<!\\)\|', r'\\|', ' '.join(str(x).split('\n'))).replace('<', '&lt;')
+
+# %% ../../nbs/80_bench/00_tables.ipynb #e4270f69
 def markdown_table(
     head:Sequence[str],            # column names; the first column is left-aligned
     lines:Sequence[Sequence[str]], # cells
 ) -> str:
-    "A table in Markdown, as notebooks and pages show it."
-    return '\n'.join('|'.join(['', *map(str, row), '']) for row in [head, ['---'] + ['---:'] * (len(head) - 1), *lines])
+    "A table in Markdown, as notebooks and pages show it; a name keeps its letters."
+    return '\n'.join('|'.join(['', *map(_cell, row), '']) for row in [head, ['---'] + ['---:'] * (len(head) - 1), *lines])
 
 # %% ../../nbs/80_bench/00_tables.ipynb #8b7789c8
 def around(

@@ -116,7 +116,7 @@ def matrices(
     fig, axes = figure(len(rows), per_row, height=sum(heights), width=max(2, per_row*(inch*wide + .15)), height_ratios=heights, frame=False)
     for ax, title, v, t in ((ax, title, v, t) for line, row, t in zip(axes, rows, tall) for ax, (title, v) in zip(line, row)):
         _cells(ax, np.pad(v, ((0, t - v.shape[0]), (0, wide - v.shape[1])), constant_values=np.nan), (-limit, limit), 'RdBu_r', lambda x: _short(x, limit), font)
-        ax.set_title('\n'.join(textwrap.wrap(title, 18)), fontsize=theme['font'], color=theme['ink'])
+        ax.set_title('\n'.join(textwrap.wrap(title, 18)), fontsize=theme['font'], color=theme['ink'], parse_math=False)
     return fig
 
 # %% ../../nbs/00_core/04_plot.ipynb #010e1768
@@ -128,7 +128,8 @@ def _label(ax, names, inches):
     letters = max(3, int(inches / len(names) / .07))
     lines = [textwrap.wrap(str(n).replace('_', ' '), letters, break_long_words=False) or [''] for n in names]
     level = max(len(l) for n in lines for l in n) <= letters and max(map(len, lines)) <= 3
-    ax.set_xticks(range(len(names)), ['\n'.join(l) if level else textwrap.shorten(str(n), 32, placeholder='…') for l, n in zip(lines, names)])
+    ax.set_xticks(range(len(names)), ['\n'.join(l) if level else textwrap.shorten(str(n), 32, placeholder='…') for l, n in zip(lines, names)],
+                  parse_math=False)
     if not level: ax.tick_params(axis='x', rotation=40)
     for t in ax.get_xticklabels() if not level else (): t.set(ha='right', rotation_mode='anchor')
     return level
@@ -137,9 +138,10 @@ def _label(ax, names, inches):
 def _legend(fig, ax, names):
     "Name the series above the panels, unless there is one."
     if len(names) < 2: return
-    letters = max(len(str(n)) for n in names)
-    fig.legend(*ax.get_legend_handles_labels(), loc='outside upper left', frameon=False, fontsize=theme['font'], labelcolor=theme['ink'],
-               ncols=max(1, min(len(names), int(theme['width']*12.5/(letters + 5)))), handlelength=1.4, columnspacing=1.4)
+    letters, handles = max(len(str(n)) for n in names), list(ax.containers) or ax.lines[:len(names)]
+    legend = fig.legend(handles, [str(n) for n in names], loc='outside upper left', frameon=False, fontsize=theme['font'], labelcolor=theme['ink'],
+                        ncols=max(1, min(len(names), int(theme['width']*12.5/(letters + 5)))), handlelength=1.4, columnspacing=1.4)
+    for t in legend.get_texts(): t.set_parse_math(False)
 
 # %% ../../nbs/00_core/04_plot.ipynb #624b3137
 def _write(ax, x, y, ends):
@@ -196,7 +198,7 @@ def _levels(ax, levels):
             push = max(0, gap - (place[i+1] - place[i]))/2
             place[i], place[i+1] = place[i] - push, place[i+1] + push
     for name, y in zip(names, place):
-        ax.annotate(f'{name} {levels[name]:.3g}', (1.02, y), xycoords=('axes fraction', 'data'), va='center', annotation_clip=False,
+        ax.annotate(f'{name} {levels[name]:.3g}', (1.02, y), xycoords=('axes fraction', 'data'), va='center', annotation_clip=False, parse_math=False,
                     fontsize=theme['font']-1, color=theme['ink'])
 
 # %% ../../nbs/00_core/04_plot.ipynb #ee0b5d82
@@ -239,7 +241,7 @@ def heatmap(
     diverging = seen.min(initial=0) < 0
     _cells(ax, x, (-far, far) if diverging else (seen.min(initial=far), far), 'RdBu_r' if diverging else 'Blues',
            lambda v: format(v, fmt), min(8, 8*room) if room > .6 and len(rows) <= 24 else 0)
-    ax.set_yticks(range(len(rows)), rows)
+    ax.set_yticks(range(len(rows)), [str(r) for r in rows], parse_math=False)
     if not _label(ax, columns, fig.get_figwidth()*.75): fig.set_figheight(fig.get_figheight() + .045*min(32, max(len(str(c)) for c in columns))) # turned
     return fig
 
@@ -277,5 +279,5 @@ def contact_sheet(
     fig, ((ax,),) = figure(height=sheet.shape[0]*inch, width=sheet.shape[1]*inch, frame=False)
     ax.imshow(sheet, interpolation='nearest')
     for i, name in enumerate(names):
-        ax.text(i % columns*(w + 2) + 1 + w/2, i//columns*tall + h, name, ha='center', va='top', fontsize=theme['font']-2, color=theme['ink'])
+        ax.text(i % columns*(w + 2) + 1 + w/2, i//columns*tall + h, name, ha='center', va='top', fontsize=theme['font']-2, color=theme['ink'], parse_math=False)
     return fig
