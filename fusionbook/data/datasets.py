@@ -184,7 +184,7 @@ def class_names(
 ) -> list[str]:     # names of the C classes in the order of the labels, or None
     "The class names that a data set brings along, if any."
     if isinstance(dataset, Images): return dataset.classnames
-    feature = features(dataset).get(columns(dataset, label=label)[1])
+    feature = features(dataset).get(column(dataset, 'label', label))
     return list(feature.names) if hasattr(feature, 'names') else None
 
 # %% ../../nbs/10_data/01_datasets.ipynb #4e6398e3
