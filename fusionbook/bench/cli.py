@@ -27,6 +27,7 @@ _USAGE = '''fusionbook: merge trained networks and measure the result.
   fusionbook experiment NAME [-p key value ...] [--grid key=a,b,c ...] [-o OUTPUT] [--report]
   fusionbook sweep method.scaling_factor=0:1:0.1 [key=a,b,c ...] [validation=TASKPOOL]     choose on validation, report on test
   fusionbook compare A/report.json B/report.json ... [-o FOLDER]                           differences, with paired intervals
+  fusionbook finetune --base MODEL --data DATA --name TASK [--out experts] ...             an expert of your own data, and what merges it with others
   fusionbook train    --experiment_name E --model_type M --dataset_name D [--seeds N] ...  pairs of networks, in the folders of the OT-fusion study
   fusionbook fuse     --experiment_name E --model_type M --dataset_name D [--seeds N] ...  naive and geometric fusion of each pair
   fusionbook measure  --experiment_name E --model_type M --dataset_name D [--seeds N] ...  both parents and both children in four spaces
@@ -68,6 +69,7 @@ COMMANDS = { # word -> module and function that takes the rest of the line
     'train': ('fusionbook.bench.train', 'train_command'),
     'fuse': ('fusionbook.bench.fuse', 'fuse_command'),
     'measure': ('fusionbook.bench.measure', 'measure_command'),
+    'finetune': ('fusionbook.bench.finetune', 'finetune_command'),
 }
 
 # %% ../../nbs/80_bench/99_cli.ipynb #f23b50ae

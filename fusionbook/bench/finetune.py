@@ -98,6 +98,18 @@ def _cut(args, parts):
         parts['train'], parts[part] = rest, cut
     return parts
 
+# %% ../../nbs/80_bench/12_finetune.ipynb #ee62fe26
+def _kept(rows, file):
+    "Write rows to a parquet file, without a bar."
+    import datasets
+    loud = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with atomic(file) as new: rows.to_parquet(new)
+    finally:
+        if loud: datasets.enable_progress_bars()
+    return file
+
 # %% ../../nbs/80_bench/12_finetune.ipynb #5dc6edf1
 def expert_data(
     args:argparse.Namespace, # of `finetune_arguments`
@@ -111,9 +123,7 @@ def expert_data(
     places = {p: _config(args.data, p) for p in found if p != 'train'}
     parts = _cut(args, found)
     for part in set(parts) - {'train', *places}: # kept in a file
-        file = Path(args.out)/'data'/args.name/f'{part}.parquet'
-        with atomic(file) as new: parts[part].to_parquet(new)
-        places[part] = _config(str(file), 'train')
+        places[part] = _config(str(_kept(parts[part], Path(args.out)/'data'/args.name/f'{part}.parquet')), 'train')
     return _apart(args, parts), places, names
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #eadfd7f2
@@ -271,7 +281,8 @@ def _next(args, folder, experts):
     place = shlex.quote(str(folder))
     merge = f'fusionbook --config-dir {place} modelpool=experts taskpool=experts method=task_arithmetic'
     sweep = f'fusionbook sweep --config-dir {place} modelpool=experts taskpool=experts validation=experts_validation method=task_arithmetic method.scaling_factor=0:1:0.1'
-    more = [] if len(experts) > 1 else [f'another    fusionbook finetune --base {shlex.quote(args.base)} --data … --name … --out {shlex.quote(args.out)}']
+    held = [] if 'test' in experts[args.name] else [f'no test rows: `taskpool=experts` measures {args.name} on its validation rows']
+    more = held if len(experts) > 1 else [*held, f'another    fusionbook finetune --base {shlex.quote(args.base)} --data … --name … --out {shlex.quote(args.out)}']
     return '\n'.join([*more, f'merge      {merge}', f'choose     {sweep}'])
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #be202112
