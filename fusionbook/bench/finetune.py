@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from .flags import Flags, check_choice
+from .flags import Flags, check_choice, read_flags
 from .provenance import versions
 from .values import check_device
 from ..core.checkpoint import Checkpoint, atomic, find
@@ -51,7 +51,7 @@ def finetune_arguments(
     argv:Sequence[str],    # what the user typed after `fusionbook finetune`
 ) -> argparse.Namespace:   # every flag
     "Read and check the command line."
-    args = _parser().read(argv)
+    args = read_flags(_parser(), argv)
     if Path(args.name).name != args.name or args.name.startswith(('_', '.')) or args.name in ('config', 'data'):
         raise FusionError(f'expected a name of a task without folders, _ or . in front, got `{args.name}`; --out names the folder')
     for key in ('epochs', 'batch_size', 'learning_rate', 'max_length', 'every'):
