@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CODES', 'check_kind', 'unwrapped', 'contents']
 
-# %% ../../nbs/00_core/01b_reading.ipynb #90e1ae6b
-import pickle, re, zipfile
+# %% ../../nbs/00_core/01b_reading.ipynb #16237995
+import io, pickle, re, zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,14 @@ from torch import Tensor
 from .errors import FusionError
 from .state_dict import shared
 
-# %% ../../nbs/00_core/01b_reading.ipynb #bae21aea
+# %% ../../nbs/00_core/01b_reading.ipynb #427b2f22
 _KINDS = {
     b'GGUF': 'a GGUF file, whose weights are quantised: give the release in safetensors that it was made from',
     b'version https://git-lfs': 'the pointer that Git LFS left in its place: run `git lfs pull` there',
     b'<!DOCTYPE': 'a web page: download the file itself',
     b'<html': 'a web page: download the file itself'}
 
-# %% ../../nbs/00_core/01b_reading.ipynb #33b6eea5
+# %% ../../nbs/00_core/01b_reading.ipynb #1cc618d9
 def check_kind(
     file:str|Path, # that should hold tensors
 ) -> None:         # raises `FusionError`
@@ -36,13 +36,13 @@ def check_kind(
     for mark, what in _KINDS.items():
         if head.startswith(mark): raise FusionError(f'expected a file of tensors, got `{file}`, which is {what}')
 
-# %% ../../nbs/00_core/01b_reading.ipynb #bb12954a
+# %% ../../nbs/00_core/01b_reading.ipynb #581f69df
 CODES = {torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int64: 'I64', torch.int32: 'I32',
          torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL', torch.float8_e4m3fn: 'F8_E4M3',
          torch.float8_e5m2: 'F8_E5M2', torch.uint16: 'U16', torch.uint32: 'U32', torch.uint64: 'U64', torch.complex64: 'C64',
          torch.float8_e4m3fnuz: 'F8_E4M3FNUZ', torch.float8_e5m2fnuz: 'F8_E5M2FNUZ'} # a type's name in a safetensors header
 
-# %% ../../nbs/00_core/01b_reading.ipynb #bd662799
+# %% ../../nbs/00_core/01b_reading.ipynb #dde9e103
 _TYPE = {v: k for k, v in CODES.items()}
 
 def _open(file):
@@ -59,7 +59,7 @@ def _entry(handle, name, file):
     if code not in _TYPE: raise FusionError(f'expected a type of numbers that is known here, got {code} in `{name}` of `{file}`: a quantised model cannot be merged')
     return torch.empty(shape, dtype=_TYPE[code], device='meta'), partial(handle.get_tensor, name)
 
-# %% ../../nbs/00_core/01b_reading.ipynb #db162b62
+# %% ../../nbs/00_core/01b_reading.ipynb #51fd6d2e
 _BYTES = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1, ComplexDouble=16, ComplexFloat=8,
               Untyped=1, QInt8=1, QUInt8=1, QInt32=4, QUInt4x2=1, QUInt2x4=1) # of one entry, by the name of the storage
 
@@ -82,7 +82,7 @@ class _Claims(pickle.Unpickler):
         self.lengths[key] = max(self.lengths.get(key, 0), count * _BYTES[kind.removesuffix('Storage')])
         return _Any()
 
-# %% ../../nbs/00_core/01b_reading.ipynb #1a3636b6
+# %% ../../nbs/00_core/01b_reading.ipynb #f6f6783e
 def _check_records(file):
     "Refuse an archive whose records are not as long as its pickle says."
     with zipfile.ZipFile(file) as archive:
@@ -90,16 +90,15 @@ def _check_records(file):
         names = [r.filename for r in records]
         table = next((n for n in names if n.endswith('data.pkl')), None)
         if table is None or len(set(names)) < len(names): raise FusionError(f'expected an archive of tensors, got `{file}` without its table, or with a record twice')
-        with archive.open(table) as f:
-            claims = _Claims(f)
-            claims.load()
+        claims = _Claims(io.BytesIO(archive.read(table))) # `read` compares its checksum
+        claims.load()
     found, room = {r.filename: r for r in records}, table.removesuffix('data.pkl')
     for key, length in claims.lengths.items():
         there = found.get(f'{room}data/{key}')
         size = there.file_size if there else 0
         if size != length: raise FusionError(f'expected {length:,} bytes in record `data/{key}` of `{file}`, got {size:,}; the file is damaged')
 
-# %% ../../nbs/00_core/01b_reading.ipynb #2f26c3e8
+# %% ../../nbs/00_core/01b_reading.ipynb #577aa4b1
 def _loaded(file):
     "What weights-only loading makes of a file; mapped where it can be."
     with open(file, 'rb') as f: archive = f.read(4) == b'PK\3\4'
@@ -113,7 +112,7 @@ def _loaded(file):
     except Exception as e: # a pickle is a program: it can fail in any way
         raise FusionError(f'expected a file of tensors, got `{file}`, which weights-only loading refuses ({" ".join(str(e).split()):.120})') from None
 
-# %% ../../nbs/00_core/01b_reading.ipynb #4aebf167
+# %% ../../nbs/00_core/01b_reading.ipynb #6543e25b
 _NOT_MODELS = re.compile(r'optim|sched|scaler|rng|^(args|config|cfg|hyper_parameters)$', re.IGNORECASE)
 _WRAPPERS = 'state_dict', 'model_state_dict', 'model_state', 'model', 'net', 'network', 'module', 'params', 'weights', 'ema'
 
@@ -121,7 +120,7 @@ def _is_state(x): return isinstance(x, Mapping) and bool(x) and all(isinstance(v
 
 def _found(keys): return ', '.join(f'`{k}`' for k in list(keys)[:8]) or 'nothing'
 
-# %% ../../nbs/00_core/01b_reading.ipynb #f05af19f
+# %% ../../nbs/00_core/01b_reading.ipynb #6ee2a610
 def unwrapped(
     found,         # what a file holds
     file:str|Path, # it, for the message
@@ -137,14 +136,14 @@ def unwrapped(
     if not models or loose: raise FusionError(f'expected a file with one state dict, got `{file}` with {_found(found)}')
     return unwrapped(inner[models[0]], file)
 
-# %% ../../nbs/00_core/01b_reading.ipynb #235d82a4
+# %% ../../nbs/00_core/01b_reading.ipynb #f3e056ac
 def _check_tensor(name, t, file):
     "Refuse what is no plain tensor with numbers."
     if not isinstance(name, str): raise FusionError(f'expected names of tensors in `{file}`, got {name!r}')
     if t.layout != torch.strided or t.is_meta or t.is_nested:
         raise FusionError(f'expected plain tensors in `{file}`, got a {"meta" if t.is_meta else str(t.layout)[6:]} one in `{name}`')
 
-# %% ../../nbs/00_core/01b_reading.ipynb #f302c459
+# %% ../../nbs/00_core/01b_reading.ipynb #0a052379
 def contents(
     file:str|Path, # of tensors: safetensors, or a pickle with any other ending
 ) -> tuple[dict[str, tuple[Tensor, Callable]], dict, dict[str, str]]: # name -> (meta tensor, what reads it); metadata; alias -> owner

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['vocabulary', 'conflict', 'check_vocabulary']
 
-# %% ../../nbs/00_core/01d_vocabulary.ipynb #f8671da4
+# %% ../../nbs/00_core/01d_vocabulary.ipynb #ff116254
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from .errors import FusionError
 from .files import read_json, read_text
 from .folders import beside
 
-# %% ../../nbs/00_core/01d_vocabulary.ipynb #4b10bcab
+# %% ../../nbs/00_core/01d_vocabulary.ipynb #3c02ec24
 def _from_tokenizer(file):
     "Words of a `tokenizer.json`, with those that were added."
     found = read_json(file)
@@ -21,8 +21,8 @@ def _from_tokenizer(file):
     table = model.get('vocab') if isinstance(model, dict) else None
     if isinstance(table, list): table = {row[0]: i for i, row in enumerate(table) if isinstance(row, list) and row}
     if not isinstance(table, dict): return None
-    added = found.get('added_tokens') or []
-    return table | {t['content']: t['id'] for t in added if isinstance(t, dict) and {'content', 'id'} <= t.keys()}
+    added = found.get('added_tokens') if isinstance(found.get('added_tokens'), list) else []
+    return table | {t['content']: t['id'] for t in added if isinstance(t, dict) and {'content', 'id'} <= t.keys() and isinstance(t['content'], str)}
 
 def _from_table(file):
     "Words of a `vocab.json`, with those of `added_tokens.json`."
@@ -36,16 +36,19 @@ def _from_binary(file): return {hashlib.sha256(file.read_bytes()).hexdigest()[:1
 _READERS = {'tokenizer.json': _from_tokenizer, 'vocab.json': _from_table, 'vocab.txt': _from_lines,
             'tokenizer.model': _from_binary, 'spiece.model': _from_binary, 'sentencepiece.bpe.model': _from_binary}
 
-# %% ../../nbs/00_core/01d_vocabulary.ipynb #3490c7e5
+# %% ../../nbs/00_core/01d_vocabulary.ipynb #2f66e7a9
 def vocabulary(
     path:str|Path, # a file of a model, or its folder
     kind:str,      # the file to read, such as `tokenizer.json`
 ) -> dict[str, int]|None: # word -> row; None where there is none
     "The words of a model, as one of its files numbers them."
     file = beside(path)/kind
-    return _READERS[kind](file) if file.is_file() else None
+    found = _READERS[kind](file) if file.is_file() else None
+    if found and not all(isinstance(w, str) and isinstance(row, int) for w, row in found.items()):
+        raise FusionError(f'expected words with the numbers of their rows in `{file}`, got other things')
+    return found
 
-# %% ../../nbs/00_core/01d_vocabulary.ipynb #02235997
+# %% ../../nbs/00_core/01d_vocabulary.ipynb #f08ebc95
 def conflict(
     a:Mapping[str, int],  # word -> row
     b:Mapping[str, int],
@@ -58,7 +61,7 @@ def conflict(
         if rows.get(row, word) != word and word not in a and rows[row] not in b: return f'row {row} for `{rows[row]}` and for `{word}`'
     return ''
 
-# %% ../../nbs/00_core/01d_vocabulary.ipynb #2092376f
+# %% ../../nbs/00_core/01d_vocabulary.ipynb #727297ef
 def check_vocabulary(
     base:str|Path,   # a file of the base, or its folder
     other:str|Path,  # the same of an expert
