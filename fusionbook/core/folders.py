@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'index_of', 'model_files', 'read_model', 'stored_ties', 'beside', 'typed_config', 'companions',
-           'check_whole']
+           'described', 'check_whole']
 
-# %% ../../nbs/00_core/01c_folders.ipynb #3976e41f
+# %% ../../nbs/00_core/01c_folders.ipynb #333ec423
 import json, os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from .errors import FusionError
 from .files import read_json, read_text
 from .reading import check_kind, contents
 
-# %% ../../nbs/00_core/01c_folders.ipynb #a7e0bfb9
+# %% ../../nbs/00_core/01c_folders.ipynb #335ad8c0
 def index_of(
     file:str|Path, # `….index.json`
 ) -> dict[str, Path]: # tensor -> the shard that owns it
@@ -31,7 +31,7 @@ def index_of(
         raise FusionError(f'expected the shards of `{file}`, got none named {", ".join(lost[:3])}')
     return {k: file.parent/v for k, v in table.items()}
 
-# %% ../../nbs/00_core/01c_folders.ipynb #04e872d8
+# %% ../../nbs/00_core/01c_folders.ipynb #9cacadf4
 _PATTERNS = ('model.safetensors.index.json', '*.safetensors.index.json', 'model.safetensors', '*.safetensors', '*.bin.index.json',
              'pytorch_model.bin', '*.pth', '*.pt', '*.bin')
 
@@ -42,7 +42,7 @@ def _check_alone(index, files):
     if others: raise FusionError(f'expected one model in `{index.parent}`, got the shards of `{index.name}` and also {", ".join(f.name for f in others[:3])}; '
                                  'remove the older ones, or give the file or the index itself')
 
-# %% ../../nbs/00_core/01c_folders.ipynb #e9cdfc45
+# %% ../../nbs/00_core/01c_folders.ipynb #f66efcf2
 def _chosen(path):
     "The index or the one file that is the model of a folder."
     for pattern in _PATTERNS:
@@ -53,7 +53,7 @@ def _chosen(path):
     inside = sorted(f.name for f in path.iterdir() if f.is_dir())[:3]
     raise FusionError(f'expected a folder with a checkpoint, got `{path}` without *.safetensors, *.bin or *.pth' + (f'; it holds the folders {", ".join(inside)}' if inside else ''))
 
-# %% ../../nbs/00_core/01c_folders.ipynb #ae551b7d
+# %% ../../nbs/00_core/01c_folders.ipynb #454815d4
 def model_files(
     path:str|Path, # a file of tensors, an index, or a folder
 ) -> dict[Path, list[str]|None]: # file -> the tensors it must give; None for all it holds
@@ -67,7 +67,7 @@ def model_files(
     if path.is_dir(): _check_alone(chosen, files)
     return {f: files[f] for f in sorted(files)}
 
-# %% ../../nbs/00_core/01c_folders.ipynb #8618ffbd
+# %% ../../nbs/00_core/01c_folders.ipynb #4d4d2114
 def read_model(
     path:str|Path, # a file of tensors, an index, or a folder
 ) -> tuple[dict[str, tuple[Tensor, Callable]], dict, dict[str, str]]: # as `contents` of one file
@@ -86,7 +86,7 @@ def read_model(
     if not entries: raise FusionError(f'expected tensors in `{path}`, got none')
     return entries, notes, tied
 
-# %% ../../nbs/00_core/01c_folders.ipynb #93c1df53
+# %% ../../nbs/00_core/01c_folders.ipynb #1d5ae824
 def stored_ties(
     notes:Mapping[str, str],       # metadata of a file
     info:Mapping[str, Tensor],     # its tensors, on the `meta` device
@@ -102,7 +102,7 @@ def stored_ties(
             raise FusionError(f'expected `{alias}` and `{owner}` in `{file}` to be one tensor, as its metadata say, got two of other shapes or types')
     return {a: o for a, o in table.items() if a not in info}
 
-# %% ../../nbs/00_core/01c_folders.ipynb #994ee305
+# %% ../../nbs/00_core/01c_folders.ipynb #7b270ce9
 MODEL_FILES = (
     'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
     'vocab.json', 'vocab.txt', 'merges.txt', 'tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model', 'source.spm', 'target.spm',
@@ -115,7 +115,7 @@ def beside(
     "The folder in which a model's configuration lies."
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
-# %% ../../nbs/00_core/01c_folders.ipynb #ce16d59f
+# %% ../../nbs/00_core/01c_folders.ipynb #0a31ea9f
 _FLOATS = 'float32', 'float16', 'bfloat16', 'float64'
 
 def _retyped(config, dtype):
@@ -125,7 +125,7 @@ def _retyped(config, dtype):
     def value(k, v): return dtype if dtype and k in ('dtype', 'torch_dtype') and v in _FLOATS else _retyped(v, dtype)
     return {k: value(k, v) for k, v in config.items() if k != 'auto_map'}
 
-# %% ../../nbs/00_core/01c_folders.ipynb #aac66c45
+# %% ../../nbs/00_core/01c_folders.ipynb #399d7a08
 def typed_config(
     text:str,  # of a `config.json`
     dtype:str, # of most of the tensors that are written beside it
@@ -146,7 +146,21 @@ def companions(
             if 'auto_map' in table: found[name] = json.dumps(_retyped(table, None), indent=2, ensure_ascii=False) + '\n'
     return found
 
-# %% ../../nbs/00_core/01c_folders.ipynb #de6a54ec
+# %% ../../nbs/00_core/01c_folders.ipynb #38800fbe
+def described(
+    make:Callable,  # takes a configuration, or a network's description made from one
+    told,           # it
+    file:str|Path,  # where it was read, for the message
+):                  # what `make` makes of it
+    "Build what a configuration describes; any failure is a refusal."
+    layers = told.get('num_hidden_layers', 1) if isinstance(told, Mapping) else getattr(told, 'num_hidden_layers', 1)
+    if not isinstance(layers, int) or not 0 <= layers <= 10_000: raise FusionError(f'expected at most 10,000 layers in `{file}`, got {str(layers):.40}')
+    try: return make(told)
+    except FusionError: raise
+    except Exception as e: # of a library, of any kind
+        raise FusionError(f'expected a configuration in `{file}` that describes a network, got {type(e).__name__}: {" ".join(str(e).split()):.160}') from None
+
+# %% ../../nbs/00_core/01c_folders.ipynb #b8ccf8da
 def check_whole(
     path:str|Path, # a file of a model, or its folder
     who:str,       # whose, for the message

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from ..core.cached import remembered
 from ..core.checkpoint import Checkpoint, atomic, find, save
 from ..core.errors import FusionError, nearest
+from ..core.files import read_json
+from ..core.folders import beside, described
 from ..core.identity import code_hash, identity, told_config
 from ..core.pictures import rgb
 from ..core.state_dict import Lazy, content_hash, meta, select
@@ -77,14 +79,14 @@ def vision_config(
 ):        # a `transformers.CLIPVisionConfig`
     "The configuration of a CLIP's vision tower."
     from transformers import CLIPVisionConfig
-    folder = find(path)
-    file = (folder if folder.is_dir() else folder.parent)/'config.json'
+    file = beside(find(path))/'config.json'
     if not file.exists(): raise FusionError(f'expected a CLIP model with its config.json, got `{path}` without one')
-    config = json.loads(file.read_text())
+    config = read_json(file)
     tower = config.get('vision_config', config)
+    if not isinstance(tower, dict): raise FusionError(f'expected `vision_config` with the settings of a tower in `{file}`, got {str(tower):.40}')
     if tower.get('model_type', 'clip_vision_model') not in ('clip', 'clip_vision_model'):
         raise FusionError(f"expected a CLIP model, got `{path}` of type {tower['model_type']!r}")
-    return CLIPVisionConfig.from_dict({k: v for k, v in tower.items() if k not in ('model_type', 'architectures')})
+    return described(CLIPVisionConfig.from_dict, {k: v for k, v in tower.items() if k not in ('model_type', 'architectures')}, file)
 
 # %% ../../nbs/20_models/01_clip.ipynb #09a9b017
 def vision_model(
@@ -92,15 +94,15 @@ def vision_model(
 ):        # `transformers.CLIPVisionModel` in evaluation mode; its weights are not the checkpoint's
     "A vision tower of the checkpoint's architecture, ready for `load_state_dict`."
     from transformers import CLIPVisionModel
-    with torch.random.fork_rng(devices=[]): return CLIPVisionModel(vision_config(path)).eval()
+    with torch.random.fork_rng(devices=[]): return described(CLIPVisionModel, vision_config(path), path).eval()
 
 # %% ../../nbs/20_models/01_clip.ipynb #466056c6
 def _expected(path):
     "Names and shapes of the module, or None where the checkpoint comes without configuration."
     from transformers import CLIPVisionModel
-    try: config = vision_config(path)
-    except FusionError: return None
-    with torch.device('meta'): return {k.removeprefix('vision_model.'): v for k, v in CLIPVisionModel(config).state_dict().items()}
+    if not (beside(find(path))/'config.json').exists(): return None
+    with torch.device('meta'): state = described(CLIPVisionModel, vision_config(path), path).state_dict()
+    return {k.removeprefix('vision_model.'): v for k, v in state.items()}
 
 # %% ../../nbs/20_models/01_clip.ipynb #41c40c4b
 def vision_state(
@@ -136,8 +138,8 @@ def _processor_config(source):
     if hasattr(source, 'to_dict'): return source.to_dict()
     if isinstance(source, dict): return dict(source)
     folder = find(source)
-    if (file := folder/'preprocessor_config.json').exists(): return json.loads(file.read_text())
-    if (file := folder/'processor_config.json').exists(): return json.loads(file.read_text()).get('image_processor', {})
+    if (file := folder/'preprocessor_config.json').exists(): return read_json(file)
+    if (file := folder/'processor_config.json').exists(): return read_json(file).get('image_processor', {})
     raise FusionError(f'expected a folder with preprocessor_config.json, got `{source}` without one')
 
 # %% ../../nbs/20_models/01_clip.ipynb #0ba8c581
@@ -148,7 +150,8 @@ class Processor:
     ):
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         skip = 'image_processor_type', 'processor_class', 'feature_extractor_type'
-        self.slow = CLIPImageProcessorPil(**{k: v for k, v in _processor_config(source).items() if k not in skip})
+        told = {k: v for k, v in _processor_config(source).items() if k not in skip}
+        self.slow = described(lambda c: CLIPImageProcessorPil(**c), told, source)
         s, crop, edge = self.slow, dict(self.slow.crop_size or {}), dict(self.slow.size or {})
         self.size = tuple((crop if s.do_center_crop else edge).get(k) or edge.get('shortest_edge') for k in ('height', 'width'))
         plain = s.do_rescale and s.do_normalize and not getattr(s, 'do_pad', None)

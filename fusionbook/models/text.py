@@ -7,7 +7,7 @@ __all__ = ['PACKAGED', 'tiny_text', 'text_folder', 'text_config', 'text_model', 
            'embed', 'TextHead', 'text_head']
 
 # %% ../../nbs/20_models/05_text.ipynb #35010c9b
-import importlib.util, json
+import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from ..core.checkpoint import Checkpoint, atomic, find, save
 from ..core.errors import FusionError
+from ..core.files import read_json
+from ..core.folders import described
 from ..core.state_dict import Lazy, meta, select
 from ..core.views import without_wrappers
 
@@ -71,9 +73,10 @@ def text_config(
 ):        # a `transformers.BertConfig`
     "The configuration of an encoder."
     from transformers import BertConfig
-    config = json.loads((text_folder(path)/'config.json').read_text())
+    file = text_folder(path)/'config.json'
+    config = read_json(file)
     if config.get('model_type') != 'bert': raise FusionError(f"expected a BERT encoder, got `{path}` of type {config.get('model_type')!r}")
-    return BertConfig.from_dict(config)
+    return described(BertConfig.from_dict, config, file)
 
 # %% ../../nbs/20_models/05_text.ipynb #616ac099
 def text_model(
@@ -81,13 +84,15 @@ def text_model(
 ):        # `transformers.BertModel` in evaluation mode; its weights are not the checkpoint's
     "An encoder of the checkpoint's architecture, ready for `load_state_dict`."
     from transformers import BertModel
-    with torch.random.fork_rng(devices=[]): return BertModel(text_config(path), add_pooling_layer=False).eval()
+    def make(config): return BertModel(config, add_pooling_layer=False)
+    with torch.random.fork_rng(devices=[]): return described(make, text_config(path), path).eval()
 
 # %% ../../nbs/20_models/05_text.ipynb #74d9b961
 def _expected(path):
     "Names and shapes of the module."
     from transformers import BertModel
-    with torch.device('meta'): return BertModel(text_config(path), add_pooling_layer=False).state_dict()
+    def make(config): return BertModel(config, add_pooling_layer=False)
+    with torch.device('meta'): return described(make, text_config(path), path).state_dict()
 
 # %% ../../nbs/20_models/05_text.ipynb #eb743f99
 def text_state(

@@ -200,3 +200,38 @@ def test_configurations(tmp_path, tally):
                 tally.odd.append((case, 'raw', f'{type(e).__name__}: {e}'[:200]))
         (folder/name).unlink()
     tally.check(150)
+
+
+def settings(config):
+    "Texts of a configuration: damaged, or with one setting that is none."
+    whole = json.dumps(config)
+    yield from JUNK
+    for n in range(1, len(whole), len(whole) // 8): yield whole[:n]
+    for value in (None, -1, 0, 'x', [], {}, 1e30, 10 ** 12, True): yield json.dumps(config | {'num_hidden_layers': value})
+    for key in ('hidden_size', 'intermediate_size', 'num_attention_heads', 'model_type', 'hidden_act', 'patch_size', 'vocab_size', 'layer_norm_eps'):
+        for value in (None, -1, 'x', {}, 3): yield json.dumps(config | {key: value})
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', ['clip', 'text'])
+def test_networks(tmp_path, tally, kind):
+    from fusionbook.models.clip import tiny_clip
+    from fusionbook.models.text import tiny_text
+    from fusionbook.modelpool import CLIPVisionModelPool, TextEncoderPool
+    base = tiny_clip(tmp_path/'base', ['a', 'b']) if kind == 'clip' else tiny_text(tmp_path/'base', ['a b'])
+    shutil.copytree(base, tmp_path/'a')
+    pools, file = {'clip': CLIPVisionModelPool, 'text': TextEncoderPool}[kind], tmp_path/'a'/'config.json'
+    config = json.loads(file.read_text())
+    tower = config.get('vision_config', config)
+    right = {k: t.clone() for k, t in pools({'a': str(base)}).experts()[0].items()}
+    for text in settings(tower):
+        file.write_text(text)
+        try:
+            merged = SimpleAverage().run(pools({'a': str(tmp_path/'a'), 'b': str(base)})).state_dict()
+            same = merged.keys() == right.keys() and all(torch.equal(merged[k], v) for k, v in right.items())
+            tally.counts['right' if same else 'wrong'] += 1
+        except FusionError as e: tally.counts['refused' if '\n' not in str(e) else 'raw'] += 1
+        except Exception as e:
+            tally.counts['raw'] += 1
+            tally.odd.append((text[:60], 'raw', f'{type(e).__name__}: {e}'[:200]))
+    tally.check(60)
