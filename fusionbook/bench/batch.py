@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import quote
-from .experiment import EXPERIMENTS, REPORTS, as_source, check_copy, check_parameters, find_experiment, notebook_hash, parsed, publish, readable, run_experiment
+from .experiment import EXPERIMENTS, REPORTS, as_source, check_copy, check_parameters, copy_hash, find_experiment, notebook_hash, parsed, publish, readable, run_experiment
 from .report import markdown_table
 from ..core.checkpoint import atomic
 from ..core.errors import FusionError
@@ -78,8 +78,8 @@ class Run:
 # %% ../../nbs/80_bench/05b_batch.ipynb #2d3a60a6
 def _note(copy):
     "What a copy says about itself; nothing for a file that is not whole."
-    try: return json.loads(copy.read_text(encoding='utf-8'))['metadata'].get('fusionbook', {})
-    except (OSError, ValueError, KeyError, UnicodeDecodeError): return {}
+    try: return dict(json.loads(copy.read_text(encoding='utf-8'))['metadata']['fusionbook'])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError): return {}
 
 def _averages(run):
     "Average accuracies in the JSON file of a run: of one report, or of several by name."
@@ -93,10 +93,15 @@ def finished(
     run:Run,      # perhaps done before
     content:str,  # hash of the notebook
 ) -> bool:
-    "Whether a run's copy is there and whole."
-    note, asked = _note(run.copy), run.given.get('out_json')
-    same = note.get('notebook') == content and note.get('parameters') == json.loads(json.dumps(run.given))
-    return note.get('state') == 'finished' and same and (not asked or Path(asked).exists())
+    "Whether a run's copy is there and whole, and so is the file that it wrote."
+    asked = run.given.get('out_json')
+    try:
+        copy = json.loads(run.copy.read_text(encoding='utf-8'))
+        note = copy['metadata']['fusionbook']
+        whole = note['digest'] == copy_hash(copy) and (not asked or Path(asked).exists())
+        same = note['notebook'] == content and note['parameters'] == json.loads(json.dumps(run.given))
+        return whole and same and note['state'] == 'finished'
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError): return False
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #793c5d19
 def _do(run, file, content):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'REPORTS', 'experiments', 'find_experiment', 'parsed', 'readable', 'assigned', 'as_source',
-           'check_parameters', 'notebook_hash', 'check_copy', 'run_experiment', 'portable', 'publish']
+           'check_parameters', 'notebook_hash', 'copy_hash', 'check_copy', 'run_experiment', 'portable', 'publish']
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #ae2a3ba3
 import ast, hashlib, json, logging, os, re, subprocess, sys, tempfile, time
@@ -133,6 +133,16 @@ def notebook_hash(
     text = [[c['cell_type'], ''.join(c['source']), sorted(c['metadata'].get('tags', []))] for c in cells]
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
 
+# %% ../../nbs/80_bench/05_experiment.ipynb #1e002172
+def copy_hash(
+    nb:Mapping, # an executed copy, as JSON
+) -> str:       # 64 hexadecimal digits
+    "Hash of all that a copy holds but this hash, and of the file that it was asked to write."
+    note = {k: v for k, v in nb['metadata'].get('fusionbook', {}).items() if k != 'digest'}
+    text = json.dumps(dict(nb, metadata=dict(nb['metadata'], fusionbook=note)), sort_keys=True)
+    file = Path(str(note.get('parameters', {}).get('out_json') or '.'))
+    return hashlib.sha256(text.encode() + (file.read_bytes() if file.is_file() else b'')).hexdigest()
+
 # %% ../../nbs/80_bench/05_experiment.ipynb #5bbdf0d7
 def _draft(file, given):
     "The notebook that papermill gets: retitled, with a note of where it comes from; and all its values."
@@ -146,11 +156,12 @@ def _draft(file, given):
     return nb, given
 
 def _stamp(copy, **facts):
-    "Add facts to the note of a copy."
+    "Add facts to the note of a copy, and the hash of all that it holds."
     import nbformat
     nb = nbformat.read(str(copy), 4)
     nb.metadata.fusionbook = nb.metadata.get('fusionbook', {}) | facts
-    from fusionbook.core.checkpoint import atomic # see `publish`
+    nb.metadata.fusionbook['digest'] = copy_hash(json.loads(nbformat.writes(nb)))
+    from fusionbook.core.atomic import atomic # see `publish`
     with atomic(copy) as new: nbformat.write(nb, str(new))
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #7c35771e
