@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['markdown_table', 'around', 'pages', 'print_table']
 
-# %% ../../nbs/80_bench/00_tables.ipynb #00546536
+# %% ../../nbs/80_bench/00_tables.ipynb #2c9acbec
 import re
 from collections.abc import Sequence
 
-# %% ../../nbs/80_bench/00_tables.ipynb #a7c0df1a
+# %% ../../nbs/80_bench/00_tables.ipynb #9d83003b
 def _cell(x):
     "A cell in Markdown: one line, in which neither `|` ends it nor `<` begins a tag."
     return re.sub(r'(?<!\\)\|', r'\\|', ' '.join(str(x).split('\n'))).replace('<', '&lt;')
@@ -22,7 +22,7 @@ def markdown_table(
     "A table in Markdown, as notebooks and pages show it; a name keeps its letters."
     return '\n'.join('|'.join(['', *map(_cell, row), '']) for row in [head, ['---'] + ['---:'] * (len(head) - 1), *lines])
 
-# %% ../../nbs/80_bench/00_tables.ipynb #8b7789c8
+# %% ../../nbs/80_bench/00_tables.ipynb #eb5ff072
 def around(
     value:float, # in [0, 1]
     low:float|None, high:float|None, # its interval; None where there is none
@@ -32,7 +32,7 @@ def around(
     less, more = f'{100 * (value - low):.1f}', f'{100 * (high - value):.1f}'
     return f'{100 * value:.1f} ' + (f'±{less}' if less == more else f'−{less} +{more}')
 
-# %% ../../nbs/80_bench/00_tables.ipynb #656c100e
+# %% ../../nbs/80_bench/00_tables.ipynb #9478f0a5
 def pages(
     widths:Sequence[int], # letters of each column; the first one stands on every page
     room:int,             # letters of a line
