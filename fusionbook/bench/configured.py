@@ -14,12 +14,14 @@ import torch
 from omegaconf import OmegaConf
 from .places import check_apart, check_output, check_report, check_sources, logged, new_folder, run_folder
 from .report import Report, predictions_path, save_predictions, show
+from .rehearsal import check_named
 from .run import check_seeds, fusion, seed_path, seeded
 from .values import check_device, check_models, check_values
 from ..core.atomic import atomic, json_text, together
 from ..core.config import CONFIG, known_keys, locate, plain
 from ..core.errors import FusionError, check_known, nearest
 from ..core.foreign import IDLE
+from ..core.hub import mirrored
 from ..core.legacy import build, run_values, translate
 from ..core.resolve import check_vouched
 
@@ -157,6 +159,7 @@ def check_inputs(
     pool,        # its model pool
 ) -> None:       # raises `FusionError`
     "Open the models of a run that are on this machine and look for its folders of data; nothing is downloaded or computed."
+    for kind in ('modelpool', 'taskpool'): check_named(mirrored(cfg[kind], cfg['hub_mirror']), kind, allow=cfg['allow_target'])
     for p in _paths([cfg['modelpool'], cfg['taskpool'], cfg['hub_mirror']]):
         if '*' not in p and not Path(p).expanduser().exists(): raise FusionError(f'expected a file or folder, got `{p}`, which does not exist')
     models = cfg['modelpool'].get('models')

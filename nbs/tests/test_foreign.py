@@ -66,6 +66,21 @@ def test_what_is_not_here_is_called_that(run, change, told):
     assert not (done.cwd/'_runs').exists()
 
 
+@pytest.mark.parametrize('change, told', [
+    ({'method': {'_target_': 'fusion_bench.method.TaskArithmeticAlgorithm', 'scalling_factor': 1}}, 'did you mean `scaling_factor`?'),
+    ({'modelpool': {'_target_': POOL, 'models': {'a': '/no/such/folder'}}}, '`modelpool.models.a`'),
+    ({'taskpool': {'_target_': TASKS, 'test_datasets': digits(), 'clip_model': '/no/such/clip'}}, '`taskpool.clip_model`'),
+    ({'taskpool': {'_target_': TASKS, 'test_datasets': {'a': {'_target_': 'datasets.load_dataset', 'pth': 'x'}}, 'clip_model': BASE}}, 'did you mean `path`?'),
+    ({'taskpool': {'_target_': TASKS, 'test_datasets': {'a': {'_target_': 'os.system', '_args_': ['true']}}, 'clip_model': BASE}}, 'got `os.system`'),
+    ({'merged_model_save_path': '/proc/no/model'}, 'in a place that can be written'),
+    ({}, ''),
+])
+def test_a_dry_run_refuses_what_the_run_would_and_leaves_nothing(run, change, told):
+    done = run(their(**change), 'dry_run=true')
+    assert (done.status, told in done.err) == (2 if told else 0, True), done.err
+    assert [f.name for f in done.cwd.iterdir()] == ['their.yaml']
+
+
 def test_a_list_is_no_run(run):
     done = run('- method\n- modelpool\n')
     assert done.status == 2 and 'list' in done.line
