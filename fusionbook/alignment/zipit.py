@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from .spec import Group, Spec, check_spec, members, transform
+from ..core.engine import carried
 from ..core.errors import FusionError
 from ..core.state_dict import Lazy, StateDict, meta, shared
 
@@ -126,7 +127,7 @@ def zip_models(
         merge, read = _maps(clusters, t, spec)
         parts.append(transform(spec, _wide(sd), merge | read))
     def f(name):
-        if not info[name].is_floating_point(): return (like or experts[0])[name]
+        if not info[name].is_floating_point(): return carried(name, like or experts[0], experts)
         total = sum(p[name] for p in parts)
         return (total if name in made else total / len(parts)).to(info[name].dtype)
     shapes = {k: torch.empty(t.shape, dtype=info[k].dtype, device='meta') for k, t in meta(parts[0]).items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from ..core.checkpoint import Checkpoint
 from ..core.errors import FusionError
+from ..core.views import without_wrappers
 
 # %% ../../nbs/20_models/04_resnet.ipynb #94e4d0e5
 def shortcut(
@@ -61,7 +62,8 @@ def cifar_resnet(
     path, # checkpoint, whatever `find` resolves
 ) -> CifarResNet: # in evaluation mode
     "Read a CIFAR ResNet from a checkpoint; its depth is counted, not asked for."
-    sd = {k.removeprefix('module.'): v for k, v in Checkpoint(path).items()}
+    saved = Checkpoint(path)
+    sd = {k: saved[v] for k, v in without_wrappers(saved).items()}
     blocks = len({k.split('.')[1] for k in sd if k.startswith('layer1.')})
     if 'linear.weight' not in sd or not blocks: raise FusionError(f'expected a CIFAR ResNet with `layer1` and `linear`, got `{path}` with {", ".join(list(sd)[:3])}')
     net = CifarResNet(6 * blocks + 2, len(sd['linear.weight']))

@@ -235,3 +235,24 @@ def test_networks(tmp_path, tally, kind):
             tally.counts['raw'] += 1
             tally.odd.append((text[:60], 'raw', f'{type(e).__name__}: {e}'[:200]))
     tally.check(60)
+
+
+def test_hyper_parameters_are_finite():
+    "NaN and infinity in any number of any method are refused when the method is made, and when the number is set."
+    from dataclasses import fields
+    import fusionbook.method as methods
+    from fusionbook.core.config import published
+    tried = 0
+    for name in sorted(published('fusionbook.method')):
+        cls = getattr(methods, name)
+        numbers = [f.name for f in fields(cls) if f.init and isinstance(f.default, (int, float)) and not isinstance(f.default, bool)] if hasattr(cls, '__dataclass_fields__') else []
+        for key in numbers if hasattr(cls, 'merge') else ():
+            for bad in (float('nan'), float('inf'), -float('inf')):
+                with pytest.raises(FusionError, match=key): cls(**{key: bad})
+                tried += 1
+    assert tried > 100
+
+
+def test_a_number_that_is_none_stops_a_run(tmp_path, here):
+    refused = here('method=task_arithmetic', 'method.scaling_factor=nan', f'merged_model_save_path={tmp_path}/out')
+    assert refused.status == 2 and 'a finite number for `scaling_factor`, got nan' in refused.line and not (tmp_path/'out').exists()

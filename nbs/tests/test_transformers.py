@@ -111,3 +111,43 @@ def test_a_tied_head_is_stored_once(tmp_path):
     models[0].load_state_dict(mean(models))
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'out').eval()
     with torch.inference_mode(): torch.testing.assert_close(merged(**inputs('gpt2')).logits, models[0](**inputs('gpt2')).logits)
+
+
+def test_what_models_share_is_merged_and_the_rest_is_the_bases(tmp_path, here):
+    "Two classifiers with two and with three classes: bodies are averaged, the saved model has the base's head and opens."
+    t = transformers
+    models = {}
+    for n, labels in (('_pretrained_', 2), ('a', 3)):
+        torch.manual_seed(labels)
+        models[n] = t.BertForSequenceClassification(t.BertConfig(vocab_size=64, num_labels=labels, **SMALL)).eval()
+        models[n].save_pretrained(tmp_path/n)
+    run = ['method=task_arithmetic', 'method.scaling_factor=.5', 'modelpool=folders', f'modelpool.models={{_pretrained_: {tmp_path}/_pretrained_, a: {tmp_path}/a}}', f'merged_model_save_path={tmp_path}/out']
+    refused = here(*run)
+    assert refused.status == 2 and 'other shapes at `classifier.bias' in refused.line and 'modelpool.common_only=true' in refused.line
+    done = here(*run, 'modelpool.common_only=true') # as the refusal says
+    assert done.status == 0, done.err
+    merged = t.AutoModelForSequenceClassification.from_pretrained(tmp_path/'out').eval()
+    base, other = models['_pretrained_'].state_dict(), models['a'].state_dict()
+    expected = {k: v if k.startswith('classifier') or not v.is_floating_point() else (v + other[k]) / 2 for k, v in base.items()}
+    models['_pretrained_'].load_state_dict(expected)
+    with torch.inference_mode(): torch.testing.assert_close(merged(**inputs('bert')).logits, models['_pretrained_'](**inputs('bert')).logits)
+
+
+@pytest.mark.parametrize('notes, says', [({'quantization_config': {'quant_method': 'awq', 'bits': 4}}, 'a quantised model (awq)'), ({}, None)])
+def test_a_quantised_folder_is_refused_by_its_configuration(tmp_path, here, notes, says):
+    for seed, n in enumerate('ab'): written(tmp_path/n, 'llama', seed)
+    config = json.loads((tmp_path/'b'/'config.json').read_text())
+    (tmp_path/'b'/'config.json').write_text(json.dumps(config | notes))
+    done = here('method=simple_average', 'modelpool=folders', f'modelpool.models={{a: {tmp_path}/a, b: {tmp_path}/b}}', f'merged_model_save_path={tmp_path}/out')
+    assert (done.status == 0) if says is None else (done.status == 2 and says in done.line and 'weights in `b`' in done.line)
+
+
+def test_an_adapter_folder_is_refused_with_the_way_out(tmp_path, here):
+    from safetensors.torch import save_file
+    written(tmp_path/'a', 'llama', 0)
+    (tmp_path/'b').mkdir()
+    (tmp_path/'b'/'adapter_config.json').write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    save_file({'base_model.model.q.lora_A.weight': torch.ones(1, 2)}, tmp_path/'b'/'adapter_model.safetensors')
+    for more in ([], ['modelpool.common_only=true']):
+        done = here('method=simple_average', 'modelpool=folders', f'modelpool.models={{a: {tmp_path}/a, b: {tmp_path}/b}}', *more)
+        assert done.status == 2 and 'merge_and_unload' in done.line and 'common' not in done.line
