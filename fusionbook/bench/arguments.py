@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.compose import CONFIG, compose_words
 from ..core.errors import FusionError, check_known, nearest
 from ..core.files import check_yaml, read_yaml
-from ..core.resolve import allowing, plain
+from ..core.resolve import allowing, plain, resolving
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #73c62233
 GROUPS = {'methods': 'method', 'modelpools': 'modelpool', 'taskpools': 'taskpool'}
@@ -252,7 +252,7 @@ def _show(cfg, options):
     "Print what is composed, or the part that `--package` names."
     from omegaconf import OmegaConf
     if (kind := _either(options, '--cfg', '-c')) != 'job': raise FusionError(f'expected `--cfg job`, got `--cfg {kind}`: Hydra only composes here')
-    part = OmegaConf.select(cfg, _either(options, '--package', '-p') or '')
+    with resolving(): part = OmegaConf.select(cfg, _either(options, '--package', '-p') or '')
     if part is None: raise FusionError(f'expected a part of the run after `--package`, got `{_either(options, "--package", "-p")}`')
     if '--resolve' in options: part = OmegaConf.create(plain(part)) if OmegaConf.is_config(part) else part
     print(OmegaConf.to_yaml(part) if OmegaConf.is_config(part) else part, end='')

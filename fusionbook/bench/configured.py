@@ -38,7 +38,7 @@ def complete(
     cfg, known = run_values(cfg), root_defaults()
     if not isinstance(cfg, Mapping): raise FusionError(f'expected a run as keys with values, got {cfg!r:.80}')
     check_known(cfg, (*known, 'method', 'modelpool', 'taskpool', 'report_save_path', *IDLE), 'a run')
-    if 'modelpool' not in cfg: raise FusionError('expected a run with a `modelpool`, got none')
+    if not cfg.get('modelpool'): raise FusionError('expected a run with a `modelpool`, got none')
     parts = {'method': {'name': 'dummy'}, 'taskpool': {'type': 'dummy'}} | {k: cfg[k] for k in ('method', 'modelpool', 'taskpool') if cfg.get(k)}
     out = check_values(known | {k: v for k, v in cfg.items() if k in known}) | {k: translate(v, k) for k, v in parts.items()}
     check_models(out['modelpool'])
@@ -66,7 +66,7 @@ def summary(
     "Method with its hyper-parameters, models and tasks of a run."
     def short(part): return part['_target_'].rpartition('.')[2]
     hyper = ', '.join(f'{k}={v}' for k, v in cfg['method'].items() if not k.startswith('_') and v not in (None, [], 'cpu'))
-    models = [n for n in cfg['modelpool'].get('models', {}) if not n.startswith('_')]
+    models = [n for n in cfg['modelpool'].get('models', {}) if not str(n).startswith('_')]
     tasks = list(cfg['taskpool'].get('test_datasets') or {})
     def names(xs): return f'{len(xs)}' + (f' ({", ".join(map(str, xs[:10]))}{", …" if len(xs) > 10 else ""})' if xs else '')
     return f'method   {short(cfg["method"])}({hyper})\nmodels   {names(models)}\ntasks    {names(tasks)}'
@@ -138,7 +138,7 @@ def made(
     kind:str,    # method, modelpool or taskpool
 ):               # the object
     "Build one part of a run; a method works on the run's device unless it names its own."
-    part = build(cfg[kind], kind, allow=cfg['allow_target'], mirror=cfg['hub_mirror'])
+    part = build(cfg[kind], kind, allow=cfg['allow_target'], mirror=cfg['hub_mirror'] or {})
     if kind == 'method' and getattr(part, 'device', None) == 'cpu': part.device = cfg['device']
     return part
 

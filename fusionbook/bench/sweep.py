@@ -25,6 +25,7 @@ from ..core.cached import read_record, write_record
 from ..core.checkpoint import atomic
 from ..core.config import plain
 from ..core.errors import FusionError, nearest
+from ..core.resolve import resolving
 from ..core.progress import track
 from ..taskpool.base import row
 
@@ -72,14 +73,18 @@ def at(
 ) -> dict:                    # the run at that point, plain
     "Set the keys of a point in a run."
     cfg = deepcopy(cfg) if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
-    for key, text in point.items():
-        *parents, last = key.split('.')
-        node = cfg
-        for p in parents: node = node.get(p) if OmegaConf.is_dict(node) else None
-        if not OmegaConf.is_dict(node) or last not in node and (parents or last not in root_defaults()):
-            raise FusionError(f'expected a key of {".".join(parents) or "a run"}, got `{last}`; {nearest(last, node if OmegaConf.is_dict(node) else ())}')
-        OmegaConf.update(cfg, key, parsed(text), force_add=True)
+    with resolving():
+        for key, text in point.items(): _set(cfg, key, text)
     return plain(cfg)
+
+def _set(cfg, key, text):
+    "Change one key, which must be there."
+    *parents, last = key.split('.')
+    node = cfg
+    for p in parents: node = node.get(p) if OmegaConf.is_dict(node) else None
+    if not OmegaConf.is_dict(node) or last not in node and (parents or last not in root_defaults()):
+        raise FusionError(f'expected a key of {".".join(parents) or "a run"}, got `{last}`; {nearest(last, node if OmegaConf.is_dict(node) else ())}')
+    OmegaConf.update(cfg, key, parsed(text), force_add=True)
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #5f7985f8
 def choose(

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 import fusionbook
+from omegaconf import OmegaConf
 from .errors import FusionError
 from .files import read_text, read_yaml
 from .resolve import closed_resolvers, plain
@@ -35,6 +36,9 @@ def run_file(
     for key in _RUNS:
         if hasattr(block, 'keys') and key in block:
             raise FusionError(f'expected `hydra.{key}` on the command line, got it in `{path}`: a file cannot change how Hydra runs')
+    if raw.get('hydra', _VOUCH) is not _VOUCH: del cfg['hydra'] # what is left of it has no meaning here
+    if 'defaults' in cfg and not OmegaConf.is_list(cfg._get_node('defaults')):
+        raise FusionError(f'expected `defaults` as a list in `{path}`, got another value')
     return cfg
 
 # %% ../../nbs/00_core/02d_compose.ipynb #077a6db2
@@ -80,5 +84,9 @@ def compose_words(
     from hydra import compose, initialize_config_dir
     first, *more = [str(Path(f).resolve()) for f in folders]
     search = 'hydra.searchpath=[' + ','.join(json.dumps(f'file://{f}', ensure_ascii=False) for f in more) + ']'
-    with closed_resolvers(), _bounded(), initialize_config_dir(first, version_base='1.3'):
-        return compose(name, [*words, search])
+    try:
+        with closed_resolvers(), _bounded(), initialize_config_dir(first, version_base='1.3'): return compose(name, [*words, search])
+    except (AttributeError, KeyError, TypeError, ValueError, AssertionError, RecursionError) as e:
+        if isinstance(e, FusionError) or type(e).__module__.startswith(('hydra', 'omegaconf')): raise
+        said = ' '.join(str(e).split())
+        raise FusionError(f'expected files that can be put together, got {type(e).__name__}: {said:.200}') from e

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from omegaconf import OmegaConf
 from .config import plain
 from .errors import FusionError
+from .resolve import resolving, settled
 
 # %% ../../nbs/00_core/06c_foreign.ipynb #c9d0db8b
 _noted = set()
@@ -84,6 +85,12 @@ def unresolved(
     "A configuration before its interpolations are looked up."
     return OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
 
+def _open_keys(node, at=''):
+    "The dotted names of values that are left open, `???`; no interpolation is followed."
+    if node == '???': yield at
+    pairs = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for k, v in pairs: yield from _open_keys(v, f'{at}.{k}' if at else str(k))
+
 def resolved(
     cfg,          # a run: an OmegaConf node, or a mapping of plain values
 ) -> dict:        # plain values without the groups of `DROPPED`
@@ -93,9 +100,9 @@ def resolved(
     path = raw['path'] if isinstance(raw.get('path'), Mapping) else {}
     raw |= {'path': {k: v if k not in _PLACES or '$' not in str(v) else _PLACES[k] for k, v in path.items()}} if path else {}
     node = OmegaConf.create({k: v if k == 'hydra' else _placed(v) for k, v in raw.items()})
-    if gaps := sorted(k for k in OmegaConf.missing_keys(node) if k.split('.')[0] not in DROPPED):
+    if gaps := sorted(k for k in _open_keys(raw) if k.split('.')[0] not in DROPPED):
         raise FusionError(f'expected a value for `{gaps[0]}`, which the file leaves open (`???`); give {gaps[0]}=…')
-    return {k: plain(node[k]) for k in node if k not in DROPPED}
+    with resolving(): return {k: settled(plain(node[k])) for k in node if k not in DROPPED}
 
 # %% ../../nbs/00_core/06c_foreign.ipynb #1b320e4f
 IDLE = ('_target_', '_recursive_', 'defaults', 'print_function_call', 'corruption', 'severity', # of its current files
