@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from ..core.checkpoint import atomic
 from ..core.config import CONFIG, BaseYAMLSerializable, public_name, published
+from ..core.engine import step_along
 from ..core.errors import FusionError
 from ..core.legacy import build
 from ..core.mergeable import check_numbers
@@ -25,7 +26,7 @@ USES = ('pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test'
 
 # %% ../../nbs/60_method/00_base.ipynb #b77d0997
 class BaseAlgorithm(BaseYAMLSerializable):
-    "A fusion method. Define `merge(pool) -> state dict`, or `run(modelpool) -> model` for methods that change the architecture."
+    "A fusion method. Define `direction(pool)` or `merge(pool)`, or `run(modelpool)` where the architecture changes."
     _program, _config_key = None, 'method'
     uses = ('experts',)    # what it sees, from `USES`
     config_names = ()      # files below `config/method/` that hold its defaults; the first is the name it is known by
@@ -36,9 +37,13 @@ class BaseAlgorithm(BaseYAMLSerializable):
         super().__setattr__(key, value)
     def on_run_start(self): "Called before `run`."
     def on_run_end(self): "Called after `run`, also when it failed."
+    direction = None       # direction(pool) -> v, lazy, where the merge is the base + `scaling_factor` · v; see `engine.direction_of`
+    known_direction = None # v where it has been computed before; a sweep over `scaling_factor` lends it
     def merge(self, pool:BaseModelPool) -> StateDict:
         "The merged state dict, lazy."
-        raise NotImplementedError(f'{type(self).__name__} defines neither `merge` nor `run`')
+        if self.direction is None: raise NotImplementedError(f'{type(self).__name__} defines neither `merge` nor `run`')
+        v = self.direction(pool) if self.known_direction is None else self.known_direction
+        return step_along(pool.pretrained(), v, self.scaling_factor, getattr(self, 'device', 'cpu'))
     def run(self, modelpool:BaseModelPool):
         "The merged model; also takes a list or a mapping of networks or state dicts."
         pool = as_pool(modelpool)
