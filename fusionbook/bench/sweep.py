@@ -16,6 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 import fusionbook
 from .configured import check_places, complete, made, root_defaults, run_config
+from .directions import Directions
 from .experiment import parsed
 from .meeting import check_apart
 from .report import Report, average_interval, averages
@@ -183,10 +184,12 @@ def score(
     cfg:Mapping, # a completed run; its task pool is the one to score on
     pool,        # its model pool
     taskpool,    # its task pool
+    directions:Directions|None=None, # where points that differ in `scaling_factor` alone find what they share
 ) -> dict:       # accuracy and its interval low..high, loss, rows
     "Merge in memory and measure, with every seed if the run has several."
     kind, rows = float_type(cfg['dtype']) if cfg['dtype'] else None, []
     for suffix, method in seeded(made(cfg, 'method'), cfg['seeds']).items():
+        if directions: directions.lend(method, pool)
         model = merged_model(method, pool.attach(taskpool), dtype=kind)
         rows += [head | row(found) for head, found in merged_rows(model, taskpool, device=cfg['device'], suffix=suffix)]
     if not rows: raise FusionError('expected a validation task pool with tasks and a method that makes a network, got nothing to score')
@@ -215,20 +218,25 @@ def sweep_folder(
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #059f3afe
 def _in_order(runs):
-    "Indices of the points, those with the same models and data together."
-    keys = [_text([r['modelpool'], r['taskpool']]) for r in runs]
+    "Indices of the points: those with the same models, data and direction together."
+    def method(r): return {k: v for k, v in r['method'].items() if k != 'scaling_factor'}
+    keys = [_text([r['modelpool'], r['taskpool'], method(r)]) for r in runs]
     return sorted(range(len(runs)), key=lambda i: (keys.index(keys[i]), i))
 
 def _walk(runs, pts, folder, pools):
     "Score every point that is not there yet; (results, how many were there)."
     found, old = {}, 0
-    for i in track(_in_order(runs), 'sweep'):
-        pool, taskpool, file = pools(runs[i], 'modelpool'), pools(runs[i], 'taskpool'), folder/'points'/f'{i:04}.json'
-        hashes, start = _hashes(pool, taskpool), time.perf_counter()
-        found[i] = _known(file, pts[i], hashes)
-        if found[i]: old += 1; continue
-        found[i] = dict(point=pts[i], hashes=hashes) | score(runs[i], pool, taskpool) | dict(seconds=round(time.perf_counter() - start, 3))
-        write_record(file, found[i], kind='sweep point', key=[pts[i], hashes])
+    with Directions() as directions:
+        for i in track(_in_order(runs), 'sweep'):
+            pool, taskpool = pools(runs[i], 'modelpool'), pools(runs[i], 'taskpool')
+            file, hashes, start = folder/'points'/f'{i:04}.json', _hashes(pool, taskpool), time.perf_counter()
+            found[i] = _known(file, pts[i], hashes)
+            if found[i]:
+                old += 1
+                continue
+            scored = score(runs[i], pool, taskpool, directions)
+            found[i] = dict(point=pts[i], hashes=hashes) | scored | dict(seconds=round(time.perf_counter() - start, 3))
+            write_record(file, found[i], kind='sweep point', key=[pts[i], hashes])
     return [found[i] for i in range(len(runs))], old
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #7bc048e8
