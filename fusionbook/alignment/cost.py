@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
+from .trace import typed_as
 from ..core.errors import FusionError, check_known, nearest
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #f47340e1
@@ -119,6 +120,8 @@ def ground_cost(
 # %% ../../nbs/30_alignment/02_cost.ipynb #b8356a83
 _CHANNELS_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm
 
+def _wide(t): return t if t.dtype == torch.float64 else t.float()
+
 def _rows(module, out):
     "(n, N · positions) of an output."
     at = 1 if isinstance(module, _CHANNELS_FIRST) else -1
@@ -134,11 +137,12 @@ def record(
     "What modules put out for one batch, a row for each neuron."
     known, seen = dict(model.named_modules()), {}
     def hook(name):
-        return lambda module, _, out: seen.setdefault(name, []).append(_rows(module, out if pre else out.relu()))
+        return lambda module, _, out: seen.setdefault(name, []).append(_wide(_rows(module, out if pre else out.relu())))
     with ExitStack() as stack, torch.no_grad():
         for name in names:
             if name not in known: raise FusionError(f'expected a module of {type(model).__name__}, got `{name}`; {nearest(name, known)}')
             stack.callback(known[name].register_forward_hook(hook(name)).remove)
+        inputs = typed_as(model, inputs)
         model(**inputs) if hasattr(inputs, 'keys') else model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
     return {k: torch.cat(v, 1) for k, v in seen.items()}
 

@@ -76,7 +76,7 @@ def narrow(
 
 # %% ../../nbs/00_core/06_selection.ipynb #d0967f3a
 def kth_largest(
-    stream:Callable[[int], Iterable[Tensor]], # step -> pieces (T, n_j) with every step-th entry, all float32 or all float64
+    stream:Callable[[int], Iterable[Tensor]], # step -> pieces (T, n_j) with every step-th entry, float32 or float64; float64 where they are mixed
     k:int,                                    # rank, 1 is the largest
     size:int,                                 # n, entries of a row
 ) -> Tensor:                                  # (T,) the k-th largest magnitude of each row
@@ -89,7 +89,7 @@ def kth_largest(
     while not all(done):
         low, shift = zip(*at)
         counts = torch.zeros(len(at), BINS + 1, dtype=torch.int64, device=sample.device)
-        for x in stream(1): count_bins(x, low, shift, counts)
+        for x in stream(1): count_bins(x.to(kind), low, shift, counts)
         *at, done = zip(*[narrow(l, s, row, k, kind) for (l, s), row in zip(at, counts)])
         at = list(zip(*at))
     return torch.tensor([l for l, _ in at], device=sample.device, dtype=_INTEGER[kind]).view(kind)

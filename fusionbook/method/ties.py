@@ -25,12 +25,17 @@ def kept_share(
     if not 0 < threshold <= 100: raise FusionError(f'expected `threshold` in (0, 100] (per cent, or a fraction up to 1), got {threshold}')
     return threshold / 100 if threshold > 1 else float(threshold)
 
+def _below(smallest, kind):
+    "The largest numbers of a type under the thresholds, which may have more digits than the type."
+    near = smallest.to(kind)
+    return near.where(near < smallest, near.nextafter(-torch.ones_like(near)))
+
 def trim(
     tau:Tensor,      # task vectors, (T, n)
     smallest:Tensor, # the smallest magnitude that is kept in each row, (T,)
 ) -> Tensor:         # (T, n)
     "Zero the entries below their row's threshold; entries equal to it stay."
-    kept, below = torch.empty_like(tau), smallest.nextafter(-torch.ones_like(smallest))
+    kept, below = torch.empty_like(tau), _below(smallest, tau.dtype)
     for row, x, b in zip(kept, tau, below.tolist()): torch.hardshrink(x, b, out=row) # zero unless |x| > b
     return kept
 
