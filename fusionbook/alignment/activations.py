@@ -13,6 +13,7 @@ from .cost import Gram, record
 from .matching import assignment, chosen_groups
 from .spec import Spec, members
 from ..core.errors import FusionError, check_known
+from ..core.progress import track
 
 # %% ../../nbs/30_alignment/04a_activations.ipynb #4c074c42
 def plain_groups(
@@ -63,7 +64,7 @@ def joint_grams(
     if not places: raise FusionError(f'expected a group that some module puts out, got {", ".join(groups) or "none"}')
     names, count = list(dict.fromkeys(m for ms in places.values() for m in ms)), 0
     grams = {m: Gram() for m in names}
-    for batch in batches:
+    for batch in track(batches, 'recording activations'):
         answers = [record(net, names, batch, pre=pre) for net in networks]
         for m in names: grams[m].add(z := torch.cat([x[m] for x in answers]).double(), z)
         count += 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from .trace import typed_as
 from ..core.errors import FusionError, check_known, nearest
+from ..core.progress import track
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #f47340e1
 @dataclass
@@ -157,7 +158,7 @@ def activation_grams(
     "Compare modules by what they put out; no more than one batch is in memory."
     grams = {n: Gram() for n in names}
     def scale(x): return x / (x.norm(dim=0, keepdim=True) + TINY) if per_sample else x
-    for batch in batches:
+    for batch in track(batches, 'recording activations'):
         x, y = (record(m, names, batch, pre=pre) for m in (a, b))
         for n in names: grams[n].add(scale(x[n].double()), scale(y[n].double())) # means may dwarf what tells neurons apart
     if not any(g.count for g in grams.values()): raise FusionError('expected at least one batch to compare activations on, got none')

@@ -6,7 +6,7 @@
 __all__ = ['move', 'resize', 'weight_gram', 'align', 'average', 'fuse', 'group_grams']
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #9428db1b
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .spec import Group, Spec, as_maps, check_spec, make_spec, members, permute,
 from .transport import plan, transport_map
 from ..core.engine import map_tensors
 from ..core.errors import FusionError, check_known
+from ..core.progress import track
 from ..core.state_dict import StateDict, meta, shared
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #e6137c8e
@@ -172,7 +173,7 @@ def align(
     "Maps that bring A into B's neurons (Singh and Jaggi, 2020)."
     check_known([masses], ('uniform', 'importance'), 'the masses')
     a = _Aligner(spec, moved, anchor, grams, mix, dict(metric=metric, unit=unit), normalize, solver, masses, readers)
-    while len(a.maps) < len(a.spec.groups):
+    for _ in track(range(len(a.spec.groups)), 'aligning groups'):
         group, places = _next(a.spec, a.names, set(a.maps))
         a.settle(group, places, dict(a.maps))
     _polish(a, sweeps)
@@ -208,6 +209,7 @@ def fuse(
     like:StateDict=None,          # where types and integers come from; the anchor when left out
     rounds:int=0,                 # times that the average becomes the anchor; weights alone decide then
     grams:Mapping[int, Mapping[str, Gram]]=None, # model -> group -> activation sums with the anchor
+    note:Callable=lambda maps: None, # receives the maps of all models, the anchor's empty
     **options,                    # of `align`
 ) -> StateDict:                   # lazy, shapes of the anchor
     "Align models and average them (Singh and Jaggi, 2020)."
@@ -219,6 +221,7 @@ def fuse(
         new = _turn(spec, models, {k: target[k] for k in target}, None, None, options)
         if all(map(_same, new, maps)): break
         maps = new
+    note(maps)
     return average(_moved(spec, models, maps), weights, like or models[anchor])
 
 def _moved(spec, models, maps): return [move(resize(spec, m), m, t) if t else m for m, t in zip(models, maps)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from .cost import record
 from ..core.errors import FusionError, nearest
+from ..core.progress import track
 
 # %% ../../nbs/30_alignment/06_repair.ipynb #70d6fd37
 def channel_statistics(
@@ -23,7 +24,7 @@ def channel_statistics(
 ) -> dict[str, tuple[Tensor, Tensor]]: # module name -> mean (n,) and standard deviation (n,), float64
     "What comes out of modules, channel by channel."
     sums = {n: [0, 0., 0.] for n in names}
-    for batch in batches:
+    for batch in track(batches, 'measuring channels'):
         for n, x in record(network, names, batch).items():
             x = x.double()
             sums[n] = [s + v for s, v in zip(sums[n], (x.shape[1], x.sum(1), x.square().sum(1)))]
@@ -88,7 +89,7 @@ def repair(
     known = [channel_statistics(p, layers, batches) for p in parents]
     goals = {n: [sum(w * k[n][i] for w, k in zip(weights, known)) for i in (0, 1)] for n in layers}
     out = copy.deepcopy(network)
-    for n in layers: fold(out.get_submodule(n), channel_statistics(out, [n], batches)[n], goals[n])
+    for n in track(layers, 'repairing layers'): fold(out.get_submodule(n), channel_statistics(out, [n], batches)[n], goals[n])
     return out
 
 # %% ../../nbs/30_alignment/06_repair.ipynb #2858f3b3
@@ -103,7 +104,7 @@ def reset_batchnorm(
     if not (norms := _norms(out := copy.deepcopy(network))): raise FusionError(f'expected a network with BatchNorm, got {type(network).__name__} without')
     before = [(m.momentum, m.training, m.num_batches_tracked.clone()) for m in norms]
     for m in norms: m.reset_running_stats(), m.train(), setattr(m, 'momentum', None)  # None: the plain mean
-    for batch in batches: record(out, (), batch)
+    for batch in track(batches, 'measuring BatchNorm'): record(out, (), batch)
     if not norms[0].num_batches_tracked: raise FusionError('expected at least one batch to measure on, got none')
     for m, (momentum, training, count) in zip(norms, before):
         m.momentum, m.training = momentum, training

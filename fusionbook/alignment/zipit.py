@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from .spec import Group, Spec, check_spec, members, transform
 from ..core.engine import carried
 from ..core.errors import FusionError
+from ..core.progress import track
 from ..core.state_dict import Lazy, StateDict, meta, shared
 
 # %% ../../nbs/30_alignment/07_zipit.ipynb #77d278ad
@@ -40,14 +41,34 @@ def split_reads(
     return Spec(axes, dict(spec.groups) | groups)
 
 # %% ../../nbs/30_alignment/07_zipit.ipynb #f86e3264
-def _join(sims, i, j, a):
-    "Features i and j become i, in a table of similarities."
-    sims[i] = sims[:, i] = np.minimum(sims[i], sims[j]) * a
-    sims[i, i] = sims[j] = sims[:, j] = -np.inf
+class _Pairs:
+    "A table of similarities that keeps the best of each row, so that a merge costs rows instead of the table."
+    def __init__(self, table):
+        self.table, self.best, self.at = table, table.max(1), table.argmax(1)
+    def look(self, rows):
+        "Find the best of some rows again."
+        self.at[rows] = self.table[rows].argmax(1)
+        self.best[rows] = self.table[rows, self.at[rows]]
+    def top(self):
+        "The first most similar pair, in the order of its features."
+        i = int(self.best.argmax())
+        return sorted((i, int(self.at[i])))
+    def forbid(self, some):
+        "No pair of these features."
+        self.table[np.ix_(some, some)] = -np.inf
+        self.look(some)
 
-def _forbid(sims, origin, who):
-    at = np.flatnonzero(origin == who)
-    sims[np.ix_(at, at)] = -np.inf
+# %% ../../nbs/30_alignment/07_zipit.ipynb #8e5bc677
+def _join(pairs, i, j, a):
+    "Features i and j become i."
+    t = pairs.table
+    t[i] = t[:, i] = np.minimum(t[i], t[j]) * a
+    t[i, i] = t[j] = t[:, j] = -np.inf
+    lost = (pairs.at == i) | (pairs.at == j)
+    lost[[i, j]] = True
+    new = ~lost & ((t[i] > pairs.best) | (t[i] == pairs.best) & (i < pairs.at)) # a < 1 lifts similarities below 0
+    pairs.best[new], pairs.at[new] = t[i, new], i
+    pairs.look(np.flatnonzero(lost))
 
 # %% ../../nbs/30_alignment/07_zipit.ipynb #f45da395
 def zip_features(
@@ -59,21 +80,21 @@ def zip_features(
 ) -> Tensor:             # cluster of every feature, (T, n), numbers 0 … K-1
     "Greedy clusters of T n features (Stoica et al., 2024)."
     if not 0 < a <= 1 or not 0 <= b <= 1: raise FusionError(f'expected `a` in (0, 1] and `b` in [0, 1], got {a} and {b}')
+    if not torch.isfinite(correlations).all(): raise FusionError('expected finite correlations, got NaN or infinity')
     n, free = len(correlations) // models, correlations.detach().double().cpu().numpy().copy()
     keep = n if keep is None else keep
     if not 1 <= keep <= len(free): raise FusionError(f'expected `keep` in [1, {len(free)}] and `a` in (0, 1], got {keep} and {a}')
     np.fill_diagonal(free, -np.inf)
-    sims, origin, cluster = free.copy(), np.arange(len(free)) // n, np.arange(len(free))
+    sims, free, origin, cluster = _Pairs(free.copy()), _Pairs(free), np.arange(len(free)) // n, np.arange(len(free))
     budget = np.full(models, int(n * (models - 1) // models * b + 1e-4))
-    for who in np.flatnonzero(budget == 0): _forbid(sims, origin, who)
-    for _ in range(len(free) - keep):
-        table = sims if np.isfinite(sims.max()) else free     # only forbidden pairs are left: better one of them than none
-        i, j = sorted(divmod(int(table.argmax()), len(table)))
-        for t in (sims, free): _join(t, i, j, a)
+    for who in np.flatnonzero(budget == 0): sims.forbid(np.flatnonzero(origin == who))
+    for _ in track(range(len(cluster) - keep), 'zipping features'):
+        i, j = (sims if np.isfinite(sims.best.max()) else free).top() # only forbidden pairs are left: better one of them than none
+        for pairs in (sims, free): _join(pairs, i, j, a)
         cluster[cluster == j] = i
         if origin[i] == origin[j]:
             budget[origin[i]] -= 1
-            if budget[origin[i]] <= 0: _forbid(sims, origin, origin[i])
+            if budget[origin[i]] <= 0: sims.forbid(np.flatnonzero(origin == origin[i]))
     return torch.from_numpy(np.unique(cluster, return_inverse=True)[1]).view(models, n)
 
 # %% ../../nbs/30_alignment/07_zipit.ipynb #e7eeb5ff

@@ -20,7 +20,7 @@ def nearest(
     limit:int=6,         # how many to list when none is close
 ) -> str:                # one clause for the end of an error message
     "Say which valid names are close to `name`, or what the valid names are."
-    valid = sorted(map(str, valid), key=lambda v: (v.startswith('_'), v)) # names of machinery last
+    name, valid = str(name), sorted(map(str, valid), key=lambda v: (v.startswith('_'), v)) # names of machinery last
     low = {v.lower(): v for v in valid}
     close = [low[m] for m in get_close_matches(name.lower(), low, n=3, cutoff=.6)] or [v for v in valid if name and name.lower() in v.lower()][:3]
     if close: return 'did you mean ' + ' or '.join(f'`{c}`' for c in close) + '?'

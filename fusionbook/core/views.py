@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 import torch
-from .mergeable import is_finite, not_finite
+from .mergeable import check_variance, is_finite, not_finite
 from .state_dict import Lazy, StateDict, meta, shared
 
 # %% ../../nbs/00_core/01a_views.ipynb #50613ee2
@@ -81,11 +81,11 @@ def completed(
 def finite(
     sd:StateDict,                    # a result
     whole:Callable[[], StateDict],   # gives the model whose infinities it may have; called only when there is one
-) -> Lazy:                           # the same; raises `FusionError` for a tensor with other numbers than finite ones
+) -> Lazy:                           # the same; raises `FusionError` for a tensor with other numbers than finite ones, and for a variance below 0
     "A state dict whose tensors are looked at when they are read."
     info = meta(sd)
     def read(k):
-        t = sd[k]
+        check_variance(k, t := sd[k])
         if is_finite(t): return t
         like = whole().get(k)
         same = like is not None and like.shape == t.shape and bool((torch.isfinite(t) | (t == like.to(t.dtype))).all())

@@ -13,10 +13,11 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.errors import FusionError, nearest
 from ..core.state_dict import StateDict, meta, shared
-from .adapt import adapt, entropy, on_threads
-from .base import BaseAlgorithm
+from .adapt import adapt, check_steps, entropy, on_threads
+from .base import BaseAlgorithm, at_least, check_fields
 from .coefficients import Mixture, grouped, merge_coefficients, pruning, read_coefficients
 from .one_pass import answers, passes
+from .ties import kept_share
 
 # %% ../../nbs/60_method/72_adamerging.ipynb #fb2ecbac
 def entropies(
@@ -52,6 +53,9 @@ def _range(clamp, start):
 # %% ../../nbs/60_method/72_adamerging.ipynb #70c04c19
 def _settle(self):
     "Check the fields, and let `name` decide."
+    check_fields(self), check_steps(self.optimizer, self.lr, self.threads), kept_share(self.threshold)
+    if self.prune not in (None, 'trim', 'ties'): raise FusionError(f'expected `prune` as null, trim or ties, got `{self.prune}`')
+    if self.patience is not None: at_least(self, patience=1)
     if self.name is not None:
         if self.name not in _NAMES: raise FusionError(f'expected `name` as one of {", ".join(_NAMES)}, got `{self.name}`; {nearest(str(self.name), _NAMES)}')
         if (self.name, self.granularity) != ('clip_layer_wise_adamerging', 'layer'): self.granularity = _NAMES[self.name]
@@ -59,7 +63,7 @@ def _settle(self):
     if self.data not in _DATA: raise FusionError(f'expected `data` as one of {", ".join(_DATA)}, got `{self.data}`; {nearest(str(self.data), _DATA)}')
     if not self.tie_weights: raise FusionError('expected `tie_weights` true: tied tensors are merged once and stay tied, got false')
     if self.max_steps < 1 or self.batch_size < 1: raise FusionError(f'expected at least one step and one input, got {self.max_steps} and {self.batch_size}')
-    if not isinstance(self.cache_mb, (int, float)) or not self.cache_mb >= 0: raise FusionError(f'expected `cache_mb` as a number of megabytes of at least 0, got {self.cache_mb}')
+    if not self.cache_mb >= 0: raise FusionError(f'expected `cache_mb` as a number of megabytes of at least 0, got {self.cache_mb}')
     _range(self.clamp_weights, self.init_values)
 
 # %% ../../nbs/60_method/72_adamerging.ipynb #acaeb5e6
@@ -69,10 +73,10 @@ class AdaMerging(BaseAlgorithm):
     config_names = ('adamerging/clip',)
     name: str = None             # FusionBench's switch: clip_task_wise_adamerging or clip_layer_wise_adamerging; wins over `granularity`
     granularity: str = 'tensor'  # what shares a coefficient: task (all tensors), layer (the paper), tensor (FusionBench)
-    init_values: float = .3      # w at the start; 1/T when null
+    init_values: float | None = .3 # w at the start; 1/T when null
     prune: str = None            # AdaMerging++: trim the task vectors, or ties (trim and elect signs)
     threshold: float = 20        # K of the trimming, per cent that is kept, in (1, 100]; or a fraction up to 1
-    clamp_weights: bool = False  # keep w in [0, 1]; or a pair [low, high]
+    clamp_weights: object = False # keep w in [0, 1]; or a pair [low, high]
     tie_weights: bool = True     # tied tensors stay tied; nothing else is offered
     optimizer: str = 'adam'      # or sgd
     lr: float = .001             # its learning rate
@@ -84,7 +88,7 @@ class AdaMerging(BaseAlgorithm):
     checkpoint: str = None       # `.safetensors` file from which an interrupted run goes on
     fast_dev_run: bool = False   # one step only
     seed: int = 0                # of the batches
-    threads: int = 1             # of the processor while learning; with more, or null for all, LayerNorm's gradients differ in the last digits
+    threads: int | None = 1      # of the processor while learning; with more, or null for all, LayerNorm's gradients differ in the last digits
     cache_mb: float = 4096       # megabytes of task vectors that are kept while learning; the rest is read anew in each step
     device: str = 'cpu'          # where the network works
     def __post_init__(self): _settle(self)

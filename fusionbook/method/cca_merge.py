@@ -12,9 +12,11 @@ from ..alignment.activations import covariance, joint_grams, plain_groups
 from ..alignment.cca import cca_map, cca_transform
 from ..alignment.zipit import split_reads
 from ..core.errors import FusionError, check_known
+from ..core.progress import track
 from ..core.state_dict import StateDict
-from .base import BaseAlgorithm, as_pool, expert_weights
-from .neurons import KINDS, anchor_of, heard, measured_anew, network_of, spec_for
+from .base import BaseAlgorithm, as_pool, at_least, average_weights, check_finite
+from .neurons import (KINDS, alignment_note, anchor_of, check_spec_field, heard, measured_anew, moved_share, network_of,
+                                      spec_for, without_variances)
 from .weighted_average import weighted_average
 
 # %% ../../nbs/60_method/95_cca_merge.ipynb #f6b2946a
@@ -22,9 +24,9 @@ from .weighted_average import weighted_average
 class CCAMerge(BaseAlgorithm):
     "CCA merging: features mapped to the anchor's by canonical correlation, then averaged (Horoi et al., 2024)."
     uses, config_names, symmetric = ('experts', 'spec', 'train'), ('cca_merge',), False
-    spec: dict = None      # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
+    spec: object = None    # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
     anchor: str = None     # the model whose features the result has; the last when null
-    weights: list = None   # one number per model in the order of the pool, summing to 1; equal when null
+    weights: list = None   # one number per model in the order of the pool, divided by their sum; equal when null
     gamma: float = .1      # γ, ridge as a share of the mean variance
     groups: list = ('*',)  # shell patterns of the groups that are mapped; the others are averaged in place
     data: str = 'train'    # where inputs come from: train, validation, unlabeled_test
@@ -32,8 +34,8 @@ class CCAMerge(BaseAlgorithm):
     batch_size: int = 50   # inputs at a time
     pre: bool = False      # responses before ReLU
     seed: int = 0          # of the choice of inputs
-    costs = 'activations'  # inputs are read anyway, so they serve for tracing
     def __post_init__(self):
+        check_spec_field(self), at_least(self, samples=1, batch_size=1)
         check_known([self.data], KINDS, 'the kinds of data')
         if self.gamma < 0: raise FusionError(f'expected `gamma` of at least 0, got {self.gamma}')
         self.groups, self.uses = list(self.groups), ('experts', 'spec', self.data)
@@ -43,23 +45,27 @@ def _maps(m, pool, spec, moved, anchor):
     "Maps of one expert's features, by group."
     batches = heard(m, pool)
     grams = joint_grams(spec, [moved, anchor], batches, plain_groups(spec, m.groups), pre=m.pre)
-    return {g: cca_map(covariance(x), gamma=m.gamma) for g, x in grams.items()}
+    return {g: cca_map(covariance(x), gamma=m.gamma) for g, x in track(grams.items(), 'mapping groups')}
 
 # %% ../../nbs/60_method/95_cca_merge.ipynb #07fb60be
 @patch
 def aligned(self:CCAMerge, pool):
     "The specification with reading apart from making, and the experts in the anchor's features, lazy."
     states, at = pool.experts(), anchor_of(self, pool)
+    check_finite(states, pool.model_names)
     spec = spec_for(self, pool, pool.reference())
     nets = [network_of(pool, n) for n in pool.model_names]
     both = split_reads(spec, nets[at])
-    return both, [sd if i == at else cca_transform(both, sd, _maps(self, pool, spec, nets[i], nets[at])) for i, sd in enumerate(states)]
+    maps = {i: _maps(self, pool, spec, nets[i], nets[at]) for i in track([i for i in range(len(nets)) if i != at], 'mapping models')}
+    moved = {pool.model_names[i]: moved_share(m) for i, m in maps.items()}
+    self.adaptation = dict(moved=moved) | alignment_note(moved)
+    return both, [cca_transform(both, sd, maps[i]) if i in maps else sd for i, sd in enumerate(states)]
 
 # %% ../../nbs/60_method/95_cca_merge.ipynb #cdf265b9
 @patch
 def merge(self:CCAMerge, pool) -> StateDict:
     "The weighted average of the moved experts."
-    weights = expert_weights(self.weights, len(pool), normalize=False, equal=1 / len(pool))
+    weights = average_weights(self.weights, len(pool))
     return weighted_average(self.aligned(pool)[1], weights=weights, like=pool.reference())
 
 # %% ../../nbs/60_method/95_cca_merge.ipynb #276d2ca9
@@ -67,4 +73,4 @@ def merge(self:CCAMerge, pool) -> StateDict:
 def run(self:CCAMerge, modelpool):
     "The merged network; where it has BatchNorm, its statistics are measured anew, on the inputs that were heard."
     pool = as_pool(modelpool)
-    return measured_anew(self, pool, pool.load(self.merge(pool)))
+    return measured_anew(self, pool, pool.load(without_variances(self.merge(pool))))

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from ..core.errors import FusionError
-from .base import BaseAlgorithm, as_pool, expert_weights
+from .base import BaseAlgorithm, as_pool, check_fields, check_finite, expert_weights
 from .ensemble_outputs import check_rule, combine, map_outputs
 
 # %% ../../nbs/60_method/12_ensemble.ipynb #e7837bca
@@ -114,6 +114,7 @@ class Ensemble(nn.Module):
         if bad := [m for m in members if not isinstance(m, nn.Module)]: raise FusionError(f'expected networks, got {type(bad[0]).__name__}')
         self.members, self.rule, self.quantity, self.batched = nn.ModuleList(members), rule, quantity, batched
         self.weights, self.limit_mb = expert_weights(weights, len(members), normalize=False, equal=1 / len(members)), limit_mb
+        if quantity != 'features': combine([torch.zeros(1, 2)] * len(members), rule=rule, quantity=quantity, weights=self.weights) # weights that the rule refuses
         self.groups, self.blocks = groups(members, limit=int(limit_mb * 1e6)), {}
         self.eval()
     def extra_repr(self): return f'{self.rule} of {self.quantity}'
@@ -166,8 +167,14 @@ def _ensemble(method, pool, rule, **how):
     "The experts of any pool as one network."
     pool = as_pool(pool)
     if not len(pool): raise FusionError('expected a pool with at least one expert, got none')
-    pool.seen.add('experts')
-    return Ensemble(list(pool.models()), rule=rule, quantity=method.quantity, batched=method.batched, limit_mb=method.limit_mb, **how)
+    found = Ensemble(list(pool.models()), rule=rule, quantity=method.quantity, batched=method.batched, limit_mb=method.limit_mb, **how)
+    check_finite([m.state_dict() for m in found.members], pool.model_names)
+    return found
+
+def _check(method, rule):
+    check_fields(method), check_rule(rule, method.quantity)
+    if method.batched not in ('auto', True, False): raise FusionError(f'expected `batched` as auto, true or false, got `{method.batched}`')
+    if not method.limit_mb > 0: raise FusionError(f'expected `limit_mb` above 0, got {method.limit_mb}')
 
 # %% ../../nbs/60_method/12_ensemble.ipynb #2422aef7
 @dataclass
@@ -176,13 +183,13 @@ class SimpleEnsemble(BaseAlgorithm):
     uses, config_names = ('experts',), ('ensemble/simple_ensemble',)
     rule: str = 'mean'         # mean, maximum, geometric or vote; the last two of probabilities only
     quantity: str = 'features' # what is combined: features (what the networks return), logits or probabilities after the head
-    batched: str = 'auto'      # one call for experts of one architecture: auto (on an accelerator), true or false
+    batched: object = 'auto'   # one call for experts of one architecture: auto (on an accelerator), true or false
     limit_mb: float = 1024     # megabytes of parameters in one batched call
     device_map: dict = None    # of FusionBench's files; only null, all experts run on the device of the run
-    def run(self, modelpool) -> Ensemble:
-        check_rule(self.rule, self.quantity)
+    def __post_init__(self):
+        _check(self, self.rule)
         if self.device_map: raise FusionError(f'expected `device_map` null (all experts run on the device of the run), got {self.device_map}')
-        return _ensemble(self, modelpool, self.rule)
+    def run(self, modelpool) -> Ensemble: return _ensemble(self, modelpool, self.rule)
 
 # %% ../../nbs/60_method/12_ensemble.ipynb #ec47d7be
 @dataclass
@@ -193,11 +200,12 @@ class WeightedEnsemble(BaseAlgorithm):
     weights: list = None       # w, one number per expert in the order of the pool; equal weights when null
     rule: str = 'mean'         # mean, geometric or vote; the last two of probabilities only
     quantity: str = 'features' # what is combined: features (what the networks return), logits or probabilities after the head
-    batched: str = 'auto'      # one call for experts of one architecture: auto (on an accelerator), true or false
+    batched: object = 'auto'   # one call for experts of one architecture: auto (on an accelerator), true or false
     limit_mb: float = 1024     # megabytes of parameters in one batched call
-    def run(self, modelpool) -> Ensemble:
-        check_rule(self.rule, self.quantity)
+    def __post_init__(self):
+        _check(self, self.rule)
         if self.rule == 'maximum': raise FusionError('expected `rule` as mean, geometric or vote, got `maximum`, which has no weights')
+    def run(self, modelpool) -> Ensemble:
         pool = as_pool(modelpool)
         return _ensemble(self, pool, self.rule, weights=expert_weights(self.weights, len(pool), normalize=self.normalize, equal=1 / max(1, len(pool))))
 
@@ -207,8 +215,7 @@ class MaxModelPredictor(BaseAlgorithm):
     "Largest of the experts' outputs, entry by entry; all experts run."
     uses, config_names = ('experts',), ('ensemble/max_model_predictor',)
     quantity: str = 'features' # what is combined: features (what the networks return), logits or probabilities after the head
-    batched: str = 'auto'      # one call for experts of one architecture: auto (on an accelerator), true or false
+    batched: object = 'auto'   # one call for experts of one architecture: auto (on an accelerator), true or false
     limit_mb: float = 1024     # megabytes of parameters in one batched call
-    def run(self, modelpool) -> Ensemble:
-        check_rule('maximum', self.quantity)
-        return _ensemble(self, modelpool, 'maximum')
+    def __post_init__(self): _check(self, 'maximum')
+    def run(self, modelpool) -> Ensemble: return _ensemble(self, modelpool, 'maximum')

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..core.errors import FusionError, check_known
-from .adapt import adapt, on_threads
-from .base import BaseAlgorithm, as_pool, fuse, load_algorithm_from_config
+from .adapt import adapt, check_steps, on_threads
+from .base import BaseAlgorithm, as_pool, check_fields, fuse, load_algorithm_from_config
 from .neurons import KINDS
 
 # %% ../../nbs/60_method/96_fine_tuning.ipynb #f33ec1ce
@@ -37,9 +37,10 @@ class FineTuning(BaseAlgorithm):
     trainable: list = ('*',) # shell patterns of the parameters that may change
     seed: int = 0           # of the batches
     device: str = 'cpu'     # where it trains
-    threads: int = 1        # of the processor; results can differ in the last digits between numbers of threads, null takes all
+    threads: int | None = 1 # of the processor; results can differ in the last digits between numbers of threads, null takes all
     def __post_init__(self):
-        check_known([self.target], _TARGETS, 'the targets'); check_known([self.data], KINDS, 'the kinds of data')
+        check_fields(self), check_steps(self.optimizer, self.lr, self.threads)
+        check_known([self.target], _TARGETS, 'the targets'), check_known([self.data], KINDS, 'the kinds of data')
         if self.steps < 1 or self.batch_size < 1: raise FusionError(f'expected at least one step and one input, got {self.steps} and {self.batch_size}')
         self.trainable = list(self.trainable)
         self.inner = load_algorithm_from_config(dict(self.options or {}, name=self.first))

@@ -9,14 +9,16 @@ __all__ = ['GeometricFusion']
 from dataclasses import dataclass
 from inspect import signature
 from fastcore.basics import patch
+import torch
 from torch import nn
+from ..alignment.cost import METRICS, rescale
 from ..alignment.fuse import fuse, group_grams
 from ..alignment.original import Original, original_fusion
-from ..alignment.transport import plan
+from ..alignment.transport import SOLVERS, plan
 from ..core.errors import FusionError, check_known
 from ..core.state_dict import StateDict
-from .base import BaseAlgorithm, as_pool, expert_weights
-from .neurons import KINDS, anchor_of, heard, network_of, spec_for
+from .base import BaseAlgorithm, as_pool, at_least, average_weights, check_finite
+from .neurons import KINDS, alignment_note, anchor_of, check_spec_field, heard, moved_share, network_of, spec_for
 
 # %% ../../nbs/60_method/91_geometric_fusion.ipynb #d71eef60
 _COSTS = {'weights': 0., 'both': .5, 'activations': 1.}
@@ -26,9 +28,9 @@ _COSTS = {'weights': 0., 'both': .5, 'activations': 1.}
 class GeometricFusion(BaseAlgorithm):
     "Geometric fusion: neurons aligned by optimal transport, then averaged (Singh and Jaggi, 2020)."
     uses, config_names, symmetric = ('experts', 'spec'), ('geometric_fusion',), False
-    spec: dict = None            # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
+    spec: object = None          # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
     anchor: str = None           # the model whose order of neurons, and width, the result has; the last when null, as in the original
-    weights: list = None         # one number per model in the order of the pool, summing to 1; equal when null
+    weights: list = None         # one number per model in the order of the pool, divided by their sum; equal when null
     costs: str = 'weights'       # compare neurons by weights, activations, or both
     metric: str = 'euclidean'    # euclidean, squared (the original's default), cosine, correlation
     unit: bool = False           # divide every row by its norm first
@@ -50,10 +52,34 @@ class GeometricFusion(BaseAlgorithm):
 
 # %% ../../nbs/60_method/91_geometric_fusion.ipynb #6da84d7b
 def _prepare(m):
-    check_known(m.solver_options or {}, set(signature(plan).parameters) - {'cost', 'mu', 'nu', 'solver', 'structure'}, 'a solver')
+    check_spec_field(m), at_least(m, rounds=0, sweeps=0, samples=1, batch_size=1)
     check_known([m.costs], _COSTS, 'the costs'), check_known([m.data], KINDS, 'the kinds of data')
-    if m.transport_output and m.costs != 'weights': raise FusionError(f'expected costs from `weights` with `transport_output`, got `{m.costs}`; see `alignment.original`')
+    check_known([m.metric], METRICS, 'the metrics'), check_known([m.masses], ('uniform', 'importance'), 'the masses')
+    rescale(torch.ones(1, 1), m.normalize), _check_solver(m.solver, m.solver_options or {})
+    if m.transport_output: _check_original(m)
     m.uses = ('experts',) if m.transport_output else ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ())
+
+# %% ../../nbs/60_method/91_geometric_fusion.ipynb #1fb78d15
+_LEAST = dict(reg=1e-300, reg_m=1e-300, alpha=0, iterations=1, sweeps=1)
+
+def _check_solver(solver, options):
+    "Refuse options that the solvers do not have, or of the wrong type or range."
+    check_known([solver], SOLVERS, 'the solvers')
+    known = {k: p.default for k, p in signature(plan).parameters.items() if k not in ('cost', 'mu', 'nu', 'solver', 'structure')}
+    check_known(options, known, 'a solver')
+    for k, v in options.items():
+        kind = (int, float) if isinstance(known[k], float) else type(known[k])
+        if not isinstance(v, kind) or isinstance(v, bool) != isinstance(known[k], bool): raise FusionError(f'expected `{k}` of the solver like {known[k]!r}, got {v!r:.60}')
+        if v < _LEAST.get(k, v) or k == 'alpha' and v > 1: raise FusionError(f'expected `{k}` of the solver in its range, got {v}')
+
+def _check_original(m):
+    "Refuse what the original's walk does not have."
+    usual = {'spec': None, 'costs': 'weights', 'rounds': 0, 'sweeps': 0, 'readers': False, 'different_widths': False}
+    if other := [k for k, v in usual.items() if getattr(m, k) != v]:
+        raise FusionError(f'expected `{other[0]}` {usual[other[0]]} with `transport_output`, whose walk knows no other, got {getattr(m, other[0])}')
+    check_known([m.metric], ('euclidean', 'squared'), 'the metrics of the original')
+    check_known([m.solver], ('exact', 'sinkhorn'), 'the solvers of the original')
+    check_known(m.solver_options or {}, ('reg',) if m.solver == 'sinkhorn' else (), f'the options of the original with solver `{m.solver}`')
 
 # %% ../../nbs/60_method/91_geometric_fusion.ipynb #5e4cd414
 def _states(m, pool):
@@ -67,8 +93,9 @@ def _states(m, pool):
 def _original(m, states, at, weights):
     "The original's walk, of two models."
     if len(states) != 2: raise FusionError(f'expected two models with `transport_output`, got {len(states)}; without it any number can be fused')
-    check_known([m.metric], ('euclidean', 'squared'), 'the metrics of the original')
-    opt = Original(exact=m.solver == 'exact', reg=(m.solver_options or {}).get('reg', .01), squared=m.metric == 'squared', normalize_wts=m.unit, normalize=m.normalize, ensemble_step=weights[at])
+    masses = dict(importance='l2', proper_marginals=True) if m.masses == 'importance' else {}
+    opt = Original(exact=m.solver == 'exact', reg=(m.solver_options or {}).get('reg', .01), squared=m.metric == 'squared', normalize_wts=m.unit,
+                   normalize=m.normalize, ensemble_step=weights[at], **masses)
     return original_fusion(states[1 - at], states[at], opt)
 
 # %% ../../nbs/60_method/91_geometric_fusion.ipynb #d0c49b62
@@ -82,12 +109,16 @@ def _grams(m, pool, spec, at):
 def merge(self:GeometricFusion, pool) -> StateDict:
     "The fused tensors, lazy."
     m, states, at = self, _states(self, pool), anchor_of(self, pool)
-    weights = expert_weights(m.weights, len(pool), normalize=False, equal=1 / len(pool))
+    weights = average_weights(m.weights, len(pool))
+    check_finite(states, pool.model_names)
     if m.transport_output: return _original(m, states, at, weights)
     spec = spec_for(m, pool, states[at])
     grams = None if m.costs == 'weights' else _grams(m, pool, spec, at)
-    solver = {'solver': m.solver} | (m.solver_options or {})
-    return fuse(spec, states, anchor=at, weights=weights, rounds=m.rounds, grams=grams, like=None if m.different_widths else pool.reference(), metric=m.metric,
+    solver, names = {'solver': m.solver} | (m.solver_options or {}), pool.model_names
+    def note(maps):
+        moved = {n: moved_share(t) for n, t in zip(names, maps) if t}
+        m.adaptation = dict(moved=moved) | alignment_note(moved)
+    return fuse(spec, states, note=note, anchor=at, weights=weights, rounds=m.rounds, grams=grams, like=None if m.different_widths else pool.reference(), metric=m.metric,
                 unit=m.unit, normalize=m.normalize, solver=solver, masses=m.masses, mix=_COSTS[m.costs], sweeps=m.sweeps, readers=m.readers)
 
 # %% ../../nbs/60_method/91_geometric_fusion.ipynb #5ba5dbac

@@ -10,26 +10,28 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from ..alignment.activations import activation_matching, joint_grams
 from ..alignment.fuse import average
-from ..alignment.matching import chosen_groups, weight_matching
+from ..alignment.matching import best_matching, chosen_groups
 from ..alignment.spec import Spec, permute
 from ..alignment.ste import parents_loss, straight_through
 from ..core.errors import FusionError, check_known
+from ..core.progress import track
 from ..core.state_dict import StateDict
-from .base import BaseAlgorithm, expert_weights, load_algorithm_from_config
-from .neurons import KINDS, anchor_of, heard, network_of, spec_for
+from .base import BaseAlgorithm, at_least, average_weights, check_finite, load_algorithm_from_config
+from .neurons import KINDS, alignment_note, anchor_of, check_spec_field, heard, moved_share, network_of, spec_for
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #a44bc370
 @dataclass
 class GitRebasin(BaseAlgorithm):
     "Git Re-Basin: permute every model to the anchor, then average or merge (Ainsworth et al., 2023)."
     uses, config_names, symmetric = ('experts', 'spec'), ('git_rebasin',), False
-    spec: dict = None       # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
+    spec: object = None     # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
     anchor: str = None      # the model whose order of neurons the result has; the last when null
-    weights: list = None    # one number per model in the order of the pool, summing to 1; equal when null
+    weights: list = None    # one number per model in the order of the pool, divided by their sum; equal when null
     costs: str = 'weights'  # match by weights, activations, or ste: the loss of the midpoint by a straight-through gradient
     kind: str = 'correlation' # of activations: correlation or inner product
     steps: int = 40         # of the straight-through search
     learning_rate: float = .5 # its step size
+    starts: int = 5         # orders of matching by weights that are tried; the one with the best agreement is kept. The paper tries one
     groups: list = ('*',)   # patterns of the groups that may be renamed
     then: str = None        # method that merges the renamed models, such as task_arithmetic; their weighted average when null
     options: dict = None    # its hyper-parameters
@@ -44,7 +46,11 @@ class GitRebasin(BaseAlgorithm):
 _COSTS = 'weights', 'activations', 'ste'
 
 def _settle(m):
+    check_spec_field(m), at_least(m, steps=0, starts=1, samples=1, batch_size=1)
     m.groups = list(m.groups)
+    check_known([m.kind], ('correlation', 'inner'), 'the kinds of activation matching')
+    if not m.learning_rate > 0: raise FusionError(f'expected `learning_rate` above 0, got {m.learning_rate}')
+    if m.weights is not None and m.then: raise FusionError(f'expected `weights` among the `options` of `{m.then}`, which merges the renamed models, got them beside it')
     check_known([m.costs], _COSTS, 'the costs')
     check_known([m.data], KINDS, 'the kinds of data')
     if m.options and not m.then: raise FusionError('expected `options` beside the method that they belong to, `then`, got none')
@@ -53,20 +59,23 @@ def _settle(m):
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #d74d10d1
 def _permutation(m, pool, spec, states, i, at):
-    "Of model i onto the anchor."
-    if m.costs == 'weights': return weight_matching(spec, states[i], states[at], seed=m.seed, groups=m.groups)
+    "Of model i onto the anchor, and the agreement of every order of matching."
+    if m.costs == 'weights': return _by_weights(m, spec, states[i], states[at], m.groups)
     nets, batches = [network_of(pool, pool.model_names[k]) for k in (i, at)], heard(m, pool)
     if m.costs == 'activations':
         grams = joint_grams(spec, nets, batches, chosen_groups(spec, m.groups), pre=m.pre)
         return _by_responses(m, spec, states[i], states[at], grams)
-    return _straight(m, pool, spec, states[i], states[at], nets, list(batches))
+    return _straight(m, pool, spec, states[i], states[at], nets, list(batches)), []
+
+def _by_weights(m, spec, moved, anchor, groups, start=None):
+    return best_matching(spec, moved, anchor, starts=m.starts, seed=m.seed, groups=groups, start=start)
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #88cc7d64
 def _by_responses(m, spec, moved, anchor, grams):
     "The permutation of what was heard, then by weights of what was not."
     found = activation_matching(grams, kind=m.kind)
     silent = [g for g in chosen_groups(spec, m.groups) if g not in found]
-    return weight_matching(spec, moved, anchor, seed=m.seed, groups=silent, start=found) if silent else found
+    return _by_weights(m, spec, moved, anchor, silent, found) if silent else (found, [])
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #c550eb81
 def _straight(m, pool, spec, moved, anchor, nets, batches):
@@ -81,15 +90,29 @@ def aligned(self:GitRebasin,
     pool,             # models of one architecture
 ) -> tuple[Spec, list[StateDict]]: # who shares what; the experts in the anchor's order of neurons, lazy
     "Rename the neurons of every expert."
-    states, at = pool.experts(), anchor_of(self, pool)
+    states, at, names = pool.experts(), anchor_of(self, pool), pool.model_names
+    check_finite(states, names)
     spec = spec_for(self, pool, states[at])
-    return spec, [sd if i == at else permute(spec, sd, _permutation(self, pool, spec, states, i, at)) for i, sd in enumerate(states)]
+    found = {i: _permutation(self, pool, spec, states, i, at) for i in track([i for i in range(len(states)) if i != at], 'matching models')}
+    moved = {names[i]: moved_share(perms) for i, (perms, _) in found.items()}
+    agreements = {names[i]: values for i, (_, values) in found.items() if values}
+    self.adaptation = dict(moved=moved, agreements=agreements) | alignment_note(moved, *[f'that of `{self.then}` without it'] * bool(self.then))
+    return spec, [permute(spec, sd, found[i][0]) if i in found else sd for i, sd in enumerate(states)]
 
 # %% ../../nbs/60_method/92_git_rebasin.ipynb #09af7ece
 @patch
 def merge(self:GitRebasin, pool) -> StateDict:
     "The merged tensors, lazy."
-    weights = expert_weights(self.weights, len(pool), normalize=False, equal=1 / len(pool))
-    _, states = self.aligned(pool)
+    weights = average_weights(self.weights, len(pool))
+    return self.merge_aligned(pool, self.aligned(pool)[1], weights)
+
+@patch
+def merge_aligned(self:GitRebasin, pool,
+    states,  # the experts, renamed
+    weights, # one number each, summing to 1
+) -> StateDict:
+    "The average of renamed experts, or what `then` makes of them; lazy."
     if self.inner is None: return average(states, weights, like=pool.reference())
-    return self.inner.merge(pool.with_experts(states))
+    merged = self.inner.merge(pool.with_experts(states))
+    self.adaptation |= self.inner.adaptation or {}
+    return merged

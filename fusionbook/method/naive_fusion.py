@@ -9,13 +9,13 @@ __all__ = ['NaiveFusion']
 from dataclasses import dataclass
 from ..alignment.fuse import average
 from ..core.state_dict import StateDict
-from .base import BaseAlgorithm, expert_weights
+from .base import BaseAlgorithm, average_weights
 
 # %% ../../nbs/60_method/90_naive_fusion.ipynb #7a84b64f
 @dataclass
 class NaiveFusion(BaseAlgorithm):
     "Naive fusion: the mean of networks in the order of neurons that they have (Singh and Jaggi, 2020)."
     uses, config_names = ('experts',), ('naive_fusion',)
-    weights: list = None # one number per model in the order of the pool, summing to 1; equal when null
+    weights: list = None # one number per model in the order of the pool, divided by their sum; equal when null
     def merge(self, pool) -> StateDict:
-        return average(pool.experts(), expert_weights(self.weights, len(pool), normalize=False, equal=1 / len(pool)), like=pool.reference())
+        return average(pool.experts(), average_weights(self.weights, len(pool)), like=pool.reference())

@@ -11,9 +11,9 @@ from fastcore.basics import patch
 from torch import nn
 from ..alignment.repair import has_batchnorm, repair, repair_layers, reset_batchnorm
 from ..core.errors import FusionError
-from .base import as_pool, expert_weights
+from .base import as_pool, average_weights
 from .git_rebasin import GitRebasin
-from .neurons import heard
+from .neurons import heard, without_variances
 
 # %% ../../nbs/60_method/93_repair.ipynb #58a812c6
 @dataclass
@@ -40,7 +40,7 @@ def run(self:Repair, modelpool):
     if not isinstance(pool.load_pretrained_or_first_model(), nn.Module): raise FusionError('expected a pool of networks to measure channels in, got bare tensors')
     batches = list(heard(self, pool))
     _, states = self.aligned(pool)
-    merged, = _networks(pool, [self.merge(pool)])
+    weights = average_weights(self.weights, len(pool))
+    merged, = _networks(pool, [without_variances(self.merge_aligned(pool, states, weights))])
     if has_batchnorm(merged): return reset_batchnorm(merged, batches)
-    weights = expert_weights(self.weights, len(pool), normalize=False, equal=1 / len(pool))
     return repair(merged, _networks(pool, states), weights=weights, batches=batches, layers=repair_layers(merged, batches[0], self.layers))

@@ -15,7 +15,7 @@ from ..core.engine import direction_of, pieces, step_along
 from ..core.errors import FusionError
 from ..core.selection import kth_largest
 from ..core.state_dict import StateDict, check_same, meta, shared
-from .base import BaseAlgorithm, expert_weights
+from .base import BaseAlgorithm, check_fields, expert_weights
 
 # %% ../../nbs/60_method/31_ties.ipynb #1a56fc48
 def kept_share(
@@ -108,7 +108,7 @@ _CHOICES = dict(merge_func=('sum', 'mean', 'max', 'weighted_mean'), trim=('model
 
 def _check_choices(**given):
     for key, value in given.items():
-        if value not in _CHOICES[key]: raise FusionError(f'expected `{key}` as one of {", ".join(_CHOICES[key])}, got `{value}`')
+        if str(value) not in _CHOICES[key]: raise FusionError(f'expected `{key}` as one of {", ".join(_CHOICES[key])}, got `{value}`')
 
 # %% ../../nbs/60_method/31_ties.ipynb #9a34cc8f
 def ties_direction(
@@ -150,7 +150,7 @@ class TiesMerging(BaseAlgorithm):
     uses, config_names = ('pretrained', 'experts'), ('ties_merging',)
     scaling_factor: float = .3 # λ, length of the merged step; the paper: 1 with `mean`
     threshold: float = 20      # K, per cent of each task vector that is kept, in (1, 100]; or a fraction up to 1
-    remove_keys: list = ()     # names that stay the base's
+    remove_keys: list | None = () # names that stay the base's
     merge_func: str = 'sum'    # sum (FusionBench), mean (the paper, PEFT), max, weighted_mean (mergekit)
     trim: str = 'model'        # one threshold for the model (the paper, FusionBench), or for each tensor (mergekit, PEFT)
     elect: str = 'sum'         # sum of entries, weighted_sum (mergekit), count of signs (PEFT's frequency)
@@ -158,6 +158,7 @@ class TiesMerging(BaseAlgorithm):
     weights: list = None       # w, one number per expert in the order of the pool; 1 each when null
     device: str = 'cpu'        # where the arithmetic happens
     def __post_init__(self):
+        check_fields(self)
         self.remove_keys = list(self.remove_keys or ())
         kept_share(self.threshold)
         _check_choices(merge_func=self.merge_func, trim=self.trim, elect=self.elect, tie=self.tie)

@@ -11,16 +11,17 @@ from fastcore.basics import patch
 from ..alignment.activations import correlation, covariance, joint_grams, plain_groups
 from ..alignment.zipit import split_reads, zip_features, zip_models, zip_trunk
 from ..core.errors import FusionError, check_known
+from ..core.progress import track
 from ..core.state_dict import StateDict
-from .base import BaseAlgorithm, as_pool
-from .neurons import KINDS, heard, measured_anew, network_of, spec_for
+from .base import BaseAlgorithm, as_pool, at_least, check_finite
+from .neurons import KINDS, alignment_note, check_spec_field, heard, measured_anew, network_of, spec_for, without_variances
 
 # %% ../../nbs/60_method/94_zipit.ipynb #2a5667cf
 @dataclass
 class ZipIt(BaseAlgorithm):
     "ZipIt!: features that respond alike become one, also within a network (Stoica et al., 2024)."
     uses, config_names, symmetric = ('experts', 'spec', 'train'), ('zipit',), False
-    spec: dict = None      # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
+    spec: object = None    # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
     a: float = .3          # factor on a cluster's similarities for each merge, in (0, 1]
     b: float = .125        # share of a network's lost features that may merge within it, in [0, 1]
     groups: list = ('*',)  # shell patterns of the groups that are zipped; the others are averaged in place
@@ -30,8 +31,8 @@ class ZipIt(BaseAlgorithm):
     pre: bool = True       # responses before ReLU
     anew: bool = True      # measure BatchNorm's running statistics on the same inputs
     seed: int = 0          # of the choice of inputs
-    costs = 'activations'  # inputs are read anyway, so they serve for tracing
     def __post_init__(self):
+        check_spec_field(self), at_least(self, samples=1, batch_size=1)
         check_known([self.data], KINDS, 'the kinds of data')
         if not 0 < self.a <= 1 or not 0 <= self.b <= 1: raise FusionError(f'expected `a` in (0, 1] and `b` in [0, 1], got {self.a} and {self.b}')
         self.groups, self.uses = list(self.groups), ('experts', 'spec', self.data)
@@ -39,9 +40,9 @@ class ZipIt(BaseAlgorithm):
 # %% ../../nbs/60_method/94_zipit.ipynb #211c1669
 def _heard(m, pool):
     "The pool's networks, who shares what in them, and what they answer to the same inputs, by group."
+    check_finite(pool.experts(), pool.model_names)
     spec = spec_for(m, pool, pool.reference())
     nets = [network_of(pool, n) for n in pool.model_names]
-    pool.seen.add('experts')
     return spec, nets, joint_grams(spec, nets, heard(m, pool), plain_groups(spec, m.groups), pre=m.pre)
 
 # %% ../../nbs/60_method/94_zipit.ipynb #6a69e529
@@ -49,7 +50,8 @@ def _heard(m, pool):
 def clusters(self:ZipIt, pool):
     "The specification with reading apart from making, and for each group the cluster of every feature, (T, n)."
     spec, nets, grams = _heard(self, pool)
-    found = {g: zip_features(correlation(covariance(x)), models=len(nets), a=self.a, b=self.b) for g, x in grams.items()}
+    found = {g: zip_features(correlation(covariance(x)), models=len(nets), a=self.a, b=self.b) for g, x in track(grams.items(), 'zipping groups')}
+    self.adaptation = alignment_note({}) if all((c == c[:1]).all() for c in found.values()) else None
     return split_reads(spec, nets[0]), found
 
 # %% ../../nbs/60_method/94_zipit.ipynb #5d0dd206
@@ -67,8 +69,8 @@ def merge(self:ZipIt, pool) -> StateDict:
 def run(self:ZipIt, modelpool):
     "The merged network."
     pool = as_pool(modelpool)
-    merged = pool.load(self.merge(pool))
-    return measured_anew(self, pool, merged) if self.anew else merged
+    merged = self.merge(pool)
+    return measured_anew(self, pool, pool.load(without_variances(merged))) if self.anew else pool.load(merged)
 
 # %% ../../nbs/60_method/94_zipit.ipynb #6eec32d3
 @patch

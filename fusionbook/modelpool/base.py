@@ -18,6 +18,7 @@ from ..core.config import BaseYAMLSerializable, instantiate
 from ..core.errors import FusionError, nearest
 from ..core.folders import check_whole
 from ..core.legacy import build
+from ..core.progress import track
 from ..core.state_dict import Lazy, StateDict, check_same, common, meta, select, shared
 from ..core.views import detached, finite, renamed
 from ..core.vocabulary import check_vocabulary
@@ -44,7 +45,7 @@ def fill(
     own, tied = module.state_dict(keep_vars=True), shared(sd)
     if lost := [k for k in sd if k not in own]: raise FusionError(f'expected tensors of {type(module).__name__}, got `{lost[0]}`; {nearest(lost[0], own)}')
     with torch.no_grad():
-        for k in sd:
+        for k in track(list(sd), 'merging'):
             if k not in tied: own[k].copy_(sd[k])
     return module
 
