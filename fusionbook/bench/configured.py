@@ -105,6 +105,7 @@ def _closing(report, folder, copy, saved):
     print(f'report   {copy or folder/"report.json"}')
     if report['rows']: print(f'picture  {(copy or folder/"report.json").with_suffix(".png")}')
     for path in saved: print(f'model    {path}')
+    for note in {learned['note'] for learned in (report.get('adaptation') or {}).values() if learned.get('note')}: print(f'note     {note}')
 
 def _place(template, folder): return str(template).replace('{log_dir}', str(folder))
 

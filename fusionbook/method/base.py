@@ -19,8 +19,8 @@ from ..core.config import CONFIG, BaseYAMLSerializable, public_name, published
 from ..core.engine import step_along
 from ..core.errors import FusionError
 from ..core.legacy import build
-from ..core.mergeable import check_numbers
-from ..core.state_dict import StateDict, meta, pieces, select, shared
+from ..core.mergeable import check_numbers, is_finite
+from ..core.state_dict import StateDict, meta, pieces, select
 from ..modelpool.base import BaseModelPool
 
 # %% ../../nbs/60_method/00_base.ipynb #d167b399
@@ -183,9 +183,11 @@ def check_finite(
     states:Sequence[StateDict], # models
     names:Sequence[str],        # what they are called
 ) -> None:                      # raises `FusionError` naming the tensor and the model
-    "Refuse models with NaN or infinity before they are used."
-    for sd, name in zip(states, names, strict=True):
-        known, tied = select(sd), shared(sd)
-        known.name = f'`{name}`'
-        for k, t in meta(sd).items():
-            for _ in pieces(k, None, [known]) if t.is_floating_point() and k not in tied else (): pass
+    "Refuse models with NaN or infinity before they are used; an infinity that all share, as in a mask, may stay."
+    known, infos = [select(sd) for sd in states], [meta(sd) for sd in states]
+    for sd, name in zip(known, names, strict=True): sd.name = f'`{name}`'
+    seen = {(k, t.shape) for info in infos for k, t in info.items() if t.is_floating_point()}
+    for k, shape in sorted(seen):
+        peers = [sd for sd, info in zip(known, infos) if k in info and info[k].shape == shape]
+        for _ in pieces(k, None, peers): pass
+        if len(peers) == 1 and not is_finite(peers[0][k]): raise FusionError(f'expected finite numbers in every model, got NaN or infinity in tensor `{k}` of {peers[0].name}')
