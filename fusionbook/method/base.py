@@ -20,7 +20,8 @@ from ..core.engine import step_along
 from ..core.errors import FusionError
 from ..core.legacy import build
 from ..core.mergeable import check_numbers, is_finite
-from ..core.state_dict import StateDict, meta, pieces, select
+from ..core.engine import pieces
+from ..core.state_dict import StateDict, meta, select
 from ..modelpool.base import BaseModelPool
 
 # %% ../../nbs/60_method/00_base.ipynb #d167b399
