@@ -15,7 +15,7 @@ from ..core.errors import FusionError, nearest
 from ..data.datasets import class_names, clusters_of, column, content_hash, head, labels_of, opened
 from ..data.classes import say_order
 from ..data.images import Normalise
-from .base import BaseTaskPool, Inputs, evaluating, predict_batches
+from .base import BaseTaskPool, Inputs, evaluating, naming, predict_batches
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #c2316081
 class ClassificationTaskPool(BaseTaskPool):
@@ -65,7 +65,7 @@ def probabilities(self:ClassificationTaskPool,
     task:str,
 ) -> dict:           # what `predict` gives, and probabilities (N, C) float64
     "Answers with the probability of each class."
-    with evaluating(model) as device:
+    with naming(task), evaluating(model) as device:
         tap = _Tap(model)
         rows, loop = _dataset(self, task), dict(task=task, batch_size=self.batch_size, fast_dev_run=self.fast_dev_run)
         answers = predict_batches(tap, rows, prepare=self.prepare, device=device, clusters=clusters_of(rows, self.clusters), **loop)

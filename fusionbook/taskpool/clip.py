@@ -21,7 +21,7 @@ from ..data import datasets as data
 from ..data.classes import by_name, check_telling, class_list, matched, say_order
 from ..modelpool.clip import CLIPVisionModelPool
 from ..models.clip import Processor, head_hash, zero_shot_head
-from .base import BaseTaskPool, Inputs, evaluating, logits_of, predict_batches
+from .base import BaseTaskPool, Inputs, evaluating, logits_of, naming, predict_batches
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #d9914858
 @lru_cache
@@ -233,7 +233,7 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
         self.tasks = _tasks_of(self)
         self.task_names = tuple(self.tasks)
     def predict(self, model, task):
-        with evaluating(model) as device: return _predict(self.task(task), model, device)
+        with naming(task), evaluating(model) as device: return _predict(self.task(task), model, device)
     def fingerprint(self, task): return _fingerprint(self.task(task))
     def dataset(self, task): return self.task(task).dataset
     def task(self, name:str) -> CLIPTask: return _task_of(self, name)

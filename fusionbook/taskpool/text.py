@@ -19,7 +19,7 @@ from ..core.state_dict import content_hash
 from ..data import datasets as data
 from ..data.classes import by_name, check_telling, class_list, matched
 from ..models.text import Tokens, embed, padded, text_head
-from .base import BaseTaskPool, Inputs, evaluating, logits_of, predict_batches
+from .base import BaseTaskPool, Inputs, evaluating, logits_of, naming, predict_batches
 from .clip import _check_tasks, _loop, _path, _task_of
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #cc73aca7
@@ -202,7 +202,7 @@ class TextClassificationTaskPool(BaseTaskPool):
         self.tasks = _tasks(self)
         self.task_names = tuple(self.tasks)
     def predict(self, model, task):
-        with evaluating(model) as device: return _predict(_task_of(self, task), model, device)
+        with naming(task), evaluating(model) as device: return _predict(_task_of(self, task), model, device)
     def fingerprint(self, task): return _fingerprint(_task_of(self, task))
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #17f432c4
