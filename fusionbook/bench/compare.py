@@ -14,9 +14,10 @@ from pathlib import Path
 from textwrap import wrap
 import numpy as np
 from .paired import in_points, mcnemar, paired
+from .places import check_output
 from .report import Report, data_read, pooled, predictions_path, read_predictions, read_report, tuned_on
 from .tables import markdown_table, print_table
-from ..core.checkpoint import atomic
+from ..core.atomic import atomic, json_text
 from ..core.errors import FusionError
 
 # %% ../../nbs/80_bench/07_compare.ipynb #396a338b
@@ -45,12 +46,19 @@ def with_answers(
     if rows != kept: raise FusionError(f'expected answers that belong to `{file}`, got `{predictions_path(file)}` of another run')
     return report
 
+# %% ../../nbs/80_bench/07_compare.ipynb #1e44b4be
+def _models_of(reports):
+    "The models behind reports: their names, with the identity of those that share a name and nothing else."
+    found = [r.get('hashes', {}).get('models') or {} for r in reports]
+    unlike = {n for n in dict.fromkeys(n for m in found for n in m) if len({m[n] for m in found if n in m}) > 1}
+    return [', '.join(f'{n} {m[n][:6]}' if n in unlike else n for n in m) for m in found]
+
 # %% ../../nbs/80_bench/07_compare.ipynb #b15de75d
 def _changed(reports):
     "The hyper-parameters in which reports of one method differ; where these are equal, the models."
     configs = [r.get('config', {}).get('method') or {} for r in reports]
     keys = [k for k in dict.fromkeys(k for c in configs for k in c) if len({json.dumps(c.get(k)) for c in configs}) > 1]
-    texts, models = [', '.join(f'{k}={c.get(k)}' for k in keys) for c in configs], [', '.join(r.get('hashes', {}).get('models') or ()) for r in reports]
+    texts, models = [', '.join(f'{k}={c.get(k)}' for k in keys) for c in configs], _models_of(reports)
     return [f'{t} of {m}'.strip() if texts.count(t) > 1 and m and len(set(models)) > 1 else t for t, m in zip(texts, models)]
 
 # %% ../../nbs/80_bench/07_compare.ipynb #0db5704e
@@ -195,7 +203,7 @@ def write_comparison(
     "Write a comparison."
     from fusionbook.core.plot import save_figure
     folder = Path(folder or f'_runs/{time.strftime("%Y-%m-%d_%H-%M-%S")}_comparison')
-    with atomic(folder/'comparison.json') as new: new.write_text(json.dumps(result, indent=1) + '\n')
+    with atomic(folder/'comparison.json') as new: new.write_text(json_text(result))
     with atomic(folder/'comparison.md') as new: new.write_text(comparison_markdown(result) + '\n')
     save_figure(comparison_figure(result), folder/'comparison.png')
     return folder
@@ -212,6 +220,7 @@ def compare_command(
         elif word.startswith('-'): raise FusionError(f'expected reports and -o FOLDER, got `{word}`')
         else: files.append(word)
     if len(files) < 2: raise FusionError(f'expected at least two reports: fusionbook compare A/report.json B/report.json ... [-o FOLDER], got {len(files)}')
+    if folder: check_output(Path(folder)/'comparison.json', '-o')
     result = compared(named([with_answers(f) for f in files]))
     folder = write_comparison(result, folder)
     print_table(*comparison_table(result), title='accuracy in %')

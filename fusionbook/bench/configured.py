@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 import torch
 from omegaconf import OmegaConf
-from .places import check_apart, check_output, check_report, check_sources, logged, new_folder, run_folder
+from .places import check_distinct, check_output, check_report, check_sources, logged, new_folder, run_folder
 from .report import Report, predictions_path, save_predictions, show
 from .rehearsal import check_named
 from .run import check_seeds, fusion, seed_path, seeded
@@ -127,7 +127,7 @@ def check_places(
     copy, saved, models = _targets(cfg, folder)
     outputs = check_report(folder/'report.json', 'the folder of the run') + (check_report(copy, 'save_report') if copy else [])
     for model in dict.fromkeys(models): outputs.append(check_output(model, 'merged_model_save_path', of_model=True))
-    check_apart(outputs)
+    check_distinct(outputs)
     check_sources(outputs, cfg['method'], cfg['modelpool'], cfg['taskpool'], cfg['hub_mirror'])
     check_device(cfg['device'])
     if cfg['threads']: torch.set_num_threads(cfg['threads'])

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 import fusionbook
 from .flags import check_choice, Flags, read_flags
+from .places import check_output
 from .values import check_device, device_name
+from ..core.atomic import json_text
 from ..core.cached import read_record, write_record
 from ..core.errors import FusionError
 from ..core.identity import code_hash, identity, network_facts
@@ -21,7 +23,7 @@ from ..core.state_dict import content_hash
 from ..data.datasets import opened
 from ..data.images import DATASETS, Normalise, as_images, dataset_source, known_dataset
 from ..metrics.correlation import KINDS as COEFFICIENTS, correlation_with_chance
-from ..metrics.measurements import write_csv, write_parquet
+from ..metrics.measurements import csv_path, write_csv, write_parquet
 from ..metrics.suite import Subject, farther_parent, groups_of, measure_group, metric_names
 from ..modelpool.experiment import KINDS, read_kind
 from ..models.named import MODEL_TYPES, network_of, type_of
@@ -182,6 +184,8 @@ def measure_command(
     "fusionbook measure --device cpu --experiment_name NAME --seeds 5 --model_type TYPE --dataset_name NAME [--metrics all] [--budget 0.1] [--resume]"
     a = measure_arguments(argv)
     check_device(a.device)
+    table = csv_path(a.save_file_path)
+    for f in (table, table.with_suffix('.parquet')): check_output(f, 'save_file_path')
     _checked_files(a)
     data, mark = measured_data(a)
     rows = list(measure_models(a, data, mark))
@@ -190,6 +194,6 @@ def measure_command(
     file = write_csv(results, a.save_file_path)
     notes = {k: str(v) for k, v in vars(a).items()} | dict(version=fusionbook.__version__, data_hash=mark)
     tidy = write_parquet(rows, file.with_suffix('.parquet'), notes)
-    print(json.dumps(results, indent=4))
+    print(json_text(results, 4), end='')
     print(f'table    {file}\ntidy     {tidy}')
     return file

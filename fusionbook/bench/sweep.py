@@ -22,8 +22,8 @@ from .meeting import check_apart
 from .report import Report, average_interval, averages
 from .run import float_type, merged_model, merged_rows, seeded
 from .tables import print_table
+from ..core.atomic import atomic, json_text
 from ..core.cached import read_record, write_record
-from ..core.checkpoint import atomic
 from ..core.config import plain
 from ..core.errors import FusionError, nearest
 from ..core.resolve import resolving
@@ -296,7 +296,7 @@ def run_sweep(
 def _tell(folder, grid, results, best, facts):
     "Write and print what was found."
     from fusionbook.core.plot import save_figure
-    with atomic(folder/'sweep.json') as new: new.write_text(json.dumps(facts | dict(points=results), indent=1))
+    with atomic(folder/'sweep.json') as new: new.write_text(json_text(facts | dict(points=results)))
     scores, reach = [r['accuracy'] for r in results], [(r['low'], r['high']) for r in results]
     save_figure(sweep_figure(grid, scores, reach, facts['validation']), folder/'sweep.png')
     _list(grid, results, best, facts['validation'])

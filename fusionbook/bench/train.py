@@ -13,10 +13,12 @@ from fractions import Fraction
 from pathlib import Path
 import torch
 from .flags import check_choice, Flags, read_flags
+from .places import check_output
 from .provenance import versions
 from .report import print_table
 from .values import check_device
-from ..core.checkpoint import Checkpoint, atomic
+from ..core.atomic import atomic, json_text
+from ..core.checkpoint import Checkpoint
 from ..core.errors import FusionError
 from ..core.plot import curves, save_figure
 from ..core.progress import track
@@ -164,7 +166,7 @@ def training_figure(
 def _write(args, results):
     "The numbers and the picture of an experiment."
     folder = Path(args.out)/args.experiment_name
-    with atomic(folder/'training.json') as new: new.write_text(json.dumps(dict(arguments=vars(args), versions=versions(), parents=results), indent=1))
+    with atomic(folder/'training.json') as new: new.write_text(json_text(dict(arguments=vars(args), versions=versions(), parents=results)))
     save_figure(training_figure(results), folder/'training.png')
     return folder
 
@@ -174,6 +176,7 @@ def train_command(
 ) -> Path:              # the experiment's folder
     "fusionbook train --experiment_name NAME --model_type TYPE --dataset_name NAME [--seeds 3] [--epochs 30] [--device cuda] …"
     args = train_arguments(argv)
+    for name in ('training.json', 'training.png'): check_output(Path(args.out)/args.experiment_name/name, 'out')
     data, results = training_data(args), []
     for seed, parent in track([(s, p) for s in args.seeds for p in (1, 2)], 'parents'): results.append(train_parent(args, seed, parent, data))
     folder = _write(args, results)
