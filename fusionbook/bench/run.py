@@ -66,7 +66,7 @@ def float_type(
 ) -> torch.dtype:
     "The float type of that name."
     found = getattr(torch, str(name), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2: # eight bits need a scale
         raise FusionError(f'expected `dtype` as float32, bfloat16, float16 or float64, got `{name}`')
     return found
 

@@ -36,6 +36,14 @@ def module_state(
         raise FusionError(f'expected target modules that exist in {type(module).__name__}, got `{lost[0]}`; {nearest(lost[0], known)}')
     return select(sd, [f'{p}.*' for p in parts])
 
+# %% ../../nbs/50_modelpool/00_base.ipynb #ed7f311a
+def _check_ties(module, own, tied, sd):
+    "Refuse two tensors for what is one in the network: the later would replace the earlier."
+    for alias, owner in shared(own).items():
+        if alias not in sd or owner not in sd or tied.get(alias, alias) == tied.get(owner, owner): continue
+        if not torch.equal(sd[alias], sd[owner]):
+            raise FusionError(f'expected one tensor for `{alias}` and `{owner}`, which {type(module).__name__} ties, got two that differ')
+
 # %% ../../nbs/50_modelpool/00_base.ipynb #906fd8b2
 def fill(
     module:nn.Module, # a network; changed in place
@@ -43,6 +51,7 @@ def fill(
 ) -> nn.Module:       # the same network
     "Copy a state dict into a network, tensor by tensor."
     own, tied = module.state_dict(keep_vars=True), shared(sd)
+    _check_ties(module, own, tied, sd)
     if lost := [k for k in sd if k not in own]: raise FusionError(f'expected tensors of {type(module).__name__}, got `{lost[0]}`; {nearest(lost[0], own)}')
     with torch.no_grad():
         for k in track(list(sd), 'merging'):
@@ -211,8 +220,10 @@ def build_model(self:BaseModelPool, model) -> nn.Module|dict:
 def load(self:BaseModelPool, sd:StateDict) -> nn.Module|dict:
     "A network with the tensors of `sd`; names that it lacks keep the base's values."
     names = ['_pretrained_'] if self.has_pretrained else self.model_names[:1]
-    model, own = self.load_model(names[0]), finite(sd, self.reference)
-    return fill(model, own) if isinstance(model, nn.Module) else model | {k: own[k] for k in own}
+    model = self.load_model(names[0])
+    if isinstance(model, nn.Module): return fill(model, finite(sd, model.state_dict))
+    own = finite(sd, lambda: model)
+    return model | {k: own[k] for k in own}
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #3330a264
 @patch

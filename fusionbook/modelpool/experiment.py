@@ -17,7 +17,7 @@ from ..core.checkpoint import Checkpoint, atomic, save
 from ..core.errors import FusionError, nearest
 from ..core.identity import network_facts
 from ..core.state_dict import Lazy, StateDict, meta
-from ..core.views import without_wrappers
+from ..core.views import finite, without_wrappers
 from ..data.images import Normalise, dataset_source, known_dataset
 from .base import BaseModelPool
 from ..models.named import matched, model_type, network_of, type_of
@@ -52,6 +52,7 @@ def write_kind(
 ) -> Path:                # the `.pth` file; a `.safetensors` file is beside it
     "Write a model in both formats, each atomically."
     file = kind_file(experiment, seed, kind, initial=initial)
+    if kind in KINDS[2:]: sd = finite(sd, dict) # what was fused; a training that went astray is written as it is
     with atomic(file) as new: torch.save({k: sd[k].detach().cpu().clone() for k in sd}, new)
     save(sd, file.with_suffix('.safetensors'))
     return file

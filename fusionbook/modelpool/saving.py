@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 from ..core.checkpoint import find, save
 from ..core.errors import FusionError
 from ..core.files import read_json
@@ -89,15 +89,23 @@ def _float_type(sd):
     return sizes.most_common(1)[0][0] if sizes else 'float32'
 
 def _of_this_kind(sd, whole):
-    "The base's other tensors added, where the result has the base's kind of network."
-    return completed(sd, whole) if len(sd) < len(whole) and sd.keys() <= whole.keys() else sd
+    "Whether the result fits the base's network: its names, or some of them, with its shapes."
+    own, info = meta(sd), meta(whole)
+    return all(k in info and t.shape == info[k].shape for k, t in own.items())
+
+def _as_state(x):
+    "The tensors of what a method made."
+    x = select(x.state_dict()) if isinstance(x, nn.Module) else x
+    if not isinstance(x, Mapping) or not all(isinstance(t, Tensor) for t in getattr(x, 'meta', x).values()):
+        raise FusionError(f'expected a network or a state dict to save, got a {type(x).__name__}')
+    return x
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #f99ef053
 @patch
 def save_model(self:BaseModelPool, sd:StateDict|nn.Module, path:str|Path, **kwargs) -> Path:
     "Write a whole model of this pool's kind, see `core.checkpoint.save`; its tensors are checked to be finite while they are written."
-    sd = select(sd.state_dict()) if isinstance(sd, nn.Module) else sd
-    if not isinstance(sd, Mapping): raise FusionError(f'expected a network or a state dict to save, got a {type(sd).__name__}')
-    beside = self.extras()
-    if 'config.json' in beside: beside['config.json'] = typed_config(beside['config.json'], _float_type(sd))
-    return save(finite(_of_this_kind(sd, self.whole()), self.whole), path, extras=beside | kwargs.pop('extras', {}), **kwargs)
+    sd, whole, around = _as_state(sd), self.whole(), {}
+    if _of_this_kind(sd, whole):
+        around, sd = self.extras(), completed(sd, whole) if len(sd) < len(whole) else sd
+    if 'config.json' in around: around['config.json'] = typed_config(around['config.json'], _float_type(sd))
+    return save(finite(sd, self.whole), path, extras=around | kwargs.pop('extras', {}), **kwargs)
