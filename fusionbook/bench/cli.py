@@ -108,6 +108,7 @@ TEXTS |= {
   KEY=0:1:0.1             from 0 to 1 in steps of 0.1          KEY=a,b,c    these values
   validation=TASKPOOL     where to choose; the task pool called <taskpool>_validation when left out;
                           validation=test chooses on the test data, and the report says so
+  allow_overlap=true      go on where test examples are among those to choose on, and every table says so
 
   fusionbook sweep method.scaling_factor=0:1:0.1
   fusionbook sweep method=ties_merging method.threshold=10,20,50 method.scaling_factor=0.3,0.5,1
