@@ -13,7 +13,7 @@ from pathlib import Path
 from ..alignment.fuse import average, fuse
 from ..alignment.original import Original, original_fusion
 from ..alignment.trace import derive
-from .flags import check_choice, Flags, read_flags
+from .flags import check_choice, check_folder_name, Flags, read_flags
 from .report import print_table
 from ..core.errors import FusionError
 from ..core.progress import track
@@ -43,7 +43,7 @@ def fuse_arguments(
 ) -> argparse.Namespace: # every flag; `kinds` as a list, `folder` of the experiment
     "Read and check the command line."
     a = read_flags(_parser(), argv)
-    a.kinds, a.folder = a.kinds.split(','), Path(a.out)/a.experiment_name
+    a.kinds, a.folder = a.kinds.split(','), Path(a.out)/check_folder_name(a.experiment_name, 'experiment_name')
     for value, valid, what in [(a.model_type, MODEL_TYPES, 'a model type'), (a.dataset_name, DATASETS, 'a data set'), (a.transport_output, ('True', 'False'), 'transport_output'), (a.geometric, ('original', 'spec'), 'geometric'),
                                *((k, _KINDS, 'a kind of fusion') for k in a.kinds)]:
         check_choice(value, valid, what)

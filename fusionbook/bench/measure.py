@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 import torch
 import fusionbook
-from .flags import check_choice, Flags, read_flags
+from .flags import check_choice, check_folder_name, Flags, read_flags
 from .places import check_output
 from .values import check_device, device_name
 from ..core.atomic import json_text
@@ -73,7 +73,7 @@ def measure_arguments(
     _check_numbers(a)
     a.metrics = metric_names(a.metrics.split(','), a.accuracy_metric, [s for k, s in _SPACES.items() if getattr(a, k)])
     if a.correl_space and a.accuracy_metric not in a.metrics: a.metrics.append(a.accuracy_metric) # what correlations are with
-    a.folder = Path(a.out)/a.experiment_name
+    a.folder = Path(a.out)/check_folder_name(a.experiment_name, 'experiment_name')
     if not a.folder.is_dir() or not any(a.folder.iterdir()): raise FusionError(f'expected a folder with models, got `{a.folder}`, which ' + ('is empty' if a.folder.is_dir() else 'does not exist'))
     return a
 

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from .tables import around, markdown_table, print_table
 from ..core.atomic import atomic, json_text
 from ..core.errors import FusionError
+from ..core.files import read_json
 from ..metrics.classification import mean_interval, normalised
 
 # %% ../../nbs/80_bench/01_report.ipynb #0dade2d3
@@ -104,8 +105,10 @@ def read_report(
     "Read a report."
     path = Path(path)/'report.json' if Path(path).is_dir() else Path(path)
     if not path.exists(): raise FusionError(f'expected a report, got `{path}`, which does not exist')
-    try: return Report(json.loads(path.read_text()))
-    except json.JSONDecodeError as e: raise FusionError(f'expected a report in JSON, got `{path}` ({e})') from None
+    data = read_json(path)
+    if not isinstance(rows := data.get('rows', []), list) or not all(isinstance(r, dict) for r in rows):
+        raise FusionError(f'expected a report with `rows`, a list of results, in `{path}`, got another value')
+    return Report(data)
 
 def check_task_names(
     names:Sequence[str], # the tasks of a run

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 import torch
-from .flags import check_choice, Flags, read_flags
+from .flags import check_choice, check_folder_name, Flags, read_flags
 from .places import check_output
 from .provenance import versions
 from .report import print_table
@@ -60,7 +60,7 @@ def train_arguments(
     args = read_flags(_parser(), argv)
     check_choice(args.model_type, MODEL_TYPES, 'a model type'); check_choice(args.dataset_name, DATASETS, 'a data set')
     check_choice(args.selection, ('validation', 'last', 'test'), 'a selection'); check_choice(args.precision, ('float32', 'bfloat16'), 'a precision')
-    if Path(args.experiment_name).name != args.experiment_name: raise FusionError(f'expected a name without folders as experiment_name, got `{args.experiment_name}`; --out names the folder')
+    check_folder_name(args.experiment_name, 'experiment_name')
     for name in ('epochs', 'batch_size', 'learning_rate', 'width'):
         if not getattr(args, name) > 0: raise FusionError(f'expected a positive {name}, got {getattr(args, name)}')
     if not 0 < args.validation < 1: raise FusionError(f'expected validation in (0, 1), got {args.validation}; to keep all images, --selection last')

@@ -75,17 +75,20 @@ def _bounded():
     finally: types['file'], program.hydra = held, outer
 
 # %% ../../nbs/00_core/02d_compose.ipynb #0c93ab7b
+def _composed(folder, name, words):
+    from hydra import compose, initialize_config_dir
+    with closed_resolvers(), _bounded(), initialize_config_dir(folder, version_base='1.3'): return compose(name, words)
+
+# %% ../../nbs/00_core/02d_compose.ipynb #2d405440
 def compose_words(
     words:Sequence[str]=(),            # overrides in Hydra's grammar, such as `method=ties_merging`
     *, name:str|None='fusionbook',     # the main file, in the first folder; None for an empty one
     folders:Sequence[str|Path]=(CONFIG,), # where files and groups are looked up, in this order
 ):                                     # an OmegaConf mapping without Hydra's own block, interpolations as they stand
     "Compose; nothing is built, and nothing is worked out."
-    from hydra import compose, initialize_config_dir
     first, *more = [str(Path(f).resolve()) for f in folders]
     search = 'hydra.searchpath=[' + ','.join(json.dumps(f'file://{f}', ensure_ascii=False) for f in more) + ']'
-    try:
-        with closed_resolvers(), _bounded(), initialize_config_dir(first, version_base='1.3'): return compose(name, [*words, search])
+    try: return _composed(first, name, [*words, search])
     except (AttributeError, KeyError, TypeError, ValueError, AssertionError, RecursionError) as e:
         if isinstance(e, FusionError) or type(e).__module__.startswith(('hydra', 'omegaconf')): raise
         said = ' '.join(str(e).split())

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.engine import map_tensors, pieces as _pieces
 from ..core.errors import FusionError, nearest
+from ..core.files import read_json
 from ..core.state_dict import StateDict, meta
 from .ties import _thresholds, elect_sign, kept_share, trim
 
@@ -164,7 +165,7 @@ def _read(source):
     if not path.exists(): raise FusionError(f'expected `weights` as a file or numbers, got `{source}`, which does not exist')
     if path.suffix in ('.npy', '.np', '.pt', '.pth'): return _numbers(path)
     if path.suffix != '.json': raise FusionError(f'expected `weights` in a .json, .npy or .pt file, got `{path.name}`; `numpy.save("weights.npy", tensor.numpy())` makes one of a tensor')
-    found = json.loads(path.read_text())
+    found = read_json(path, object)
     found = found.get('adaptation', found) if isinstance(found, dict) else found   # a whole report too
     models = [v for v in found.values() if isinstance(v, dict) and 'coefficients' in v] if isinstance(found, dict) else []
     if len(models) > 1: raise FusionError(f'expected the coefficients of one model, got {len(models)} in `{path}`')

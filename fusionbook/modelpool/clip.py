@@ -87,7 +87,7 @@ def load_clip_model(self:CLIPVisionModelPool, name:str) -> nn.Module:
     from transformers import CLIPModel
     base = self._models.get('_pretrained_', self._models.get(name))
     if not isinstance(base, (str, Path)): raise FusionError(f'expected a base with a path, where the text side of CLIP lies, got {type(base).__name__}')
-    whole, model = CLIPModel.from_pretrained(find(base)).eval(), self.load_model(name)
+    whole, model = CLIPModel.from_pretrained(find(base), trust_remote_code=False).eval(), self.load_model(name)
     tower = model.state_dict() if isinstance(model, nn.Module) else model
     fill(whole.vision_model, {k.removeprefix('vision_model.'): v for k, v in tower.items()})
     return whole

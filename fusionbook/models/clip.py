@@ -238,7 +238,7 @@ def text_features(
     folder, prompts = find(clip_path), list(prompts)
     if (folder/'text_features.safetensors').exists(): return _frozen(folder, prompts)
     weights = _text_hash(folder, _text_stamp(folder))
-    config, tokenizer = CLIPTextConfig.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+    config, tokenizer = (described(partial(k.from_pretrained, trust_remote_code=False), folder, folder) for k in (CLIPTextConfig, CLIPTokenizer))
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=config.max_position_embeddings, return_tensors='pt')
     key = [weights, told_config(config.to_dict()), tokens['input_ids'].tolist(), tokens['attention_mask'].tolist(), _code()]
     file = cache_folder()/'text'/(hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32] + '.safetensors')
@@ -276,7 +276,7 @@ def _head_facts(folder):
     from transformers import CLIPTextConfig
     if (folder/'text_features.safetensors').exists(): return None
     files = [folder/n for n in ('tokenizer.json', 'vocab.json', 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json')]
-    return [told_config(CLIPTextConfig.from_pretrained(folder).to_dict()), [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()]]
+    return [told_config(CLIPTextConfig.from_pretrained(folder, trust_remote_code=False).to_dict()), [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()]]
 
 @lru_cache(8)
 def _head_hash(folder, stamp): return identity(content_hash(_head_parts(folder)), _head_facts(folder))

@@ -126,7 +126,8 @@ class Tokens:
     ):
         from transformers import AutoTokenizer
         if max_length < 3: raise FusionError(f'expected `max_length` of at least 3 tokens, got {max_length}')
-        self.tokenizer, self.max_length = AutoTokenizer.from_pretrained(text_folder(path)), int(max_length)
+        folder, self.max_length = text_folder(path), int(max_length)
+        self.tokenizer = described(lambda f: AutoTokenizer.from_pretrained(f, trust_remote_code=False), folder, folder)
     def __call__(self,
         *texts:Sequence[str], # one list of N texts, or two for pairs
     ) -> list[Tensor]:        # N rows (2, length) int32: token ids, parts
