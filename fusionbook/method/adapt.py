@@ -77,8 +77,8 @@ def _restore(path, parameters, optimizer, identity):
 
 # %% ../../nbs/60_method/70_adapt.ipynb #3e50346e
 def _check_threads(count):
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise FusionError(f'expected `threads` as a whole number of at least 1, or null, got {count}')
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 4096):
+        raise FusionError(f'expected `threads` as a whole number from 1 to 4096, or null, got {count}')
 
 @contextmanager
 def on_threads(

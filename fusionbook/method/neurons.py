@@ -35,6 +35,8 @@ def spec_of(
                           'of a network), a pool with `spec`, or networks with a task pool that knows their inputs')
     parts = dict(given) if isinstance(given.get('axes'), Mapping) else {'axes': given}
     check_known(parts, ('axes', 'sizes', 'within'), 'a specification')
+    for k, v in parts['axes'].items():
+        if not isinstance(v, (list, tuple)): raise FusionError(f'expected a list of formulas, one for each axis of `{k}`, got {v!r:.60}')
     return make_spec({k: tuple(v) for k, v in parts.pop('axes').items()}, sd, **parts)
 
 # %% ../../nbs/60_method/89_neurons.ipynb #c2765be0
@@ -60,7 +62,12 @@ def _traced(method, pool, shape):
     net = pool.load_pretrained_or_first_model()
     if not isinstance(net, nn.Module): return spec_of(None, {})
     args, kwargs = ((torch.zeros(tuple(shape)),), {}) if shape is not None else _asked(method, pool, net) or _declared(net) or ((), {})
-    return derive(net, *args, **kwargs) if args or kwargs else spec_of(None, {})
+    if not (args or kwargs): return spec_of(None, {})
+    try: return derive(net, *args, **kwargs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as e:
+        if isinstance(e, FusionError): raise
+        sizes = ', '.join(str(tuple(t.shape)) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        raise FusionError(f'expected an input that {type(net).__name__} takes, got {sizes}: {str(e).splitlines()[0]}') from None
 
 # %% ../../nbs/60_method/89_neurons.ipynb #c0573221
 def spec_for(
