@@ -112,12 +112,14 @@ def readable(
 # %% ../../nbs/80_bench/08_arguments.ipynb #56ba8063
 def _key(word): return word.lstrip('+~').split('=')[0].split('@')[0]
 
+def _package(word): return word.split('=')[0].partition('@')[2] # where a group is put: `taskpool.test_datasets`
+
 def _run_keys(): return [k for k in read_yaml(CONFIG/'fusionbook.yaml') if k != 'defaults']
 
 def _split_groups(words):
     "The words of groups that replace those of a file, with what is set below them; and the rest."
     given = {_key(w): w for w in words if _key(w) in _GROUP and w[0] != '~' and '=' in w and w.partition('=')[2][:1] not in ('{', '"', "'", '')}
-    theirs = [w for w in words if _key(w) not in given and _key(w).split('.')[0] in given]
+    theirs = [w for w in words if _key(w) not in given and {_key(w).split('.')[0], _package(w).split('.')[0]} & set(given)]
     return given, theirs, [w for w in words if w not in theirs and w not in given.values()]
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #b2b70c00

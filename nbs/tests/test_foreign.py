@@ -81,6 +81,13 @@ def test_a_dry_run_refuses_what_the_run_would_and_leaves_nothing(run, change, to
     assert [f.name for f in done.cwd.iterdir()] == ['their.yaml']
 
 
+def test_data_sets_join_a_group_that_is_given_beside_a_file(run, hub):
+    "`+dataset/…@taskpool.test_datasets=…` belongs to the task pool of the line, not to that of the file, which is replaced."
+    words = ['taskpool=CLIPVisionModelTaskPool/clip-vit-single-task_mnist', '+dataset/image_classification/train@taskpool.test_datasets=svhn', 'references=false']
+    done = run(their(), *words)
+    assert done.status == 0 and set(done.report['hashes']['data']) == {'mnist', 'svhn'}, done.err
+
+
 def test_a_list_is_no_run(run):
     done = run('- method\n- modelpool\n')
     assert done.status == 2 and 'list' in done.line
