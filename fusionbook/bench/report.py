@@ -108,7 +108,9 @@ def read_report(
     data = read_json(path)
     if not isinstance(rows := data.get('rows', []), list) or not all(isinstance(r, dict) for r in rows):
         raise FusionError(f'expected a report with `rows`, a list of results, in `{path}`, got another value')
-    return Report(data)
+    try: return Report(data)
+    except (TypeError, ValueError, LookupError, AttributeError) as e:
+        raise FusionError(f'expected a report in `{path}`, got one whose values do not fit: {" ".join(str(e).split()):.120}') from None
 
 def check_task_names(
     names:Sequence[str], # the tasks of a run

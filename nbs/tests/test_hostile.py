@@ -273,3 +273,106 @@ def test_the_canary_sings(place, canary):
     assert canary.read_text().endswith('fired ')
     canary.unlink()
     sys.modules.pop('hostile_canary')
+
+
+# ---- files beside a model, reports, pictures
+
+def damaged_json(good, draw):
+    "Texts made from a good one: cut, flipped, of other types, nested, not text at all."
+    text = json.dumps(good)
+    kind = draw.randrange(9)
+    if kind == 0: return text[:draw.randrange(len(text))].encode()
+    if kind == 1:
+        data = bytearray(text.encode())
+        for _ in range(3): data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        return bytes(data)
+    if kind == 2: return draw.choice([b'', b'null', b'[]', b'1', b'"x"', b'[' * 100_000, b'{"a":' * 50_000, b'\xff\xfe{}', b'{"a": ' + b'9' * 10_000 + b'}', b'{}\x00', b'NaN'])
+    changed = json.loads(text)
+    for _ in range(draw.choice([1, 1, 3])):
+        node = changed
+        while True:
+            key = draw.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            if not isinstance(node[key], (dict, list)) or not node[key] or draw.random() < .4: break
+            node = node[key]
+        node[key] = draw.choice([None, -1, 0, 2 ** 70, 1e308, 'x', '../../x', [], {}, [[]], {'a': 1}, True, 'nan', '${oc.env:HOSTILE_SECRET}', {'auto_map': {'AutoConfig': 'script.Fire'}}])
+    if kind >= 7 and isinstance(changed, dict): changed['auto_map'] = {k: 'script.Fire' for k in ('AutoConfig', 'AutoModel', 'AutoTokenizer', 'AutoProcessor', 'AutoImageProcessor')}
+    return json.dumps(changed).encode()
+
+
+class Pickled:
+    "Unpickled, it is noticed."
+    def __reduce__(self): return __import__('importlib').import_module, ('hostile_canary',)
+
+
+@pytest.fixture(scope='module')
+def models(world, tmp_path_factory):
+    "A small CLIP and a small sentence encoder; every JSON file of theirs."
+    from fusionbook.models.text import tiny_text
+    text = tiny_text(tmp_path_factory.mktemp('text')/'text', ['one two three', 'four five'])
+    return {'clip': world/'base', 'text': text}
+
+
+def readers(folder, kind):
+    "What the book does with a folder of that kind."
+    from fusionbook.models.clip import Processor, text_features, vision_model, vision_state
+    from fusionbook.models.text import Tokens, text_model, text_state
+    if kind == 'text': return [lambda: text_state(folder), lambda: text_model(folder), lambda: Tokens(folder)(['one two'])]
+    return [lambda: vision_state(folder), lambda: vision_model(folder), lambda: Processor(folder), lambda: text_features(folder, ['one'])]
+
+
+def test_files_beside_a_model(models, place, canary, monkeypatch):
+    import shutil
+    monkeypatch.setenv('FUSIONBOOK_CACHE', str(place/'cache'))
+    monkeypatch.setattr('builtins.input', lambda *_: (canary.write_text('asked'), 'y')[1]) # whoever asks would be told yes
+    tally, draw = Tally('files beside a model', canary), random.Random(5)
+    for kind, source in models.items():
+        files = sorted(f.name for f in source.glob('*.json') if f.name not in ('tokenizer.json', 'vocab.json'))
+        for i in range(40):
+            for name in files:
+                folder = place/'odd'
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(source, folder)
+                (folder/'script.py').write_text(CANARY)
+                (folder/name).write_bytes(damaged_json(json.loads((source/name).read_text()), draw))
+                for j, read in enumerate(readers(folder, kind)):
+                    if j == i % 4 or name.startswith('tokenizer') and j > 1: tally.call(f'{kind} {name} {i} {j}', read)
+    tally.check(least=150)
+
+
+def test_reports_pickles_and_pictures(place, canary):
+    import pickle
+    from PIL import Image
+    from fusionbook.bench.report import read_report
+    from fusionbook.core.checkpoint import Checkpoint, save
+    from fusionbook.data.datasets import opened
+    from fusionbook.method import WeightedAverage
+    tally, draw = Tally('reports, pickles, pictures', canary), random.Random(6)
+    row = dict(model='merged', role='merged', task='a', accuracy=.5, loss=1., n=10, low=.2, high=.8, normalised_accuracy=1.)
+    good = dict(rows=[row, row | {'task': 'b'}], method='x', config={'method': {}}, average={'accuracy': .5, 'loss': 1.}, uses=['experts'], versions={}, hashes={'data': {'a': 'x'}, 'models': {}})
+    for i in range(200):
+        Path('report.json').write_bytes(damaged_json(good, draw))
+        tally.call(f'report {i}', lambda: read_report('report.json'))
+    bomb = pickle.dumps(Pickled())
+    torch.save({'w': Pickled()}, 'modern.bin')
+    modern = Path('modern.bin').read_bytes()
+    for i in range(100):
+        data = bytearray(draw.choice([bomb, modern]))
+        for _ in range(draw.randrange(3)): data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        file = Path(draw.choice(['m.bin', 'm.pt', 'm.pth', 'm.ckpt', 'm.safetensors', 'm.npy']))
+        file.write_bytes(bytes(data))
+        tally.call(f'pickle {i} {file}', (lambda: WeightedAverage(weights=str(file)).config) if file.suffix == '.npy' else lambda: dict(Checkpoint(file)))
+    index = {'metadata': {'total_size': 8}, 'weight_map': {'w': 'model-00001-of-00001.safetensors'}}
+    save({'w': torch.ones(2)}, 'parts/model-00001-of-00001.safetensors')
+    for i in range(150):
+        Path('parts/model.safetensors.index.json').write_bytes(damaged_json(index, draw))
+        tally.call(f'index {i}', lambda: dict(Checkpoint('parts')))
+    for i in range(30):
+        folder = Path(f'pictures{i}')
+        for c in 'ab':
+            (folder/'test'/c).mkdir(parents=True)
+            Image.new('RGB', (8, 8)).save(folder/'test'/c/'0.png')
+        data = bytearray((folder/'test'/'a'/'0.png').read_bytes())
+        for _ in range(8): data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        (folder/'test'/'a'/'0.png').write_bytes(draw.choice([bytes(data), bytes(data[:20]), b'', bomb, b'GIF89a', b'<svg/>']))
+        tally.call(f'picture {i}', lambda: [r['image'] for r in opened(str(folder))])
+    tally.check(least=450)
