@@ -15,7 +15,8 @@ from textwrap import wrap
 import numpy as np
 from .paired import in_points, mcnemar, paired
 from .places import check_output
-from .report import Report, data_read, pooled, predictions_path, read_predictions, read_report, tuned_on
+from .report import Report, data_read, pooled, predictions_path, read_predictions
+from .report import read_report, tuned_on
 from .tables import markdown_table, print_table
 from ..core.atomic import atomic, json_text
 from ..core.errors import FusionError
@@ -95,7 +96,8 @@ def correct(
     "Which examples the models of a report got right."
     found = {}
     for a in report.answers:
-        if a['role'] == role: found.setdefault(a['task'], []).append(np.asarray(a['labels']) == np.asarray(a['predictions']))
+        right = np.asarray(a['labels']) == np.asarray(a['predictions'])
+        if a['role'] == role: found.setdefault(a['task'], []).append(right)
     return {t: np.stack(rows) for t, rows in found.items()}
 
 # %% ../../nbs/80_bench/07_compare.ipynb #e5825dfc
@@ -110,7 +112,7 @@ def compared(
     reports:Mapping[str, Report], # name -> report with its `answers`; at least two, of the same data
     *, draws:int=10_000,          # resamples
     seed:int=0,                   # of the resampling
-) -> dict:                        # everything that is drawn and written: what was seen, accuracies, ranks, pairs
+) -> dict:                        # what is drawn and written: what was seen, accuracies, ranks, pairs
     "Compare reports pairwise."
     if len(reports) < 2: raise FusionError(f'expected at least two reports, got {len(reports)}')
     check_same_data(reports)
@@ -118,11 +120,14 @@ def compared(
     tasks, right, shared = first.tasks, {n: correct(r) for n, r in reports.items()}, sources(first)
     rows = {n: {r['task']: r['accuracy'] for r in pooled(r.rows('merged'))} for n, r in reports.items()}
     rows = {n: {t: r[t] for t in tasks} for n, r in rows.items()}
-    pairs = [_pair(a, b, *({t: right[n][t] for t in tasks} for n in (a, b)), shared, draws, seed) for a, b in combinations(reports, 2)]
+    right = {n: {t: by[t] for t in tasks} for n, by in right.items()}
+    pairs = [_pair(a, b, right[a], right[b], shared, draws, seed) for a, b in combinations(reports, 2)]
     accuracies = {n: r | {'average': float(np.mean(list(r.values())))} for n, r in rows.items()}
-    return dict(reports=list(reports), read={n: data_read(r) for n, r in reports.items()}, tuned_on={n: tuned_on(r) for n, r in reports.items()},
-                seeds={n: len(right[n][tasks[0]]) for n in reports}, sources={t: len(np.unique(c)) for t, c in shared.items()},
-                tasks=tasks, accuracies=accuracies, ranks=mean_ranks(rows), pairs=pairs, draws=draws, seed=seed)
+    def each(f): return {n: f(r) for n, r in reports.items()}
+    seeds, shares = {n: len(by[tasks[0]]) for n, by in right.items()}, {t: len(np.unique(c)) for t, c in shared.items()}
+    seen = dict(read=each(data_read), tuned_on=each(tuned_on), seeds=seeds, sources=shares)
+    return dict(reports=list(reports), **seen, tasks=tasks, accuracies=accuracies, ranks=mean_ranks(rows),
+                pairs=pairs, draws=draws, seed=seed)
 
 # %% ../../nbs/80_bench/07_compare.ipynb #baed3d9b
 def _pair(a, b, x, y, shared, draws, seed):
@@ -154,11 +159,13 @@ def comparison_table(
     "Accuracies of every report, with what it read and was tuned on, and its mean rank."
     tasks = [*result['tasks'], 'average']
     def seeds(n): return str(result['seeds'][n])
-    def line(n): return [n, result['read'][n], result['tuned_on'][n], seeds(n), *(f'{100 * result["accuracies"][n][t]:.1f}' for t in tasks), f'{result["ranks"][n]:.2f}']
+    def line(n):
+        shares = [f'{100 * result["accuracies"][n][t]:.1f}' for t in tasks]
+        return [n, result['read'][n], result['tuned_on'][n], seeds(n), *shares, f'{result["ranks"][n]:.2f}']
     head = ['method', 'read', 'tuned on', 'seeds', *tasks, 'mean rank']
     lines = [line(n) for n in result['reports']]
-    if all(l[3] == '1' for l in lines): head, lines = [h for h in head if h != 'seeds'], [l[:3] + l[4:] for l in lines]
-    return head, lines
+    if any(l[3] != '1' for l in lines): return head, lines
+    return head[:3] + head[4:], [l[:3] + l[4:] for l in lines]
 
 # %% ../../nbs/80_bench/07_compare.ipynb #ce724f90
 def difference_tables(
@@ -172,7 +179,8 @@ def difference_tables(
         return [words(t), *share, in_points(d), f'{d["p"]:.2g}' if 'p' in d else '']
     for n, found in _against(result).items():
         title = f'{_titled(result, n)} − {_titled(result, base)}'
-        out[title] = ['task', 'left', 'right', 'left − right [95 %]', 'p'], [line(n, t, found[t]) for t in [*result['tasks'], 'average']]
+        lines = [line(n, t, found[t]) for t in [*result['tasks'], 'average']]
+        out[title] = ['task', 'left', 'right', 'left − right [95 %]', 'p'], lines
     return out
 
 # %% ../../nbs/80_bench/07_compare.ipynb #17759fd2
@@ -181,7 +189,8 @@ def comparison_markdown(
 ) -> str:
     "The tables of a comparison for a page."
     def part(title, table): return f'**{title}**\n\n{markdown_table(*table)}'
-    return '\n\n'.join([part('accuracy in %', comparison_table(result)), *(part(t, table) for t, table in difference_tables(result).items())])
+    tables = {'accuracy in %': comparison_table(result)} | difference_tables(result)
+    return '\n\n'.join(part(*item) for item in tables.items())
 
 # %% ../../nbs/80_bench/07_compare.ipynb #cccd8caf
 def comparison_figure(
@@ -191,9 +200,10 @@ def comparison_figure(
     from fusionbook.core.plot import bars
     names = {n: '\n'.join(wrap(_titled(result, n), 90)) for n in result['reports']}
     shown = {names[n]: {t: d[t] for t in [*result['tasks'], 'average']} for n, d in _against(result).items()}
-    return bars({n: {t: 100 * d['difference'] for t, d in ds.items()} for n, ds in shown.items()},
-                {n: {t: (100 * d['low'], 100 * d['high']) for t, d in ds.items() if d['low'] is not None} for n, ds in shown.items()},
-                ylabel='\n'.join(wrap(f'accuracy − that of {_titled(result, result["reports"][0])}, points', 36)))
+    def ends(ds): return {t: (100 * d['low'], 100 * d['high']) for t, d in ds.items() if d['low'] is not None}
+    label = wrap(f'accuracy − that of {_titled(result, result["reports"][0])}, points', 36)
+    heights = {n: {t: 100 * d['difference'] for t, d in ds.items()} for n, ds in shown.items()}
+    return bars(heights, {n: ends(ds) for n, ds in shown.items()}, ylabel='\n'.join(label))
 
 # %% ../../nbs/80_bench/07_compare.ipynb #ffea911b
 def write_comparison(
@@ -224,6 +234,7 @@ def compare_command(
     result = compared(named([with_answers(f) for f in files]))
     folder = write_comparison(result, folder)
     print_table(*comparison_table(result), title='accuracy in %')
-    for title, table in difference_tables(result).items(): print_table(*table, title=title, bold=[len(result['tasks'])])
+    last = [len(result['tasks'])]
+    for title, table in difference_tables(result).items(): print_table(*table, title=title, bold=last)
     print(f'table    {folder/"comparison.md"}\npicture  {folder/"comparison.png"}\nnumbers  {folder/"comparison.json"}')
     return folder

@@ -20,7 +20,7 @@ def meeting(
     known:Mapping,  # task -> data set that was looked at
 ) -> dict[str, int]: # task -> how many of its examples are in any of the second
     "Test examples that were looked at."
-    def among(rows): return int(np.any([overlap(rows, other) for other in known.values()], axis=0).sum()) if known else 0
+    def among(rows): return int(np.any([overlap(rows, k) for k in known.values()], axis=0).sum()) if known else 0
     return {t: among(rows) for t, rows in track(list(tested.items()), 'comparing data')}
 
 # %% ../../nbs/80_bench/02b_meeting.ipynb #09509828
@@ -40,23 +40,28 @@ def check_apart(
 ) -> dict[str, int]:       # task -> how many of its test examples are chosen on
     "Refuse to choose on test data."
     parts = task_data(tested), task_data(choosing)
-    if None in parts: raise FusionError(f'expected task pools whose data can be compared, got {type((tested, choosing)[parts.index(None)]).__name__}')
+    if None in parts:
+        mute = type((tested, choosing)[parts.index(None)]).__name__
+        raise FusionError(f'expected task pools whose data can be compared, got {mute}')
     found = meeting(*parts)
-    if not allowed and (bad := [t for t, n in found.items() if n]):
-        raise FusionError(f'expected other data to choose on than the test data, got {found[bad[0]]:,} of the {len(parts[0][bad[0]]):,} test examples of '
-                          f'`{bad[0]}` in `{name}`; with allow_overlap=true the sweep goes on, and every table says so')
+    if not allowed and (bad := next((t for t, n in found.items() if n), None)):
+        share = f'{found[bad]:,} of the {len(parts[0][bad]):,} test examples of `{bad}` in `{name}`'
+        raise FusionError(f'expected other data to choose on than the test data, got {share}; '
+                          'with allow_overlap=true the sweep goes on, and every table says so')
     return found
 
 # %% ../../nbs/80_bench/02b_meeting.ipynb #b2e868d1
 def read_data(
     pool:BaseModelPool,    # after the method has run
     taskpool:BaseTaskPool, # what is measured
-) -> dict[str, dict]:      # train, validation or unlabeled_test -> task -> data set, of the parts that were read
+) -> dict[str, dict]:      # train, validation, unlabeled_test -> task -> data set, where they were read
     "What a method read besides the models."
-    loaders = dict(train=pool.load_train_dataset, validation=pool.load_val_dataset, unlabeled_test=pool.load_test_dataset)
+    loaders = dict(train=pool.load_train_dataset, validation=pool.load_val_dataset,
+                   unlabeled_test=pool.load_test_dataset)
     def one(part, task):
+        own = part == 'unlabeled_test' and task in taskpool.task_names
         try: return loaders[part](task)
-        except FusionError: return taskpool.dataset(task) if part == 'unlabeled_test' and task in taskpool.task_names else None
+        except FusionError: return taskpool.dataset(task) if own else None
     names = dict.fromkeys([*pool.model_names, *taskpool.task_names])
     found = {part: {t: one(part, t) for t in names} for part in loaders if part in pool.seen}
     return {part: {t: rows for t, rows in by.items() if rows is not None} for part, by in found.items()}
@@ -64,7 +69,7 @@ def read_data(
 # %% ../../nbs/80_bench/02b_meeting.ipynb #2fd313b8
 def run_meets(
     pool:BaseModelPool, taskpool:BaseTaskPool, # as in `read_data`
-) -> dict[str, dict[str, int]]: # part -> task -> how many test examples are in it; without parts that cannot be compared
+) -> dict[str, dict[str, int]]: # part -> task -> how many test examples are in it
     "Test examples that a method read."
     tested = task_data(taskpool)
     if not tested or not pool.seen & {'train', 'validation', 'unlabeled_test'}: return {}

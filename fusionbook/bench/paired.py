@@ -40,19 +40,20 @@ def _by_source(d, clusters, draws, rng):
     _, at = np.unique(clusters, return_inverse=True)
     sums, sizes = np.bincount(at, d), np.bincount(at)
     if len(sizes) == len(d): return _by_example(d, draws, rng)
-    parts = [rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=min(1000, draws - i)) for i in range(0, draws, 1000)]
+    equal = np.full(len(sizes), 1 / len(sizes))
+    parts = [rng.multinomial(len(sizes), equal, size=min(1000, draws - i)) for i in range(0, draws, 1000)]
     means = np.concatenate([(part @ sums) / (part @ sizes) for part in parts])
     return d.mean() + (means - d.mean()) * _wider(len(sizes))
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #646ec841
 def bootstrap(
     differences:Mapping[str, np.ndarray], # task -> second minus first, right = 1, wrong = 0, (N,)
-    *, clusters:Mapping[str, np.ndarray]={}, # task -> source of each example (N,), where examples share sources
-    seeds:Mapping[str, np.ndarray]={}, # task, and `average` -> what is added to each resample for the seeds, (draws,)
+    *, clusters:Mapping[str, np.ndarray]={}, # task -> source of each example (N,), where they share sources
+    seeds:Mapping[str, np.ndarray]={}, # task, and `average` -> what seeds add to each resample, (draws,)
     draws:int=10_000, # resamples
     seed:int=0,       # of the resampling
     level:float=.95,  # share of the resamples between the ends
-) -> dict[str, dict]: # each task, and `average` with equal weights -> difference, low, high (None where there are too few sources)
+) -> dict[str, dict]: # each task, and `average` with equal weights -> difference, low, high or None
     "Percentile intervals of paired differences, stratified by task (Efron, 1979)."
     rng, found, means = np.random.default_rng(seed), {}, []
     def of(centre, sample, task):
@@ -63,7 +64,8 @@ def bootstrap(
         single = task not in clusters or few
         means.append(_by_example(d, draws, rng) if single else _by_source(d, clusters[task], draws, rng))
         found[task] = dict(of(np.mean(d), means[-1], task), **dict(low=None, high=None) if few else {})
-    return found | {'average': of(np.mean([f['difference'] for f in found.values()]), np.mean(means, axis=0), 'average')}
+    centre = np.mean([f['difference'] for f in found.values()])
+    return found | {'average': of(centre, np.mean(means, axis=0), 'average')}
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #01942d11
 def seed_part(
@@ -74,10 +76,13 @@ def seed_part(
 ) -> dict[str, np.ndarray]: # task, and `average` -> (draws,); 0 where there is one seed
     "What the choice of the seeds adds to a difference."
     rng = np.random.default_rng([seed, 1])
-    def luck(x): return rng.standard_t(len(x) - 1, draws) * x.std(ddof=1) / len(x)**.5 if len(x) > 1 else np.zeros(draws)
+    def luck(x):
+        if len(x) == 1: return np.zeros(draws)
+        return rng.standard_t(len(x) - 1, draws) * x.std(ddof=1) / len(x)**.5
     def of(a, b): return luck(b - a) if together else luck(a) + luck(b)
     means = {t: (first[t].mean(1), second[t].mean(1)) for t in first}
-    return {t: of(*m) for t, m in means.items()} | {'average': of(*(np.mean(m, axis=0) for m in zip(*means.values())))}
+    whole = [np.mean(m, axis=0) for m in zip(*means.values())]
+    return {t: of(*m) for t, m in means.items()} | {'average': of(*whole)}
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #0f194367
 def paired(
@@ -88,8 +93,8 @@ def paired(
     draws:int=10_000, seed:int=0,    # of the resampling
 ) -> dict[str, dict]:                # each task, and `average` -> difference, low, high
     "Second minus first, over examples and seeds."
-    if together and (bad := [t for t in first if len(first[t]) != len(second[t])]):
-        raise FusionError(f'expected as many seeds of both, got {len(first[bad[0]])} and {len(second[bad[0]])}')
+    if together and (bad := [(len(first[t]), len(second[t])) for t in first if len(first[t]) != len(second[t])]):
+        raise FusionError('expected as many seeds of both, got {} and {}'.format(*bad[0]))
     luck = seed_part(first, second, together=together, draws=draws, seed=seed)
     d = {t: second[t].mean(0) - first[t].mean(0) for t in first}
     return bootstrap(d, clusters=clusters, seeds=luck, draws=draws, seed=seed)

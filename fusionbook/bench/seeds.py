@@ -43,7 +43,7 @@ def over_seeds(
 def seed_table(
     results:Mapping[int, Mapping[str, Sequence[Mapping]]], # seed -> name -> rows
 ) -> tuple[list[str], list[list[str]]]: # header, lines
-    "Each seed, their mean and standard deviation, the first seed's 95 % interval by examples, the normalised accuracy."
+    "Each seed, their mean and standard deviation, the first seed's interval by examples, the normalised accuracy."
     first = next(iter(results.values()))
     def line(n):
         x, sd, share = over_seeds(results, n), '', ''
@@ -51,7 +51,9 @@ def seed_table(
         if 'normalised_accuracy' in averages(first[n]): share = f'{over_seeds(results, n, "normalised_accuracy").mean():.1f}'
         low, high = (f'{100 * v:.1f}' for v in average_interval(first[n]))
         return [n, *(f'{v:.1f}' for v in x), f'{x.mean():.1f}', sd, f'{low} to {high}', share]
-    return ['', *(f'seed {s}' for s in results), 'mean', 'sd over seeds', f'seed {next(iter(results))}, 95 % by examples', 'normalised'], [line(n) for n in first]
+    own = f'seed {next(iter(results))}, 95 % by examples'
+    head = ['', *(f'seed {s}' for s in results), 'mean', 'sd over seeds', own, 'normalised']
+    return head, [line(n) for n in first]
 
 # %% ../../nbs/80_bench/07b_seeds.ipynb #6eab89e8
 def seed_figure(
@@ -75,7 +77,8 @@ def right_answers(
         if role is None: raise FusionError(f'expected a name of the reports, got `{name}`; {nearest(name, by)}')
         return correct(next(iter(by.values())), role)
     seeds = [of(by) for by in reports.values()]
-    if bad := [t for found in seeds for t, x in found.items() if len(x) != 1]: raise FusionError(f'expected one model a seed, got several on `{bad[0]}` by `{name}`')
+    if bad := [t for found in seeds for t, x in found.items() if len(x) != 1]:
+        raise FusionError(f'expected one model a seed, got several on `{bad[0]}` by `{name}`')
     return {t: np.concatenate([found[t] for found in seeds]) for t in seeds[0]}
 
 # %% ../../nbs/80_bench/07b_seeds.ipynb #de089344
@@ -86,22 +89,26 @@ def difference(
 ) -> dict[str, dict]:       # each task, and `average` -> difference, low, high
     "First minus second, over examples and seeds."
     first = next(iter(next(iter(reports.values())).values()))
-    return paired(right_answers(reports, worse), right_answers(reports, better), clusters=sources(first), together=True, **how)
+    sides = (right_answers(reports, n) for n in (worse, better))
+    return paired(*sides, clusters=sources(first), together=True, **how)
 
 # %% ../../nbs/80_bench/07b_seeds.ipynb #e36823cf
 def claim_table(
     reports:Mapping[int, Mapping[str, Report]], # seed -> name -> report with its answers
-    claims:Sequence[tuple], # (what is claimed, by whom, better name, worse name or names[, margin in points that still counts])
+    claims:Sequence[tuple], # (claim, by whom, better name, worse name or names[, margin in points])
 ) -> tuple[list[str], list[list[str]]]: # header, lines
     "Whether orderings hold, are reversed or undecided by the paired interval over examples and seeds."
     results, order = {s: all_rows(by) for s, by in reports.items()}, ('reversed', 'undecided', 'holds')
     def line(claim, source, better, worse, margin=0):
-        found = {w: difference(reports, better, w)['average'] for w in ([worse] if isinstance(worse, str) else worse)}
+        others = [worse] if isinstance(worse, str) else worse
+        found = {w: difference(reports, better, w)['average'] for w in others}
         told = min((verdict(d, margin / 100) for d in found.values()), key=order.index)
         least = min(found, key=lambda w: found[w]['difference'])
         x, y = over_seeds(results, better), over_seeds(results, least)
-        return [claim, source, f'{x.mean():.1f}', f'{y.mean():.1f}', in_points(found[least]), f'{(x > y - margin).sum()} of {len(x)}', told]
-    return ['claim', 'from', 'left', 'right', 'difference [95 %]', 'seeds', 'verdict'], [line(*c) for c in claims]
+        seeds = f'{(x > y - margin).sum()} of {len(x)}'
+        return [claim, source, f'{x.mean():.1f}', f'{y.mean():.1f}', in_points(found[least]), seeds, told]
+    head = ['claim', 'from', 'left', 'right', 'difference [95 %]', 'seeds', 'verdict']
+    return head, [line(*c) for c in claims]
 
 def best_name(
     scores:Mapping[str, float], # name -> score on validation data

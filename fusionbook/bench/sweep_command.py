@@ -75,7 +75,9 @@ def sweep_command(
     folders = search_folders(rest)
     allowed = asked.get('allow_overlap', 'false').lower()
     if allowed not in ('true', 'false'): raise FusionError(f'expected `allow_overlap` as true or false, got `{allowed}`')
-    name = validation_name(asked.get('validation', '').removesuffix('.yaml') or None, own, catalogue('taskpool', folders))
+    wanted = asked.get('validation', '').removesuffix('.yaml') or None
+    name = validation_name(wanted, own, catalogue('taskpool', folders))
     other = _other(name, fixed, folders[1:]) if name != 'test' else None
     if any(w in ('--cfg', '-c') for w in rest): return composition(rest + fixed)
-    run_sweep(_composer(rest + fixed, grid, typed, other), grid, validation=name, allow_overlap=allowed == 'true')
+    compose = _composer(rest + fixed, grid, typed, other)
+    run_sweep(compose, grid, validation=name, allow_overlap=allowed == 'true')

@@ -40,7 +40,7 @@ def effective_size(
     x = np.asarray(correct, np.float64)
     n = len(x)
     if clusters is None: return float(n)
-    if np.shape(clusters) != (n,): raise FusionError(f'expected a cluster for each of {n} answers, got shape {np.shape(clusters)}')
+    if (got := np.shape(clusters)) != (n,): raise FusionError(f'expected a cluster for each of {n} answers, got {got}')
     at, m = _sizes(clusters)
     if len(m) == n: return float(n)
     if len(m) < FEW: return None
@@ -67,7 +67,7 @@ def summarise(
     correct, # whether each answer is correct, boolean, (n,)
     losses,  # loss of each answer, (n,)
     clusters=None, # which source each example has, (n,); every example its own when None
-) -> dict:   # accuracy, its 95 % interval low..high (None where it cannot be known), mean loss, n; where sources are given also `clusters` and `effective`
+) -> dict:   # accuracy, 95 % interval low..high or None, mean loss, n; `clusters` and `effective` where given
     "Accuracy, interval and mean loss of one task."
     correct, losses = np.asarray(correct, bool), np.asarray(losses, np.float64)
     if correct.shape != losses.shape or correct.ndim != 1 or not len(correct):
