@@ -6,7 +6,7 @@
 __all__ = ['CODES', 'check_kind', 'unwrapped', 'contents']
 
 # %% ../../nbs/00_core/01b_reading.ipynb #16237995
-import io, pickle, re, zipfile
+import io, pickle, re, warnings, zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -105,7 +105,8 @@ def _loaded(file):
     try:
         # the format before 2020 and compressed records cannot be mapped; the former checks its lengths itself
         mapped = archive and all(r.compress_type == zipfile.ZIP_STORED for r in zipfile.ZipFile(file).infolist())
-        found = torch.load(file, map_location='cpu', weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action='ignore'): # what torch says of a file that it then refuses
+            found = torch.load(file, map_location='cpu', weights_only=True, mmap=mapped)
         if archive: _check_records(file)
         return found
     except FusionError: raise
