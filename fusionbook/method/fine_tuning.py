@@ -8,7 +8,6 @@ __all__ = ['FineTuning']
 # %% ../../nbs/60_method/96_fine_tuning.ipynb #654bd567
 from copy import deepcopy
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from fastcore.basics import patch
 import torch
 from torch import nn
@@ -34,7 +33,7 @@ class FineTuning(BaseAlgorithm):
     batch_size: int = 64    # inputs of a task in one step
     lr: float = .001        # learning rate
     optimizer: str = 'adam' # adam or sgd
-    trainable: list = ('*',) # shell patterns of the parameters that may change
+    trainable: list = ('*',) # shell patterns of the parameters that may change; `!pattern` takes some out again
     seed: int = 0           # of the batches
     device: str = 'cpu'     # where it trains
     threads: int | None = 1 # of the processor; results can differ in the last digits between numbers of threads, null takes all
@@ -65,17 +64,9 @@ def _streams(m, pool):
     return {t: ((x, said(t, x.to(m.device))) for x in pool.batches(t, m.data, **kw)) for t in pool.model_names}
 
 # %% ../../nbs/60_method/96_fine_tuning.ipynb #102b50c8
-def _chosen(m, net):
-    "Names of the parameters that may change."
-    names = [n for n, _ in net.named_parameters()]
-    found = [n for n in names if any(fnmatchcase(n, t) for t in m.trainable)]
-    if not found: raise FusionError(f'expected a parameter that matches {", ".join(m.trainable)}, got none of {", ".join(names[:5])} …')
-    return found
-
 def _free(m, net):
     "Let only the chosen parameters change: name -> parameter."
-    chosen = set(_chosen(m, net))
-    for n, p in net.named_parameters(): p.requires_grad_(n in chosen)
+    trainable(net, m.trainable)
     return {n: p for n, p in net.named_parameters() if p.requires_grad}
 
 # %% ../../nbs/60_method/96_fine_tuning.ipynb #a8c14c32
@@ -103,7 +94,7 @@ def run(self:FineTuning, modelpool):
     "The fine-tuned network."
     pool = as_pool(modelpool)
     if not isinstance(first := pool.load_pretrained_or_first_model(), nn.Module): raise FusionError('expected a pool of networks to train, got bare tensors')
-    _chosen(self, first)
+    chosen_parameters(first, self.trainable)
     for t in pool.model_names: pool.inputs(t, self.data); pool.logits(t) # before any work
     net = fuse(self.inner, pool)
     if not isinstance(net, nn.Module): net = pool.load(net)
