@@ -24,7 +24,7 @@ setup(
     install_requires=split('requirements'),
     extras_require={k.removesuffix('_requirements'): split(k) for k in cfg if k.endswith('_requirements')},
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
-    package_data={cfg['lib_name']: data('config', 'weights')}, zip_safe=False,
+    package_data={cfg['lib_name']: ['py.typed', *data('config', 'weights')]}, zip_safe=False,
     entry_points={'console_scripts': split('console_scripts'),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Natural Language :: English',

@@ -1,9 +1,26 @@
-"Build every page without Quarto: nbdev processes the notebooks, nbconvert makes HTML, sidebar and links are compared with the files."
-import re, sys, tempfile
-from html import unescape
+"""Build every page without Quarto: nbdev processes the notebooks, nbconvert makes HTML, sidebar and links are compared with the files.
+
+`-o DIR` keeps the pages: open DIR/index.html. They need no network: formulas are MathML, pictures lie in the pages. `-s` (`--same`) takes nbdev's
+last result as it is.
+"""
+import argparse, json, re, tempfile
+from html import escape, unescape
 from pathlib import Path
+from posixpath import relpath
 from urllib.parse import unquote
 from book import nbs, notebooks, root, finish
+
+STYLE = '''
+body { margin: 0; font: 16px/1.55 system-ui, "Liberation Sans", "DejaVu Sans", sans-serif; color: #222; display: flex; }
+nav { flex: 0 0 16rem; height: 100vh; overflow-y: auto; position: sticky; top: 0; padding: 1rem; box-sizing: border-box; background: #f6f6f4; font-size: .85rem; }
+nav a, footer a { color: #335; text-decoration: none; } nav a.here { font-weight: bold; } nav summary { margin-top: .5rem; cursor: pointer; } nav a { display: block; padding: .05rem .8rem; }
+main { flex: 1; min-width: 0; max-width: 58rem; padding: 1rem 2.5rem 4rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7f7f7; padding: .5rem .7rem; font-size: .82rem; line-height: 1.4; margin: .3rem 0; }
+code, pre { font-family: ui-monospace, "Liberation Mono", "DejaVu Sans Mono", monospace; } table { border-collapse: collapse; } td, th { padding: .1rem .6rem; border-bottom: 1px solid #ddd; }
+img { max-width: 100%; } .lead { color: #555; font-size: 1.15rem; } .formula { overflow-x: auto; text-align: center; margin: .8rem 0; } .prompt, .anchor-link { display: none; }
+footer { display: flex; justify-content: space-between; margin-top: 3rem; border-top: 1px solid #ddd; padding-top: .6rem; }
+@media (max-width: 50rem) { body { display: block; } nav { position: static; height: auto; max-height: 30vh; } }
+'''
 
 def entries(node):
     "Every path and glob in the sidebar or navbar."
@@ -34,21 +51,121 @@ def links(nb, html):
         full = base/path.lstrip('/')
         if not (full.exists() or full.with_suffix('.ipynb').exists()): yield f'{nb.relative_to(root)}: no file for the link `{target}`'
 
+def page_of(nb): return nb.relative_to(nbs).with_suffix('.html').as_posix()
+
+def parts(quarto):
+    "The sidebar: (section or None, notebooks)."
+    for node in quarto['website']['sidebar']['contents']:
+        found = [f for e in entries(node) for f in (sorted(root.glob(e)) if '*' in e else [root/e])]
+        yield (node.get('section') if isinstance(node, dict) else None), [f for f in found if f.suffix == '.ipynb' and f.exists()]
+
+def title_of(nb):
+    first = ''.join(json.loads(nb.read_text(encoding='utf-8'))['cells'][0]['source'])
+    return first.partition('\n')[0].removeprefix('# ').strip()
+
+def formulas(html):
+    "TeX between dollars as MathML, outside of code."
+    from latex2mathml.converter import convert
+    def display(m): return f'<div class="formula">{convert(unescape(m[1]).strip(), display="block")}</div>'
+    def inline(m): return convert(unescape(m[1]))
+    out, inside = [], 0
+    for piece in re.split(r'(<[^>]*>)', html):
+        if m := re.match(r'<(/?)(pre|code|script|style|svg)\b', piece): inside += -1 if m[1] else 1
+        if not inside and not piece.startswith('<'):
+            piece = re.sub(r'\$\$(.+?)\$\$', display, piece, flags=re.S)
+            piece = re.sub(r'(?<![\\$\w])\$(?=\S)([^$]+?)(?<=\S)\$(?!\d)', inline, piece)
+        out.append(piece)
+    return ''.join(out)
+
+def prepared(cell):
+    "A cell of nbdev's page without what only Quarto reads."
+    def plain(text): return re.sub(r'(?m)^:::.*$|(?<=\))\{[^}\n]*\}| \{#[^}\n]*\}$', '', text)
+    if cell.cell_type == 'markdown': cell.source = plain(cell.source)
+    if cell.cell_type != 'code': return cell
+    directives = re.findall(r'(?m)^#\|\s*(.+?)\s*$', cell.source)
+    cell.source = re.sub(r'(?m)^#\|.*\n?', '', cell.source)
+    if 'output: false' in directives: cell.outputs = []
+    cell.metadata['transient'] = dict(remove_source='echo: false' in directives or not cell.source.strip())
+    for o in cell.outputs:
+        if 'text/markdown' in (data := o.get('data', {})): data['text/markdown'] = re.sub(r'\A---\s+', '', plain(''.join(data['text/markdown'])))
+    return cell
+
+def rewritten(html, nb, site, repo):
+    "Links between notebooks as links between pages; other files of the repository where they are published."
+    here, made = page_of(nb), {page_of(n) for n in notebooks(reports=True)}
+    def local(page, anchor): return relpath(page, str(Path(here).parent)) + (f'#{anchor}' if anchor else '')
+    def link(m):
+        path, _, anchor = unescape(m[2]).partition('#')
+        if path.startswith(f'{site}/'):
+            page = path.removeprefix(f'{site}/').removeprefix('nbs/')
+            found = next((p for p in made if p == page), None) or next((p for p in made if re.sub(r'(^|/)\w*?\d\w*?_', r'\1', p).endswith(page.rpartition('/')[2])), None)
+            return f'{m[1]}"{escape(local(found, anchor))}"' if found else m[0]
+        if not path or re.match(r'[a-zA-Z][\w+.-]*:|//', path): return m[0]
+        full = (nb.parent/unquote(path)).resolve()
+        if full.suffix in ('.ipynb', '.html') and full.is_relative_to(nbs) and (page := full.relative_to(nbs).with_suffix('.html').as_posix()) in made:
+            return f'{m[1]}"{escape(local(page, anchor))}"'
+        return f'{m[1]}"{repo}/blob/main/{full.relative_to(root).as_posix()}"' if full.exists() and full.is_relative_to(root) else m[0]
+    return re.sub(r'(<a\b[^>]*?\shref=)"([^"]+)"', link, html)
+
+def navigation(quarto, nb, titles):
+    "Sidebar, and the pages before and after this one."
+    here, order = Path(page_of(nb)).parent, [n for _, ns in parts(quarto) for n in ns]
+    def a(n, text, extra=''): return f'<a href="{escape(relpath(page_of(n), str(here)))}"{extra}>{escape(text)}</a>'
+    def section(name, ns):
+        body = ''.join(a(n, titles[n], ' class="here"' if n == nb else '') for n in ns)
+        return f'<details{" open" if nb in ns or nb.stem == "index" else ""}><summary>{escape(name)}</summary>{body}</details>' if name else body
+    at = order.index(nb) if nb in order else 0
+    before, after = order[at - 1] if at else None, order[at + 1] if at + 1 < len(order) else None
+    turn = (a(before, f'← {titles[before]}') if before else '<span></span>') + (a(after, f'{titles[after]} →') if after else '')
+    return ''.join(section(*p) for p in parts(quarto)), turn
+
+def page(quarto, nb, cache, exporter, titles, style):
+    "A whole page, and its body as it was before its links were rewritten."
+    import nbformat, yaml
+    doc = nbformat.read(str(cache/nb.relative_to(root)), 4)
+    front = next((yaml.safe_load(c.source.strip().strip('-')) or {} for c in doc.cells[:1] if c.cell_type == 'raw'), {})
+    doc.cells = [prepared(c) for c in doc.cells if c.cell_type != 'raw' and not c.source.startswith('<!-- WARNING')]
+    body, _ = exporter.from_notebook_node(doc)
+    web = quarto['website']
+    side, turn = navigation(quarto, nb, titles)
+    title, lead = str(front.get('title') or titles[nb]), str(front.get('description') or '')
+    text = formulas(rewritten(body, nb, web['site-url'], web['repo-url']))
+    heading = '' if re.search(r'<h1\b', body) else f'<h1>{escape(title)}</h1>'
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)} – {escape(web["title"])}</title>'
+            f'<style>{style}</style></head><body><nav>{side}</nav><main>{heading}<p class="lead">{formulas(escape(lead))}</p>\n{text}\n<footer>{turn}</footer></main></body></html>\n'), body
+
+def broken(file, out):
+    "What a kept page must not have: links to pages that are not there, raw front matter."
+    html = file.read_text(encoding='utf-8')
+    for target in set(re.findall(r'<a\b[^>]*?\shref="([^"]+)"', html)):
+        path = unquote(unescape(target)).partition('#')[0].partition('?')[0]
+        if path and not re.match(r'[a-zA-Z][\w+.-]*:|//', path) and not (file.parent/path).exists(): yield f'{file.relative_to(out)}: no page for the link `{target}`'
+    if re.search(r'<p>---|output-file:|<body>\s*---', html): yield f'{file.relative_to(out)}: raw front matter'
+
 def main():
     import yaml
     from nbconvert import HTMLExporter
     from nbdev.serve import proc_nbs
-    bad = list(sidebar(yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))))
-    cache = proc_nbs(root, n_workers=2, force=True)
-    exporter, pages = HTMLExporter(), 0
-    with tempfile.TemporaryDirectory() as out:
-        for nb in notebooks(reports=True):
-            page = cache/nb.relative_to(root)
-            if not page.exists(): bad.append(f'{nb.relative_to(root)}: nbdev made no page'); continue
-            html, _ = exporter.from_filename(str(page))
-            (Path(out)/f'{nb.stem}.html').write_text(html, encoding='utf-8')
-            bad += links(nb, html)
-            pages += 1
-    finish(bad, f'{pages} pages built, sidebar and links lead somewhere')
+    from pygments.formatters import HtmlFormatter
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument('-o', '--output', help='keep the pages in this folder')
+    flags.add_argument('-s', '--same', action='store_true', help="take nbdev's last result")
+    asked = flags.parse_args()
+    quarto = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))
+    bad, cache = list(sidebar(quarto)), root/'_proc'
+    if not asked.same or not cache.is_dir(): cache = proc_nbs(root, n_workers=2, force=True)
+    exporter, titles = HTMLExporter(template_name='basic'), {n: title_of(n) for n in notebooks(reports=True)}
+    style = STYLE + HtmlFormatter().get_style_defs('.highlight') + (nbs/'styles.css').read_text(encoding='utf-8')
+    with tempfile.TemporaryDirectory() as spare:
+        out = Path(asked.output or spare)
+        for nb in titles:
+            if not (cache/nb.relative_to(root)).exists(): bad.append(f'{nb.relative_to(root)}: nbdev made no page'); continue
+            html, body = page(quarto, nb, cache, exporter, titles, style)
+            bad += links(nb, body)
+            (out/page_of(nb)).parent.mkdir(parents=True, exist_ok=True)
+            (out/page_of(nb)).write_text(html, encoding='utf-8')
+        made = [out/page_of(nb) for nb in titles if (out/page_of(nb)).exists()]
+        bad += [b for f in made for b in broken(f, out)]
+        finish(bad, f'{len(made)} pages built, sidebar and links lead somewhere' + (f'; open {out/"index.html"}' if asked.output else ''))
 
 if __name__ == '__main__': main()

@@ -1,8 +1,11 @@
 "README.md from nbs/index.ipynb, the way nbdev and Quarto write it, without Quarto. `--check` fails when README.md or a picture is not current."
-import base64, re, sys
+import base64, configparser, re, sys
 from book import cells, finish, nbs, root
 
 INDEX, PICTURES = nbs/'index.ipynb', nbs/'index_files'
+config = configparser.ConfigParser(delimiters=['='])
+config.read(root/'settings.ini', encoding='utf-8')
+RAW = 'https://raw.githubusercontent.com/{user}/{repo}/{branch}'.format(**config['DEFAULT']) # pictures are seen outside of the repository's page too
 HEAD = '<!-- made by .ci/readme.py from nbs/index.ipynb: edit the notebook -->\n'
 
 def local(match):
@@ -23,7 +26,7 @@ def output(o, name):
     text = lambda x: re.sub(r'(?m)^(?=.)', '    ', re.sub(r'\x1b\[[0-9;]*m', '', ''.join(x)).rstrip('\n'))
     if o['output_type'] == 'stream': return text(o['text']) if o['name'] == 'stdout' else '', {}
     data = o.get('data', {})
-    if 'image/png' in data: return f'![](nbs/{PICTURES.name}/{name}.png)', {f'{name}.png': base64.b64decode(''.join(data['image/png']))}
+    if 'image/png' in data: return f'![]({RAW}/nbs/{PICTURES.name}/{name}.png)', {f'{name}.png': base64.b64decode(''.join(data['image/png']))}
     for kind in 'text/markdown', 'text/html':
         if kind in data: return ''.join(data[kind]).strip(), {}
     return text(data.get('text/plain', '')), {}

@@ -16,7 +16,7 @@ from .places import check_distinct, check_output, check_report, check_sources, l
 from .report import Report, predictions_path, save_predictions, show
 from .rehearsal import check_named
 from .run import check_seeds, fusion, seed_path, seeded
-from .values import check_device, check_models, check_values
+from .values import check_device, check_models, check_values, device_name
 from ..core.atomic import atomic, json_text, together
 from ..core.config import CONFIG, known_keys, locate, plain
 from ..core.errors import FusionError, check_known, nearest
@@ -42,6 +42,7 @@ def complete(
     parts = {'method': {'name': 'dummy'}, 'taskpool': {'type': 'dummy'}} | {k: cfg[k] for k in ('method', 'modelpool', 'taskpool') if cfg.get(k)}
     out = check_values(known | {k: v for k, v in cfg.items() if k in known}) | {k: translate(v, k) for k, v in parts.items()}
     check_models(out['modelpool'])
+    if 'device' in out['method']: device_name(out['method']['device'], 'method.device')
     out['allow_target'] = check_vouched(out['allow_target'])
     if cfg.get('report_save_path') and not out['save_report']: out['save_report'] = cfg['report_save_path']
     if out['fast_dev_run'] and 'fast_dev_run' in known_keys(locate(out['taskpool']['_target_'], out['allow_target'])): out['taskpool']['fast_dev_run'] = True
@@ -194,8 +195,8 @@ def run_config(
     "Run what a configuration describes."
     cfg = complete(cfg)
     check_places(cfg, Path(folder) if folder else run_folder(cfg))
-    _say(cfg, summary(cfg))
     parts = made(cfg, 'method'), pool or made(cfg, 'modelpool'), made(cfg, 'taskpool')
+    _say(cfg, summary(cfg))
     if cfg['dry_run']: return check_inputs(cfg, parts[1])
     return _run(cfg, Path(folder) if folder else run_folder(cfg), parts, notes)
 

@@ -1,0 +1,70 @@
+"""Commands in prose work as typed: every `fusionbook …` of README and the tutorials is composed, or its words are read by its command."""
+import json, re, shlex
+from pathlib import Path
+
+import pytest
+
+NBS = Path(__file__).parents[1]
+PAGES = [NBS/'index.ipynb', *sorted((NBS/'97_tutorials').glob('*.ipynb'))]
+
+
+def prose(page):
+    cells = json.loads(page.read_text(encoding='utf-8'))['cells']
+    return [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
+
+
+def commands():
+    "Lines of shell blocks and inline code that begin with the program's name."
+    for page in PAGES:
+        for text in prose(page):
+            blocks = re.findall(r'(?ms)^```bash\n(.*?)^```', text)
+            lines = [l for b in blocks for l in b.splitlines()] + re.findall(r'`(fusionbook(?: [^`]*)?)`', re.sub(r'(?ms)^```.*?^```', '', text))
+            yield from (pytest.param(l.split(' #')[0].strip(), id=f'{page.stem}: {l[:60]}') for l in lines if re.match(r'fusionbook( |$)', l))
+
+
+@pytest.mark.parametrize('line', list(commands()))
+def test_commands_in_prose_work_as_typed(here, line, monkeypatch):
+    words = shlex.split(line)[1:]
+    if any(w.endswith('.yaml') or w.isupper() for w in words) or 'method=unanimous' in words: pytest.skip('names a file or a method of the reader')
+    if words[:1] == ['experiment']:
+        from fusionbook.bench.batch import experiment_arguments
+        from fusionbook.bench.experiment import check_parameters, find_experiment
+        asked = experiment_arguments(words[1:])
+        assert set(asked['fixed']) <= set(check_parameters(find_experiment(asked['name']), asked['fixed']))
+    elif words[:1] == ['train']:
+        import fusionbook.bench.train as train
+        monkeypatch.setattr(train, 'check_device', lambda name: name)
+        assert train.train_arguments(words[1:]).experiment_name
+    elif words[:1] == ['compare']:
+        done = here(*words)
+        assert done.status == 2 and 'A/report.json' in done.line # the reader's own reports
+    elif words[:1] == ['sweep']:
+        done = here(*words, '--cfg', 'job')
+        assert done.status == 0, done.err
+    elif words[:1] == ['list'] or '--help' in words: assert here(*words).status == 0
+    else:
+        device = [] if not any(w.startswith('device=') for w in words) else ['device=cpu'] # no GPU here
+        done = here(*[w for w in words if not w.startswith('device=')], *device, 'dry_run=true')
+        assert done.status == 0, done.err
+        assert 'method   ' in done.out and not list(done.cwd.glob('_runs/*'))
+
+
+def test_every_tutorial_and_report_is_linked_from_the_first_page():
+    text = '\n'.join(prose(PAGES[0]))
+    missing = [f.name for folder in ('95_reports', '97_tutorials') for f in (NBS/folder).glob('[!_.]*.ipynb') if f'{folder}/{f.name}' not in text]
+    assert not missing
+
+
+def test_the_first_page_has_two_set_up_commands():
+    blocks = re.findall(r'(?m)^python3 -m venv .*$', '\n'.join(prose(PAGES[0])))
+    assert len(blocks) == 2 and "'.[dev]'" in blocks[1] and blocks[0].endswith('.venv/bin/fusionbook')
+
+
+def test_names_in_code_of_prose_exist():
+    "`fusionbook.a.b` in prose is a module or a name of one."
+    from importlib import import_module
+    for page in PAGES:
+        for name in re.findall(r'`(fusionbook(?:\.\w+)+)`', '\n'.join(prose(page))):
+            module, _, last = name.rpartition('.')
+            try: import_module(name)
+            except ModuleNotFoundError: assert hasattr(import_module(module), last), name
