@@ -158,15 +158,16 @@ def correlation_rows(
     "Correlations over seeds of every other input and parameter metric with the target."
     out = []
     for kind in KINDS:
-        series = {}
+        series, ends = {}, set() # of which metrics a search ended at the end of its range
         for r in rows:
             if r['model'] == kind: series.setdefault((r['metric'], r['space']), []).append(r['value'])
+            if r['model'] == kind and r.get('saturated'): ends.add((r['metric'], r['space']))
         y = next(v for (m, _), v in series.items() if m == target)
         for (m, space), x in series.items():
             if space == 'prediction_space': continue
             for c in COEFFICIENTS:
                 found = correlation_with_chance(c, x, y, seed=seed, resamples=300)
-                out.append(dict(model=kind, space='correlation_space', metric=f'{c}_{m}', **{k: found[k] for k in ('value', 'p', 'low', 'high', 'n')}))
+                out.append(dict(model=kind, space='correlation_space', metric=f'{c}_{m}', saturated=(m, space) in ends, **{k: found[k] for k in ('value', 'p', 'low', 'high', 'n')}))
     return out
 
 # %% ../../nbs/80_bench/10_measure.ipynb #99064b06
