@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from .places import check_distinct, check_output, check_report, check_sources, logged, new_folder, run_folder
 from .report import Report, predictions_path, save_predictions, show
 from .rehearsal import check_named
-from .run import check_seeds, fusion, seed_path, seeded
+from .run import fusion
+from .seeded import check_seeds, seed_path, seeded
 from .values import check_device, check_models, check_values, device_name
 from ..core.atomic import atomic, json_text, together
 from ..core.config import CONFIG, known_keys, locate, plain
@@ -180,7 +181,7 @@ def _run(cfg, folder, parts, notes):
         _kept(cfg, folder)
         log.info(summary(cfg))
         report = fusion(method, pool, taskpool, save_path=saved, keep=_keeper(folder, copy, notes),
-                        **{k: cfg[k] for k in ('seed', 'seeds', 'device', 'dtype', 'references', 'shard_size')})
+                        **{k: cfg[k] for k in ('seed', 'seeds', 'device', 'dtype', 'references', 'shard_size', 'max_memory')})
         log.info('average %s', report.get('average'))
     _closing(report, folder, copy, [seed_path(saved, s) for s in seeded(method, cfg['seeds'])] if saved else [])
     return report

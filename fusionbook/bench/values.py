@@ -9,7 +9,8 @@ __all__ = ['size', 'device_name', 'check_device', 'check_values', 'check_models'
 import re
 from collections.abc import Mapping, Sequence
 import torch
-from .run import check_seeds, float_type
+from .run import float_type
+from .seeded import check_seeds
 from ..core.checkpoint import check_packaged
 from ..core.errors import FusionError, nearest
 
@@ -92,7 +93,7 @@ def _classes(key, value):
 # %% ../../nbs/80_bench/03b_values.ipynb #c72d9b67
 _KINDS = dict(seed=lambda k, v: _whole(k, v, 0), seeds=lambda k, v: check_seeds(v), device=lambda k, v: device_name(v, k), dtype=_dtype, threads=lambda k, v: _whole(k, v, 1),
               references=_truth, fast_dev_run=_truth, dry_run=_truth, print_config=_printed, save_report=_path, merged_model_save_path=_path, log_dir=_path,
-              shard_size=lambda k, v: size(v, k), hub_mirror=_mirror, allow_target=_classes)
+              shard_size=lambda k, v: size(v, k), max_memory=lambda k, v: size(v, k), hub_mirror=_mirror, allow_target=_classes)
 _NEVER_NONE = 'device', 'references', 'fast_dev_run', 'dry_run'
 
 # %% ../../nbs/80_bench/03b_values.ipynb #1b27f491
