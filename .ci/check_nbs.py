@@ -1,6 +1,6 @@
 "House limits for notebooks: size, title, imports apart, a lesson for every public name, small pictures. `--table` prints the sizes."
 import ast, re, statistics, sys
-from book import cells, directive, finish, nbs, notebooks
+from book import cells, directive, finish, module, nbs, notebooks
 
 CELL, MEDIAN, CELLS, LINES, IMAGE = 25, 12, 60, 250, 100_000   # lines of a cell, of the median cell, cells, exported lines, bytes
 IMPORT = ast.Import, ast.ImportFrom
@@ -50,4 +50,14 @@ if '--table' in sys.argv:
     print(f"{'notebook':44}", *(f'{h:>8}' for h in heads))
     for nb, (row, _) in rows.items(): print(f'{str(nb):44}', *(f'{row[h]:8g}' for h in heads))
     print(f"{'all':44}", *(f'{sum(r[h] for r, _ in rows.values()):8g}' if h not in ('median', 'max') else ' '*8 for h in heads))
-finish([f'{nb}: {fault}' for nb, (_, faults) in rows.items() for fault in faults], f'{len(rows)} notebooks keep the house limits')
+def twice():
+    "Classes of one name in one package: the later one would take over without a word."
+    home = {}
+    for nb in notebooks():
+        if not (mod := module(nb)): continue
+        exported = [c for c in cells(nb) if directive(c, 'exports?', 'exporti')]
+        for b in (b for c in exported for b in tree(c['src']) if isinstance(b, ast.ClassDef) and not b.name.startswith('_')):
+            first = home.setdefault((mod.split('.')[0], b.name), nb)
+            if first != nb: yield f'{nb.relative_to(nbs)}: class `{b.name}` is exported by {first.relative_to(nbs)} too'
+
+finish([*twice()] + [f'{nb}: {fault}' for nb, (_, faults) in rows.items() for fault in faults], f'{len(rows)} notebooks keep the house limits')

@@ -16,13 +16,13 @@ from .provenance import versions
 from .values import check_device
 from ..core.checkpoint import Checkpoint, atomic, find
 from ..core.errors import FusionError
+from ..core.parameters import trainable
 from ..data import datasets as data, mini8
 from ..data.classes import by_name
 from ..data.overlap import overlap
 from ..modelpool import CLIPVisionModelPool, TextEncoderPool
 from ..models.resume import train_on
 from ..models.text import PACKAGED
-from ..models.train import trainable
 from ..taskpool import CLIPVisionModelTaskPool, TextClassificationTaskPool
 from ..taskpool.base import row
 

@@ -15,7 +15,7 @@ from .paired import in_points, paired, verdict
 from .report import Report, average_interval, averages
 from ..core.errors import FusionError, nearest
 from ..method.base import BaseAlgorithm
-from ..method.task_arithmetic import task_arithmetic
+from ..method.task_vector.task_arithmetic import task_arithmetic
 from ..modelpool.base import BaseModelPool
 from ..taskpool.base import BaseTaskPool
 

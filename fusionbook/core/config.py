@@ -7,7 +7,7 @@ __all__ = ['composed', 'locate', 'known_keys', 'check_keys', 'instantiate', 'Bas
            'lazy_attributes']
 
 # %% ../../nbs/00_core/03_config.ipynb #67a7765e
-import inspect
+import inspect, re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -163,7 +163,7 @@ class BaseYAMLSerializable:
 def public_name(
     cls:type, # a class
 ) -> str:     # the shortest path under which a configuration names it
-    "`fusionbook.method.ties.TiesMerging` is published as `fusionbook.method.TiesMerging`."
+    "`fusionbook.method.task_vector.ties.TiesMerging` is published as `fusionbook.method.TiesMerging`."
     parts = cls.__module__.split('.')
     return '.'.join((parts[:2] if parts[0] == 'fusionbook' else parts) + [cls.__qualname__])
 
@@ -171,10 +171,14 @@ def public_name(
 def published(
     package:str, # such as `fusionbook.method`
 ) -> dict[str, str]: # public name -> module that defines it
-    "The exported classes and functions of a package's modules; imports none of them."
+    "The exported classes of a package's modules, and what loads one from a configuration; imports none of them."
     from fusionbook._modidx import d
-    return {s.rpartition('.')[2]: m for m, names in d['syms'].items() if m.startswith(package + '.')
-            for s in names if s.startswith(m + '.') and '.' not in s[len(m) + 1:] and not s[len(m) + 1:].startswith('_')}
+    found = {}
+    for module, symbols in d['syms'].items():
+        if not module.startswith(package + '.'): continue
+        names = [s.removeprefix(module + '.') for s in symbols]
+        found |= {name: module for name in names if re.fullmatch(r'[A-Z]\w*|load_\w+', name)}
+    return found
 
 # %% ../../nbs/00_core/03_config.ipynb #27bbc6f0
 def lazy_attributes(

@@ -1,5 +1,5 @@
 """What the tests share: a quiet, offline environment; tiny CLIP models and image folders in place of hub names; the program."""
-import json, os, subprocess, sys, tempfile
+import json, os, signal, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,8 @@ os.environ |= dict(HF_HUB_OFFLINE='1', HF_HOME=f'{_home.name}/huggingface', FUSI
 
 import numpy as np
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background job ignores Ctrl-C, and so would every child
 
 ENTRY = [sys.executable, '-c', 'from fusionbook.bench.cli import main; raise SystemExit(main())']
 BASE = 'openai/clip-vit-base-patch32'

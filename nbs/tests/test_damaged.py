@@ -130,7 +130,7 @@ def test_text_features(tmp_path, monkeypatch):
 
 def test_adaptation(tmp_path):
     from itertools import count
-    from fusionbook.method.adapt import adapt
+    from fusionbook.method.adaptive.adapt import adapt
     file, trials = tmp_path/'state.safetensors', Trials(2)
     def ask():
         w = torch.zeros(2, requires_grad=True)
@@ -193,7 +193,7 @@ def test_records_and_points(tmp_path):
 
 def test_finished_experiments(tmp_path):
     "A damaged copy, or a damaged file that it wrote, does not count as finished."
-    from fusionbook.bench.batch import Run, finished
+    from fusionbook.bench.batch import NotebookRun, finished
     from fusionbook.bench.experiment import _stamp, notebook_hash
     import nbformat
     out, copy, trials = tmp_path/'x.json', tmp_path/'x.ipynb', Trials(6)
@@ -204,7 +204,7 @@ def test_finished_experiments(tmp_path):
     nbformat.write(nb, copy)
     out.write_text(json.dumps({'average': {'accuracy': .875}}))
     _stamp(copy, state='finished', seconds=1.5, error=None)
-    def ask(): return finished(Run(given, given, copy), content)
+    def ask(): return finished(NotebookRun(given, given, copy), content)
     assert ask()
     whole = json.loads(copy.read_text())
     def right(said):

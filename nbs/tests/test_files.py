@@ -102,7 +102,7 @@ from pathlib import Path
 import torch
 from fusionbook.core.checkpoint import Checkpoint, save
 from fusionbook.core.state_dict import Lazy
-from fusionbook.method.task_arithmetic import task_arithmetic
+from fusionbook.method.task_vector.task_arithmetic import task_arithmetic
 
 def anonymous(): return int(next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon')).split()[1]) / 1024
 

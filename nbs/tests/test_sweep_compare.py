@@ -216,7 +216,7 @@ def test_seeds(here, two, monkeypatch):
     assert len([r for r in once.report['rows'] if r['role'] == 'merged']) == 2
     Path('shaken.py').write_text('''from dataclasses import dataclass
 import torch
-from fusionbook.method.task_arithmetic import TaskArithmetic
+from fusionbook.method.task_vector.task_arithmetic import TaskArithmetic
 @dataclass
 class Shaken(TaskArithmetic):
     "Task arithmetic with noise."
