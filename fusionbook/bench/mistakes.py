@@ -81,14 +81,12 @@ def check_signs(
     words:Sequence[str],      # overrides, `key=value`
     several:bool=False,       # whether a key may have several values
 ) -> None:                    # raises `FusionError`
-    "Refuse a comma where one value belongs, and two values of one key."
-    given = {}
+    "Refuse a comma where one value belongs."
     for word in words:
         key, sign, value = word.partition('=')
         name = key.lstrip('+')
         if not sign or key.startswith('~'): continue
         if name in GROUPS.values() and not value: raise FusionError(f'expected a name after `{word}`, got none (`fusionbook list` shows all)')
-        if given.setdefault(name, value) != value: raise FusionError(f'expected `{name}` with one value, got it twice: {given[name]} and {value}')
         if several or '/' in value or name in _PLACES or not _several(value): continue
         if re.fullmatch(r'-?\d*,\d+', value): raise FusionError(f'expected a number with a point, got `{word}`; did you mean `{name}={value.replace(",", ".")}`?')
         raise FusionError(f'expected one value, got `{word}`; several runs: add -m; a choice on validation: fusionbook sweep {word}')
@@ -97,7 +95,7 @@ def check_signs(
 def _chosen(group, overrides, folders):
     "The file of the configuration that a run has in a group, or None."
     default = {'method': 'task_arithmetic', 'modelpool': 'mini8', 'taskpool': 'mini8'}[group]
-    name = next((w.partition('=')[2] for w in overrides if w.lstrip('+').startswith(f'{group}=')), default).removesuffix('.yaml')
+    name = next((w.partition('=')[2] for w in reversed(overrides) if w.lstrip('+').startswith(f'{group}=')), default).removesuffix('.yaml')
     return next((f for root in folders if (f := Path(root)/group/f'{name}.yaml').is_file()), None)
 
 def _keys(file):

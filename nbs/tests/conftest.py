@@ -61,6 +61,7 @@ def here(tmp_path, monkeypatch, capsys):
     "The program in this process, in an empty folder."
     from fusionbook.bench.cli import main
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1') # a call with threads=2 sets it; put back afterwards
     def call(*args):
         capsys.readouterr()
         status = main([str(a) for a in args])

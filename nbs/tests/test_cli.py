@@ -297,7 +297,9 @@ def test_a_folder_of_the_user(here, hub, two):
         assert done.status == 0, done.err
         assert done.report['config']['method']['scaling_factor'] == .05
         assert list(done.report['hashes']['models']) == ['_pretrained_', 'svhn']
-    assert ['gentle', 'Small', 'steps.'] in [l.split() for l in here('list', '--config-dir', 'mine', 'methods').out.splitlines()]
+    lines = [l.split() for l in here('list', '--config-dir', 'mine', 'methods').out.splitlines()]
+    at = [l[:1] for l in lines].index(['gentle'])
+    assert lines[at + 1] == ['Small', 'steps.']
     assert 'did you mean `gentle`?' in here('--config-dir', 'mine', 'method=gentel', 'modelpool=ours').line
     assert here(*two, 'method=gentle').status == 2
 

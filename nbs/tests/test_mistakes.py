@@ -81,7 +81,6 @@ MISTAKES = [ # what was typed, what the answer holds
     ('--config-path nowhere', 'nowhere'),
     ('--config-nam x', '`--config-name`'),
     ('method=ties_merging,task_arithmetic', '-m'),
-    ('method=ties_merging method=task_arithmetic', 'twice'),
     ('+method.colour=1', 'scaling_factor'),
     ('sweep method=task_arithmetic', 'at least one key'),
     ('sweep scaling_factor=0:1:.5', '`method.scaling_factor`'),
