@@ -1,24 +1,46 @@
-"Every config/method/**/*.yaml is what its dataclass writes, and every method of the package has one."
-from importlib import import_module
-from omegaconf import OmegaConf
-from book import finish, modules, package
-from fusionbook.method.base import BaseAlgorithm, method_yaml
+"""Every method of the package has the files in config/method that its class names, and they are what the class says of itself; `--write` writes them.
 
-def locate(f):
-    "The class that a YAML file names, or None."
-    module, _, name = str(OmegaConf.load(f).get('_target_', '')).rpartition('.')
-    return getattr(import_module(module), name, None) if module.startswith('fusionbook.method') else None
+The grids of `tune` are read the way a sweep reads them.
+"""
+import sys
+from importlib import import_module
+from book import finish, modules, package
+from fusionbook.bench.sweep import axis, points
+from fusionbook.core.errors import FusionError
+from fusionbook.method.base import BaseAlgorithm, method_yaml
+from fusionbook.method.check import wrong_facts
+
+RUNS = 'direction', 'merge', 'run', 'build'   # what makes a class a method: one of these is its own
+folder = package/'config'/'method'
 
 def methods():
-    "Public methods, with what a method needs to run: its own `merge` or `run`."
+    "Public methods of the package in reading order."
     for mod in (m for m in modules() if m.startswith('method.')):
-        for cls in vars(import_module(f'fusionbook.{mod}')).values():
+        for name, cls in vars(import_module(f'fusionbook.{mod}')).items():
             ours = isinstance(cls, type) and issubclass(cls, BaseAlgorithm) and cls.__module__ == f'fusionbook.{mod}'
-            if ours and not cls.__name__.startswith('_') and (cls.merge, cls.run) != (BaseAlgorithm.merge, BaseAlgorithm.run): yield cls
+            if ours and not name.startswith('_') and any(getattr(cls, r, None) != getattr(BaseAlgorithm, r, None) for r in RUNS): yield cls
 
-files = {f: locate(f) for f in sorted((package/'config'/'method').rglob('*.yaml'))}
-bad = [f'{f.relative_to(package)}: names no class of fusionbook.method' for f, cls in files.items() if cls is None]
-bad += [f'{f.relative_to(package)}: differs from what {cls.__name__} writes; run its notebook' for f, cls in files.items()
-        if cls and f.read_text(encoding='utf-8') != method_yaml(cls)]
-bad += [f'{cls.__name__}: no file in config/method' for cls in methods() if cls not in files.values()]
-finish(bad, f'{len(files)} method files are what their classes write')
+def facts(cls):
+    "What is wrong with what a class says of itself."
+    if wrong := wrong_facts(cls): yield f'{cls.__name__}: {wrong}'
+    if not cls.config_names: yield f'{cls.__name__}: no name in `config_names`'
+    try: points({k: axis(grid) or [] for k, grid in cls.tune.items()}) if cls.tune else None
+    except FusionError as e: yield f'{cls.__name__}: {e}'
+
+def differ(wanted):
+    "Files that are not what is wanted, and files that nobody wants."
+    for file, cls in wanted.items():
+        name = file.relative_to(package)
+        if not file.exists(): yield f'{name}: not there; `python .ci/check_yaml.py --write` writes it'
+        elif file.read_text(encoding='utf-8') != method_yaml(cls): yield f'{name}: differs from what {cls.__name__} says; `python .ci/check_yaml.py --write` writes it'
+    yield from (f'{f.relative_to(package)}: no class of fusionbook.method names it' for f in sorted(folder.rglob('*.yaml')) if f not in wanted)
+
+every = list(methods())
+wanted = {folder/f'{name}.yaml': cls for cls in every for name in cls.config_names}
+bad = [f'{name}: named by two classes' for name in {n for c in every for n in c.config_names} if sum(name in c.config_names for c in every) > 1]
+bad += [wrong for cls in every for wrong in facts(cls)]
+if '--write' in sys.argv and not bad:
+    for file, cls in wanted.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(method_yaml(cls), encoding='utf-8')
+finish(bad + list(differ(wanted)), f'{len(wanted)} method files are what {len(every)} classes say')

@@ -9,6 +9,7 @@ __all__ = ['Entry', 'entries', 'listing']
 import re, textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from .arguments import GROUPS
 from ..core.config import CONFIG
@@ -22,6 +23,7 @@ class Entry:
     text:str             # the sentence of its first line
     sees:str=''          # what a method looks at
     also:list[str]=field(default_factory=list) # its other names
+    paper:str=''         # where a method was published, and when
 
 # %% ../../nbs/80_bench/98_list.ipynb #b067c0de
 def _files(group, folders):
@@ -39,6 +41,12 @@ def _target(name, lines, group, files):
     if points and points[1] in files: return _target(points[1], files[points[1]], group, files)
     return next(n for n, other in files.items() if other == lines)
 
+# %% ../../nbs/80_bench/98_list.ipynb #fc785f46
+def _comments(lines):
+    "The first line of a file, and what the comments below it say: word -> text."
+    head = [l[1:].strip() for l in takewhile(lambda l: l.startswith('#'), lines)] or ['']
+    return head[0], {k: v.strip() for k, colon, v in (l.partition(':') for l in head[1:]) if colon}
+
 # %% ../../nbs/80_bench/98_list.ipynb #b4f844f5
 def entries(
     group:str,                  # a folder of the configuration: method, modelpool or taskpool
@@ -47,11 +55,10 @@ def entries(
     "The configurations of a group, each once."
     files, names = _files(group, folders), {}
     for name, lines in files.items(): names.setdefault(_target(name, lines, group, files), []).append(name)
-    def comment(lines): return [l[1:].strip() for l in lines[:2] if l.startswith('#')]
     def entry(full, all_names):
         first, *rest = sorted(all_names, key=lambda n: (n.count('/'), len(n), n))
-        head = comment(files[full]) + ['', '']
-        return Entry(first, head[0], head[1].removeprefix('sees:').strip() if head[1].startswith('sees:') else '', rest)
+        text, said = _comments(files[full])
+        return Entry(first, text, said.get('sees', ''), rest, said.get('paper', ''))
     return sorted((entry(*item) for item in names.items()), key=lambda e: e.name)
 
 # %% ../../nbs/80_bench/98_list.ipynb #30c364ae
@@ -59,7 +66,8 @@ def _lines(e):
     def indented(text): return textwrap.wrap(text, 80, initial_indent='      ', subsequent_indent='      ', break_on_hyphens=False)
     head = f'  {e.name} ' + (f'{"":{max(0, 32 - len(e.name))}}sees {e.sees}' if e.sees else '')
     also = indented(f'also {", ".join(e.also)}') if e.also else []
-    return [head, *indented(e.text), *also] if len(head) <= 80 else [f'  {e.name} ', *indented(f'sees {e.sees}'), *indented(e.text), *also]
+    rest = [*indented(e.text), *indented(e.paper), *also]
+    return [head, *rest] if len(head) <= 80 else [f'  {e.name} ', *indented(f'sees {e.sees}'), *rest]
 
 # %% ../../nbs/80_bench/98_list.ipynb #72dca82d
 def listing(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USES', 'BaseAlgorithm', 'check_fields', 'at_least', 'as_pool', 'fuse', 'BaseModelFusionAlgorithm', 'method_yaml',
-           'write_yaml', 'load_algorithm_from_config', 'expert_weights', 'average_weights', 'check_finite']
+           'load_algorithm_from_config', 'expert_weights', 'average_weights', 'check_finite']
 
 # %% ../../nbs/60_method/00_base.ipynb #7bc468ae
 import math, warnings
@@ -14,8 +14,7 @@ from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
 import torch
-from ..core.checkpoint import atomic
-from ..core.config import CONFIG, BaseYAMLSerializable, public_name, published
+from ..core.config import BaseYAMLSerializable, public_name, published
 from ..core.engine import step_along
 from ..core.errors import FusionError
 from ..core.legacy import build
@@ -27,13 +26,20 @@ from ..modelpool.base import BaseModelPool
 # %% ../../nbs/60_method/00_base.ipynb #d167b399
 USES = ('pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test', 'labels') # all that a method can see
 
-# %% ../../nbs/60_method/00_base.ipynb #b77d0997
-class BaseAlgorithm(BaseYAMLSerializable):
-    "A fusion method. Define `direction(pool)` or `merge(pool)`, or `run(modelpool)` where the architecture changes."
-    _program, _config_key = None, 'method'
+# %% ../../nbs/60_method/00_base.ipynb #7fdb5a1e
+class _Facts:
+    "What a method says of itself."
     uses = ('experts',)    # what it sees, from `USES`
     config_names = ()      # files below `config/method/` that hold its defaults; the first is the name it is known by
     symmetric = True       # whether the order of the experts is irrelevant
+    paper = None           # where it was published, such as arxiv:2306.01708 or doi:10.1000/182
+    year = None            # of the publication, as in the first line of its docstring
+    tune = {}              # field -> values that a comparison chooses from on validation, such as 0.1:1.5:0.1 or mean,sum
+
+# %% ../../nbs/60_method/00_base.ipynb #b77d0997
+class BaseAlgorithm(_Facts, BaseYAMLSerializable):
+    "A fusion method. Define `direction(pool)` or `merge(pool)`, or `run(modelpool)` where the architecture changes."
+    _program, _config_key = None, 'method'
     adaptation = None      # what the last run learned, as JSON for the report: coefficients with their names, the curve of the objective
     def __setattr__(self, key, value):
         if key in getattr(self, '__dataclass_fields__', ()) or key in self._config_mapping: check_numbers(key, value)
@@ -115,35 +121,28 @@ class BaseModelFusionAlgorithm(BaseAlgorithm):
         super().__init_subclass__(**kwargs)
         warnings.warn('`BaseModelFusionAlgorithm` is the older name of `BaseAlgorithm`', DeprecationWarning, stacklevel=2)
 
+# %% ../../nbs/60_method/00_base.ipynb #eb7b1c47
+def _notes(cls):
+    "Field -> its comment, where it was last declared."
+    from fastcore.docments import docments
+    declared = [c for c in cls.__mro__[::-1] if is_dataclass(c)]
+    return {k: note for c in declared for k, note in docments(c).items() if note and k in vars(c).get('__annotations__', {})}
+
 # %% ../../nbs/60_method/00_base.ipynb #0982eaa8
 def method_yaml(
     cls:type, # a dataclass derived from `BaseAlgorithm`
 ) -> str:     # text of its YAML file
-    "The configuration file of a method: first line of its docstring, what it sees, target, defaults with their comments."
-    from fastcore.docments import docments
+    "The configuration file of a method: first line of its docstring, what it sees, its paper, target, defaults with their comments."
     from omegaconf import OmegaConf
     module = published('fusionbook.method').get(cls.__name__)  # in a notebook `cls` lives in `__main__`; the file is about the exported class
     cls = getattr(import_module(module), cls.__name__) if module else cls
-    notes = docments(cls) if module else {}
-    lines = [f'# {cls.__doc__.splitlines()[0]}', f'# sees: {", ".join(cls().uses)}', f'_target_: {public_name(cls)}']
+    notes = _notes(cls) if module else {}
+    paper = [f'# paper: {cls.paper}, {cls.year}'] * (cls.paper is not None)
+    lines = [f'# {cls.__doc__.splitlines()[0]}', f'# sees: {", ".join(cls().uses)}', *paper, f'_target_: {public_name(cls)}']
     for f in fields(cls):
-        value = OmegaConf.to_yaml({f.name: cls().config[f.name]}).strip()
-        lines.append(f'{value} # {notes[f.name]}' if notes.get(f.name) and '\n' not in value else value)
+        key, *values = OmegaConf.to_yaml({f.name: cls().config[f.name]}).strip().splitlines()
+        lines += [f'{key} # {notes[f.name]}' if f.name in notes else key, *values]
     return '\n'.join(lines) + '\n'
-
-# %% ../../nbs/60_method/00_base.ipynb #66ad7a5c
-def write_yaml(
-    cls:type,           # a dataclass derived from `BaseAlgorithm` with `config_names`
-    folder:Path=CONFIG, # where the group `method` lies
-) -> str:               # the text
-    "Write a method's configuration file(s), only where they changed."
-    text = method_yaml(cls)
-    if folder == CONFIG and '_target_: fusionbook.' not in text: raise FusionError(f'expected an exported method, got {cls.__name__}: run `nbdev_export` first')
-    for name in cls.config_names:
-        file = Path(folder)/'method'/f'{name}.yaml'
-        if not file.exists() or file.read_text() != text:
-            with atomic(file) as new: new.write_text(text)
-    return text
 
 # %% ../../nbs/60_method/00_base.ipynb #f91d235c
 def load_algorithm_from_config(

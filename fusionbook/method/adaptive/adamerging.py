@@ -70,7 +70,7 @@ def _settle(self):
 @dataclass
 class AdaMerging(BaseAlgorithm):
     "AdaMerging: coefficients learned by lowering the entropy of predictions (Yang et al., 2024)."
-    config_names = ('adamerging/clip',)
+    config_names, paper, year = ('adamerging/clip',), 'arxiv:2310.02575', 2024
     name: str = None             # FusionBench's switch: clip_task_wise_adamerging or clip_layer_wise_adamerging; wins over `granularity`
     granularity: str = 'tensor'  # what shares a coefficient: task (all tensors), layer (the paper), tensor (FusionBench)
     init_values: float | None = .3 # w at the start; 1/T when null

@@ -72,7 +72,7 @@ def _free(m, net):
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #a8c14c32
 @patch
-def tune(self:FineTuning,
+def train(self:FineTuning,
     net:nn.Module, # changed in place
     pool,          # with inputs, and labels or experts that answer
 ) -> list[float]:  # mean loss over tasks before each step, in nats
@@ -100,7 +100,7 @@ def run(self:FineTuning, modelpool):
     net = fuse(self.inner, pool)
     if not isinstance(net, nn.Module): net = pool.load(net)
     net = deepcopy(net).to(self.device)
-    curve = self.tune(net, pool)
+    curve = self.train(net, pool)
     self.adaptation = dict(first=self.first, target=self.target, data=self.data, steps=len(curve), curve=curve)
     for p in net.parameters(): p.requires_grad_(True)
     return net.eval()

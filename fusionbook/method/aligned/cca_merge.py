@@ -24,6 +24,7 @@ from ..average.weighted_average import weighted_average
 class CCAMerge(BaseAlgorithm):
     "CCA merging: features mapped to the anchor's by canonical correlation, then averaged (Horoi et al., 2024)."
     uses, config_names, symmetric = ('experts', 'spec', 'train'), ('cca_merge',), False
+    paper, year = 'arxiv:2407.05385', 2024
     spec: object = None    # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
     anchor: str = None     # the model whose features the result has; the last when null
     weights: list = None   # one number per model in the order of the pool, divided by their sum; equal when null

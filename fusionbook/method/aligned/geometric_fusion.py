@@ -27,7 +27,7 @@ _COSTS = {'weights': 0., 'both': .5, 'activations': 1.}
 @dataclass
 class GeometricFusion(BaseAlgorithm):
     "Geometric fusion: neurons aligned by optimal transport, then averaged (Singh and Jaggi, 2020)."
-    uses, config_names, symmetric = ('experts', 'spec'), ('geometric_fusion',), False
+    uses, config_names, symmetric, paper, year = ('experts', 'spec'), ('geometric_fusion',), False, 'arxiv:1910.05653', 2020
     spec: object = None          # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
     anchor: str = None           # the model whose order of neurons, and width, the result has; the last when null, as in the original
     weights: list = None         # one number per model in the order of the pool, divided by their sum; equal when null

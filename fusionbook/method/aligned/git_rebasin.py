@@ -24,6 +24,7 @@ from ..neurons import KINDS, alignment_note, anchor_of, check_spec_field, heard,
 class GitRebasin(BaseAlgorithm):
     "Git Re-Basin: permute every model to the anchor, then average or merge (Ainsworth et al., 2023)."
     uses, config_names, symmetric = ('experts', 'spec'), ('git_rebasin',), False
+    paper, year = 'arxiv:2209.04836', 2023
     spec: object = None     # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
     anchor: str = None      # the model whose order of neurons the result has; the last when null
     weights: list = None    # one number per model in the order of the pool, divided by their sum; equal when null

@@ -16,6 +16,7 @@ from ..base import BaseAlgorithm, average_weights
 class NaiveFusion(BaseAlgorithm):
     "Naive fusion: the mean of networks in the order of neurons that they have (Singh and Jaggi, 2020)."
     uses, config_names = ('experts',), ('naive_fusion',)
+    paper, year = 'arxiv:1910.05653', 2020
     weights: list = None # one number per model in the order of the pool, divided by their sum; equal when null
     def merge(self, pool) -> StateDict:
         return average(pool.experts(), average_weights(self.weights, len(pool)), like=pool.reference())

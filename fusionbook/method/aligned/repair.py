@@ -20,6 +20,7 @@ from ..neurons import heard, without_variances
 class Repair(GitRebasin):
     "REPAIR after Git Re-Basin: channels get the statistics of their parents (Jordan et al., 2023)."
     config_names = ('repair',)
+    paper, year = 'arxiv:2211.08403', 2023
     layers: list = ('*',)   # shell patterns of the hidden layers that are corrected; with BatchNorm all of its layers are
     def __post_init__(self):
         super().__post_init__()

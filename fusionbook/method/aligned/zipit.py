@@ -21,6 +21,7 @@ from ..neurons import KINDS, alignment_note, check_spec_field, heard, measured_a
 class ZipIt(BaseAlgorithm):
     "ZipIt!: features that respond alike become one, also within a network (Stoica et al., 2024)."
     uses, config_names, symmetric = ('experts', 'spec', 'train'), ('zipit',), False
+    paper, year = 'arxiv:2305.03053', 2024
     spec: object = None    # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
     a: float = .3          # factor on a cluster's similarities for each merge, in (0, 1]
     b: float = .125        # share of a network's lost features that may merge within it, in [0, 1]

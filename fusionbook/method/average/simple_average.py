@@ -26,5 +26,6 @@ def simple_average(
 class SimpleAverage(BaseAlgorithm):
     "Average of the experts' weights (model soups, Wortsman et al., 2022)."
     uses, config_names = ('experts',), ('simple_average',)
+    paper, year = 'arxiv:2203.05482', 2022
     device: str = 'cpu' # where the arithmetic happens, one tensor at a time
     def merge(self, pool) -> StateDict: return simple_average(pool.experts(), like=pool.reference(), device=self.device)

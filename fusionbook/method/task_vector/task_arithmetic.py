@@ -39,6 +39,7 @@ def task_arithmetic(
 class TaskArithmetic(BaseAlgorithm):
     "Task arithmetic (Ilharco et al., 2023)."
     uses, config_names = ('pretrained', 'experts'), ('task_arithmetic',)
+    paper, year, tune = 'arxiv:2212.04089', 2023, {'scaling_factor': '0.1:1.5:0.1'}
     scaling_factor: float = .3 # λ, length of the step along the sum of task vectors
     weights: list = None       # w, one number per expert in the order of the pool; 1 each when null
     normalize: bool = False    # divide the weights by their sum

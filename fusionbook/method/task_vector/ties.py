@@ -148,6 +148,7 @@ def ties(
 class TiesMerging(BaseAlgorithm):
     "TIES merging: trim, elect sign, merge what agrees (Yadav et al., 2023)."
     uses, config_names = ('pretrained', 'experts'), ('ties_merging',)
+    paper, year, tune = 'arxiv:2306.01708', 2023, {'scaling_factor': '0.1:1.5:0.1'}
     scaling_factor: float = .3 # λ, length of the merged step; the paper: 1 with `mean`
     threshold: float = 20      # K, per cent of each task vector that is kept, in (1, 100]; or a fraction up to 1
     remove_keys: list | None = () # names that stay the base's
