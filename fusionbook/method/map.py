@@ -53,8 +53,11 @@ def _year(cls):
 
 def _idea(cls):
     "A method's sentence, with a link to its paper where it has one."
-    text, paper = cls.__doc__.splitlines()[0], getattr(cls, 'paper', None)
-    return f'{text} [Paper]({paper})' if str(paper).startswith('http') else text
+    text, paper = cls.__doc__.splitlines()[0], str(getattr(cls, 'paper', None))
+    where, _, number = paper.partition(':')
+    sites = dict(arxiv='https://arxiv.org/abs/', doi='https://doi.org/')
+    address = f'{sites[where]}{number}' if where in sites else paper if paper.startswith('https:') else ''
+    return f'{text} [Paper]({address})' if address else text
 
 # %% ../../nbs/60_method/06_map.ipynb #fe5e3661
 def family_table(
