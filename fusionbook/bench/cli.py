@@ -41,6 +41,7 @@ keys      method modelpool taskpool             what to merge, how, and what to 
           seeds=[0,1,2]                         run a method that draws random numbers once with each; mean and spread
           seed device dtype threads             device=cuda uses a GPU; dtype is that of the merged model
           merged_model_save_path shard_size     write the merged model, in files of 5GB, say; {log_dir} is the run's folder
+          max_memory=4GB log_dir=FOLDER         refuse a merge that needs more; where the run writes, instead of _runs/…
           save_report=PATH                      write the report there too; every run has _runs/<time>_<method>/report.json
           references fast_dev_run dry_run       false: only the merged model; one batch a task; print and stop
           print_config                          a summary; false: nothing; full: the whole configuration
