@@ -25,10 +25,10 @@ from ..core.errors import FusionError
 from ..core.identity import code_hash
 from ..core.mergeable import rounded
 from ..core.progress import track
+from ..core.stamped import cache_folder
 from ..core.state_dict import Lazy, StateDict, meta
 from ..method.base import BaseAlgorithm
 from ..modelpool.base import BaseModelPool
-from ..models.clip import cache_folder
 from ..taskpool.base import BaseTaskPool, DummyTaskPool, model_info, row
 from ..taskpool.clip import lending
 

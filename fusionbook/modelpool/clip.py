@@ -10,15 +10,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from fastcore.basics import patch
-import torch
 from torch import nn
 from ..core.checkpoint import find
 from ..core.errors import FusionError
-from ..core.identity import network_facts
 from ..core.state_dict import Lazy
 from .base import BaseModelPool, fill
-from ..models.clip import vision_model, vision_state
 from ..models.lora import adapted, holds_adapter
+from ..models.tower import tower_note, vision_model, vision_state
 
 # %% ../../nbs/50_modelpool/01_clip.ipynb #7f8e8cfc
 class CLIPVisionModelPool(BaseModelPool):
@@ -49,7 +47,7 @@ def open_path(self:CLIPVisionModelPool, path:str|Path) -> Lazy:
 @patch
 def path_facts(self:CLIPVisionModelPool, path:str|Path) -> dict:
     "The tower that computes with a path's tensors."
-    with torch.device('meta'): return network_facts(vision_model(path))
+    return tower_note(path)['facts']
 
 # %% ../../nbs/50_modelpool/01_clip.ipynb #a0d375f7
 @patch
@@ -75,9 +73,11 @@ def extras(self:CLIPVisionModelPool) -> dict[str, str|bytes]:
     images = {k: v for k, v in found.items() if k == 'preprocessor_config.json'}
     model = self._models.get('_pretrained_', next(iter(self._models.values())))
     if isinstance(model, Mapping): model = model.get('base')
-    config = vision_model(model).config if isinstance(model, (str, Path)) else getattr(model, 'config', None)
-    if not hasattr(config, 'to_json_string'): return images
-    told = json.loads(config.to_json_string(use_diff=False)) | {'architectures': ['CLIPVisionModel']}
+    config = getattr(model, 'config', None)
+    written = config.to_json_string(use_diff=False) if hasattr(config, 'to_json_string') else None
+    if isinstance(model, (str, Path)): written = tower_note(model)['config']
+    if written is None: return images
+    told = json.loads(written) | {'architectures': ['CLIPVisionModel']}
     return images | {'config.json': json.dumps(told, indent=2) + '\n'}
 
 # %% ../../nbs/50_modelpool/01_clip.ipynb #8c881442

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..core.checkpoint import find, save
 from ..core.errors import FusionError
 from ..core.files import read_json
-from ..core.folders import beside, companions, typed_config
-from ..core.identity import identity, network_facts, told_config
+from ..core.folders import beside, companions, model_files, typed_config
+from ..core.identity import code_hash, identity, network_facts, text_hash, told_config
+from ..core.stamped import cache_folder, while_unchanged
 from ..core.state_dict import StateDict, content_hash, meta, select
 from ..core.views import completed, finite
 from .base import BaseModelPool
@@ -42,12 +43,23 @@ def _all_tensors(pool, name):
     exchanged = name in getattr(pool, '_exchanged', ())
     return found if exchanged or not isinstance(network, nn.Module) else select(network.state_dict())
 
+# %% ../../nbs/50_modelpool/00a_saving.ipynb #a67e5142
+_READING = [f'fusionbook.core.{m}' for m in ('checkpoint', 'folders', 'reading', 'state_dict', 'views')]
+
+def _tensor_hash(pool, name):
+    "Hash of one model's tensors; of a path it is known as long as its files do not change."
+    sd, model = _all_tensors(pool, name), pool._models[name]
+    if not isinstance(model, (str, Path)): return content_hash(sd)
+    info = sorted((k, str(t.dtype), list(t.shape)) for k, t in meta(sd).items())
+    key = dict(pool=code_hash(type(pool)), reading=text_hash(*_READING), tensors=info, common_only=pool.common_only)
+    return while_unchanged(model_files(find(model)), lambda: content_hash(sd), folder=cache_folder()/'hashes', kind='hash', key=key)
+
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #9dfd9de2
 @patch
 def hash(self:BaseModelPool, name:str) -> str:
     "Identity of one model, see `core.identity`; what is in memory may change, and is read again each time."
     if name in self._hashes: return self._hashes[name]
-    found = identity(content_hash(_all_tensors(self, name)), _facts(self, name))
+    found = identity(_tensor_hash(self, name), _facts(self, name))
     if isinstance(self._models[name], (str, Path)): self._hashes[name] = found
     return found
 
