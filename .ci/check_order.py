@@ -2,7 +2,7 @@
 import ast, subprocess, sys
 from book import finish, modules, package, root, source
 
-FLOORS = dict(core=0, models=1, alignment=1, data=1, metrics=1, modelpool=2, method=3, taskpool=3, analysis=3, bench=4)
+FLOORS = dict(core=0, models=1, alignment=1, data=1, metrics=1, modelpool=2, __init__=2, method=3, taskpool=3, analysis=3, bench=4)
 ALSO = {('models', 'alignment.spec'), ('metrics', 'alignment')} # siblings that may be used all the same
 METHOD = 'core', 'alignment', 'models.routed', 'method'    # all that a method may import of ours ...
 POOLED = 'method.base', 'method.check'                     # ... except the two that hand it its pool

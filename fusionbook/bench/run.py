@@ -72,7 +72,7 @@ def float_type(
     return found
 
 # %% ../../nbs/80_bench/03_run.ipynb #82f257d1
-def _streams(method): return type(method).run is BaseAlgorithm.run
+def _streams(method): return type(method).run is BaseAlgorithm.run and method.build is None
 
 def _checked(method, pool):
     "Refuse models that differ before any work, unless the method takes networks as they are."
@@ -107,7 +107,7 @@ def merged_model(
     try:
         if not _streams(method):
             model = method.run(pool)
-            if save_path: pool.save_model(_single(model), save_path, **notes)
+            if save_path: pool.save_model(_single(model), save_path, built=method.build is not None, **notes)
             return model
         sd = method.merge(pool)
         check_memory(sd, max_memory)

@@ -38,7 +38,7 @@ class _Facts:
 
 # %% ../../nbs/60_method/00_base.ipynb #b77d0997
 class BaseAlgorithm(_Facts, BaseYAMLSerializable):
-    "A fusion method. Define `direction(pool)` or `merge(pool)`, or `run(modelpool)` where the architecture changes."
+    "A fusion method. Define `direction(pool)` or `merge(pool)`, or `build(pool)` where the architecture changes."
     _program, _config_key = None, 'method'
     adaptation = None      # what the last run learned, as JSON for the report: coefficients with their names, the curve of the objective
     def __setattr__(self, key, value):
@@ -48,16 +48,17 @@ class BaseAlgorithm(_Facts, BaseYAMLSerializable):
     def on_run_start(self): "Called before `run`."
     def on_run_end(self): "Called after `run`, also when it failed."
     direction = None       # direction(pool) -> v, lazy, where the merge is the base + `scaling_factor` · v; see `engine.direction_of`
+    build = None           # build(pool) -> a network of another architecture, saved with its recipe; see `check_build`
     known_direction = None # v where it has been computed before; a sweep over `scaling_factor` lends it
     def merge(self, pool:BaseModelPool) -> StateDict:
         "The merged state dict, lazy."
-        if self.direction is None: raise NotImplementedError(f'{type(self).__name__} defines neither `merge` nor `run`')
+        if self.direction is None: raise NotImplementedError(f'{type(self).__name__} defines none of `direction`, `merge`, `build`, `run`')
         v = self.direction(pool) if self.known_direction is None else self.known_direction
         return step_along(pool.pretrained(), v, self.scaling_factor, getattr(self, 'device', 'cpu'))
     def run(self, modelpool:BaseModelPool):
         "The merged model; also takes a list or a mapping of networks or state dicts."
         pool = as_pool(modelpool)
-        return pool.load(self.merge(pool))
+        return self.build(pool) if self.build else pool.load(self.merge(pool))
 
 # %% ../../nbs/60_method/00_base.ipynb #7f88740d
 def _is(*kinds): return lambda x: isinstance(x, kinds) and not isinstance(x, bool)

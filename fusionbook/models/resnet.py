@@ -53,6 +53,7 @@ class CifarResNet(nn.Module):
             return nn.Sequential(*[Block(before if i == 0 else channels, channels, stride if i == 0 else 1) for i in range((depth - 2) // 6)])
         self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
         self.linear = nn.Linear(64, classes)
+    def recipe(self): return dict(depth=6 * len(self.layer1) + 2, classes=self.linear.out_features)
     def forward(self, x): # (N, 3, H, W) -> (N, C)
         x = F.relu(self.bn1(self.conv1(x)))
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))

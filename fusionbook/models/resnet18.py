@@ -48,6 +48,9 @@ class ResNet18(nn.Module):
         self.layer1, self.layer2 = _stage(n, n, 1, norm), _stage(n, 2 * n, 2, norm)
         self.layer3, self.layer4 = _stage(2 * n, 4 * n, 2, norm), _stage(4 * n, 8 * n, 2, norm)
         self.linear = nn.Linear(8 * n, classes, bias=bias)
+    def recipe(self): # what the constructor was given
+        norm, width = isinstance(self.bn1, nn.BatchNorm2d), self.conv1.out_channels / 64
+        return dict(classes=self.linear.out_features, bias=self.linear.bias is not None, norm=norm, width=width)
     def forward(self, x): # (N, 3, H, W) -> (N, C)
         if x.ndim != 4 or x.shape[1] != 3: raise FusionError(f'expected images (N, 3, H, W), got {tuple(x.shape)}')
         x = F.relu(self.bn1(self.conv1(x)))

@@ -35,6 +35,9 @@ class VGG11(nn.Module):
             layers += [nn.Conv2d(before, n * first, 3, padding=1, bias=bias), *([nn.BatchNorm2d(n * first)] if norm else []), nn.ReLU()]
             before = n * first
         self.features, self.classifier = nn.Sequential(*layers), nn.Linear(before, classes, bias=bias)
+    def recipe(self): # what the constructor was given
+        first, last = self.features[0], self.classifier
+        return dict(classes=last.out_features, bias=last.bias is not None, norm=isinstance(self.features[1], nn.BatchNorm2d), width=first.out_channels / 64)
     def forward(self, x): # (N, 3, 32, 32) -> (N, C)
         if x.shape[1:] != (3, 32, 32): raise FusionError(f'expected images (N, 3, 32, 32), got {tuple(x.shape)}')
         return self.classifier(self.features(x).flatten(1))

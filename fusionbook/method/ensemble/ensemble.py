@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from ...core.errors import FusionError
-from ..base import BaseAlgorithm, as_pool, check_fields, check_finite, expert_weights
+from ..base import BaseAlgorithm, check_fields, check_finite, expert_weights
 from ..outputs import check_rule, combine, map_outputs
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #e7837bca
@@ -118,6 +118,9 @@ class Ensemble(nn.Module):
         self.groups, self.blocks = groups(members, limit=int(limit_mb * 1e6)), {}
         self.eval()
     def extra_repr(self): return f'{self.rule} of {self.quantity}'
+    def recipe(self): # what the constructor was given; the members are described in turn
+        names = 'rule', 'quantity', 'weights', 'batched', 'limit_mb'
+        return dict(members=self.members) | {k: getattr(self, k) for k in names}
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #5317bcc4
 def _batches(ensemble):
@@ -165,7 +168,6 @@ def combined_logits(self:Ensemble,
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #8f756229
 def _ensemble(method, pool, rule, **how):
     "The experts of any pool as one network."
-    pool = as_pool(pool)
     if not len(pool): raise FusionError('expected a pool with at least one expert, got none')
     found = Ensemble(list(pool.models()), rule=rule, quantity=method.quantity, batched=method.batched, limit_mb=method.limit_mb, **how)
     check_finite([m.state_dict() for m in found.members], pool.model_names)
@@ -189,7 +191,7 @@ class SimpleEnsemble(BaseAlgorithm):
     def __post_init__(self):
         _check(self, self.rule)
         if self.device_map: raise FusionError(f'expected `device_map` null (all experts run on the device of the run), got {self.device_map}')
-    def run(self, modelpool) -> Ensemble: return _ensemble(self, modelpool, self.rule)
+    def build(self, pool) -> Ensemble: return _ensemble(self, pool, self.rule)
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #ec47d7be
 @dataclass
@@ -205,8 +207,7 @@ class WeightedEnsemble(BaseAlgorithm):
     def __post_init__(self):
         _check(self, self.rule)
         if self.rule == 'maximum': raise FusionError('expected `rule` as mean, geometric or vote, got `maximum`, which has no weights')
-    def run(self, modelpool) -> Ensemble:
-        pool = as_pool(modelpool)
+    def build(self, pool) -> Ensemble:
         return _ensemble(self, pool, self.rule, weights=expert_weights(self.weights, len(pool), normalize=self.normalize, equal=1 / max(1, len(pool))))
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #3b397dec
@@ -218,4 +219,4 @@ class MaxModelPredictor(BaseAlgorithm):
     batched: object = 'auto'   # one call for experts of one architecture: auto (on an accelerator), true or false
     limit_mb: float = 1024     # megabytes of parameters in one batched call
     def __post_init__(self): _check(self, 'maximum')
-    def run(self, modelpool) -> Ensemble: return _ensemble(self, modelpool, 'maximum')
+    def build(self, pool) -> Ensemble: return _ensemble(self, pool, 'maximum')
