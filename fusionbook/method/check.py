@@ -106,16 +106,19 @@ def _is_grid(text):
     "Values between commas, at least two, or a range start:stop:step that leads somewhere."
     parts = str(text).split(',')
     ranges = [m.groups() for p in parts if (m := re.fullmatch(f'({_N}):({_N}):({_N})', p))]
+    if not isinstance(text, str) or not all(parts) or len(ranges) < sum(':' in p for p in parts): return False
     leads = all(float(c) and (float(b) - float(a)) / float(c) > 0 for a, b, c in ranges)
-    return isinstance(text, str) and all(parts) and leads and len(ranges) == sum(':' in p for p in parts) and (len(parts) > 1 or len(ranges) == 1)
+    return leads and len(parts) + len(ranges) > 1
 
 def _wrong_paper(cls):
     "A paper that cannot be looked up, or a year that cannot be its."
     if cls.paper is None: return None
     posted = re.fullmatch(r'arxiv:(\d\d)(0[1-9]|1[0-2])\.\d{4,5}', str(cls.paper))
-    if not posted and not re.fullmatch(r'doi:10\.\d{4,}/\S+', str(cls.paper)): return f'expected `paper` such as arxiv:2306.01708, got {cls.paper!r}'
-    first = 2000 + int(posted[1]) if posted else 1950
-    if not isinstance(cls.year, int) or not first <= cls.year <= (first + 4 if posted else 2100): return f'expected `year` of {cls.paper}, got {cls.year!r}'
+    if not posted and not re.fullmatch(r'doi:10\.\d{4,}/\S+', str(cls.paper)):
+        return f'expected `paper` such as arxiv:2306.01708, got {cls.paper!r}'
+    first, last = (2000 + int(posted[1]), 2004 + int(posted[1])) if posted else (1950, 2100)
+    if not isinstance(cls.year, int) or not first <= cls.year <= last:
+        return f'expected `year` of {cls.paper}, got {cls.year!r}'
 
 # %% ../../nbs/60_method/01_check.ipynb #b488a097
 def wrong_facts(
@@ -125,8 +128,10 @@ def wrong_facts(
     known = {f.name for f in fields(cls)} if is_dataclass(cls) else set()
     named = re.findall(r', (\d{4})\)', (cls.__doc__ or '').partition('\n')[0])
     if wrong := _wrong_paper(cls): return wrong
-    if named != [str(cls.year)] * (cls.year is not None): return f'has `year` {cls.year}, and its first line names {", ".join(named) or "none"}'
-    if not isinstance(cls.tune, Mapping): return f'expected `tune` as a mapping of its fields, got a {type(cls.tune).__name__}'
+    if named != [str(cls.year)] * (cls.year is not None):
+        return f'has `year` {cls.year}, and its first line names {", ".join(named) or "none"}'
+    if not isinstance(cls.tune, Mapping):
+        return f'expected `tune` as a mapping of its fields, got a {type(cls.tune).__name__}'
     for name, grid in cls.tune.items():
         if name not in known: return f'expected `tune` of its fields, got `{name}`; {nearest(name, known)}'
         if not _is_grid(grid): return f'expected values of `{name}` such as 0.1:1.5:0.1 or mean,sum, got {grid!r}'

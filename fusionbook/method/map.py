@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from ..core.config import published
 from ..core.errors import FusionError
-from .base import BaseAlgorithm
+from .base import BaseAlgorithm, paper_url
 
 # %% ../../nbs/60_method/06_map.ipynb #31969cee
 class Shown(str):
@@ -46,18 +46,10 @@ def _page(cls):
     page, _ = d['syms'][cls.__module__][f'{cls.__module__}.{cls.__name__}']
     return page.split('#')[0].removeprefix('nbs/').replace('.html', '.ipynb')
 
-def _year(cls):
-    "The year of a method's paper: its own field, or the last number in its sentence that can be one."
-    said = re.findall(r'\b(?:19|20)\d\d\b', cls.__doc__.splitlines()[0])
-    return getattr(cls, 'year', None) or (said[-1] if said else '')
-
 def _idea(cls):
     "A method's sentence, with a link to its paper where it has one."
-    text, paper = cls.__doc__.splitlines()[0], str(getattr(cls, 'paper', None))
-    where, _, number = paper.partition(':')
-    sites = dict(arxiv='https://arxiv.org/abs/', doi='https://doi.org/')
-    address = f'{sites[where]}{number}' if where in sites else paper if paper.startswith('https:') else ''
-    return f'{text} [Paper]({address})' if address else text
+    text = cls.__doc__.splitlines()[0]
+    return f'{text} [Paper]({paper_url(cls.paper)})' if cls.paper else text
 
 # %% ../../nbs/60_method/06_map.ipynb #fe5e3661
 def family_table(
@@ -68,7 +60,7 @@ def family_table(
     lines = []
     for cls in family_methods(package):
         name = cls.config_names[0]
-        lines.append([f'[{cls.__name__}]({root}/{_page(cls)})', f'`{name}`', _idea(cls), ', '.join(cls().uses), _year(cls)])
+        lines.append([f'[{cls.__name__}]({root}/{_page(cls)})', f'`{name}`', _idea(cls), ', '.join(cls().uses), cls.year or ''])
     return shown_table(['method', 'on the command line', 'idea', 'sees', 'year'], lines)
 
 # %% ../../nbs/60_method/06_map.ipynb #b4195ca9

@@ -1,5 +1,5 @@
 "Every field of every method meets odd values: it takes them or refuses them in one line, before a model is opened."
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 import pytest
 import torch
 import fusionbook.method as methods
@@ -8,7 +8,7 @@ from fusionbook.method.base import BaseAlgorithm, fuse
 from fusionbook.method.check import toy_data_pool
 
 ODD = ('abc', [.1], -1, 0, float('nan'), [], {}, {'a': 1}, True, None, 1e30, [1, 2], '3')
-CLASSES = [c for c in (getattr(methods, n) for n in dir(methods)) if isinstance(c, type) and issubclass(c, BaseAlgorithm) and is_dataclass(c)]
+CLASSES = [c for c in (getattr(methods, n) for n in dir(methods)) if isinstance(c, type) and issubclass(c, BaseAlgorithm) and c.config_names]
 QUICK = dict(max_steps=1, steps=1, samples=8, batch_size=4, rounds=0, sweeps=0)
 
 def refused(make):

@@ -6,38 +6,33 @@
 __all__ = ['CCAMerge']
 
 # %% ../../../nbs/67_alignment/cca_merge.ipynb #261cd444
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from fastcore.basics import patch
 from ...alignment.activations import covariance, joint_grams, plain_groups
 from ...alignment.cca import cca_map, cca_transform
 from ...alignment.zipit import split_reads
-from ...core.errors import FusionError, check_known
+from ...core.errors import FusionError
 from ...core.progress import track
 from ...core.state_dict import StateDict
-from ..base import BaseAlgorithm, as_pool, at_least, average_weights, check_finite
-from ..neurons import (KINDS, alignment_note, anchor_of, check_spec_field, heard, measured_anew, moved_share, network_of,
-                                      spec_for, without_variances)
+from .aligning import AnchoredMethod
+from ..base import as_pool, average_weights, check_finite
+from ..neurons import (alignment_note, anchor_of, heard, measured_anew, moved_share, network_of, spec_for,
+                                      without_variances)
 from ..average.weighted_average import weighted_average
 
 # %% ../../../nbs/67_alignment/cca_merge.ipynb #f6b2946a
 @dataclass
-class CCAMerge(BaseAlgorithm):
+class CCAMerge(AnchoredMethod):
     "CCA merging: features mapped to the anchor's by canonical correlation, then averaged (Horoi et al., 2024)."
-    uses, config_names, symmetric = ('experts', 'spec', 'train'), ('cca_merge',), False
+    uses, config_names = ('experts', 'spec', 'train'), ('cca_merge',)
     paper, year = 'arxiv:2407.05385', 2024
-    spec: object = None    # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
-    anchor: str = None     # the model whose features the result has; the last when null
-    weights: list = None   # one number per model in the order of the pool, divided by their sum; equal when null
     gamma: float = .1      # γ, ridge as a share of the mean variance
     groups: list = ('*',)  # shell patterns of the groups that are mapped; the others are averaged in place
-    data: str = 'train'    # where inputs come from: train, validation, unlabeled_test
+    _: KW_ONLY
     samples: int = 400     # inputs in all
-    batch_size: int = 50   # inputs at a time
     pre: bool = False      # responses before ReLU
-    seed: int = 0          # of the choice of inputs
     def __post_init__(self):
-        check_spec_field(self), at_least(self, samples=1, batch_size=1)
-        check_known([self.data], KINDS, 'the kinds of data')
+        super().__post_init__()
         if self.gamma < 0: raise FusionError(f'expected `gamma` of at least 0, got {self.gamma}')
         self.groups, self.uses = list(self.groups), ('experts', 'spec', self.data)
 

@@ -17,20 +17,18 @@ from ...alignment.original import Original, original_fusion
 from ...alignment.transport import SOLVERS, plan
 from ...core.errors import FusionError, check_known
 from ...core.state_dict import StateDict
-from ..base import BaseAlgorithm, as_pool, at_least, average_weights, check_finite
-from ..neurons import KINDS, alignment_note, anchor_of, check_spec_field, heard, moved_share, network_of, spec_for
+from .aligning import AnchoredMethod
+from ..base import as_pool, at_least, average_weights, check_finite
+from ..neurons import alignment_note, anchor_of, heard, moved_share, network_of, spec_for
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #d71eef60
 _COSTS = {'weights': 0., 'both': .5, 'activations': 1.}
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #591b29c6
 @dataclass
-class GeometricFusion(BaseAlgorithm):
+class GeometricFusion(AnchoredMethod):
     "Geometric fusion: neurons aligned by optimal transport, then averaged (Singh and Jaggi, 2020)."
-    uses, config_names, symmetric, paper, year = ('experts', 'spec'), ('geometric_fusion',), False, 'arxiv:1910.05653', 2020
-    spec: object = None          # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
-    anchor: str = None           # the model whose order of neurons, and width, the result has; the last when null, as in the original
-    weights: list = None         # one number per model in the order of the pool, divided by their sum; equal when null
+    config_names, paper, year = ('geometric_fusion',), 'arxiv:1910.05653', 2020
     costs: str = 'weights'       # compare neurons by weights, activations, or both
     metric: str = 'euclidean'    # euclidean, squared (the original's default), cosine, correlation
     unit: bool = False           # divide every row by its norm first
@@ -41,19 +39,16 @@ class GeometricFusion(BaseAlgorithm):
     rounds: int = 0              # times that the average becomes the anchor: a free barycentre, by weights
     sweeps: int = 0              # further visits to every group, the rest aligned
     readers: bool = False        # compare by what reads a group too, in these visits
-    data: str = 'train'          # where activations come from: train, validation, unlabeled_test
-    samples: int = 200           # inputs in all
-    batch_size: int = 50         # inputs at a time
-    pre: bool = True             # activations before ReLU
-    seed: int = 0                # of the choice of inputs
     different_widths: bool = False # models may differ in width
     transport_output: bool = False # the original's walk: two plain networks, class layer transported too
-    def __post_init__(self): _prepare(self)
+    def __post_init__(self):
+        super().__post_init__()
+        _prepare(self)
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #6da84d7b
 def _prepare(m):
-    check_spec_field(m), at_least(m, rounds=0, sweeps=0, samples=1, batch_size=1)
-    check_known([m.costs], _COSTS, 'the costs'), check_known([m.data], KINDS, 'the kinds of data')
+    at_least(m, rounds=0, sweeps=0)
+    check_known([m.costs], _COSTS, 'the costs')
     check_known([m.metric], METRICS, 'the metrics'), check_known([m.masses], ('uniform', 'importance'), 'the masses')
     rescale(torch.ones(1, 1), m.normalize), _check_solver(m.solver, m.solver_options or {})
     if m.transport_output: _check_original(m)

@@ -16,18 +16,16 @@ from ...alignment.ste import parents_loss, straight_through
 from ...core.errors import FusionError, check_known
 from ...core.progress import track
 from ...core.state_dict import StateDict
-from ..base import BaseAlgorithm, at_least, average_weights, check_finite, load_algorithm_from_config
-from ..neurons import KINDS, alignment_note, anchor_of, check_spec_field, heard, moved_share, network_of, spec_for
+from .aligning import AnchoredMethod
+from ..base import at_least, average_weights, check_finite, load_algorithm_from_config
+from ..neurons import alignment_note, anchor_of, heard, moved_share, network_of, spec_for
 
 # %% ../../../nbs/67_alignment/git_rebasin.ipynb #a44bc370
 @dataclass
-class GitRebasin(BaseAlgorithm):
+class GitRebasin(AnchoredMethod):
     "Git Re-Basin: permute every model to the anchor, then average or merge (Ainsworth et al., 2023)."
-    uses, config_names, symmetric = ('experts', 'spec'), ('git_rebasin',), False
+    config_names = ('git_rebasin',)
     paper, year = 'arxiv:2209.04836', 2023
-    spec: object = None     # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
-    anchor: str = None      # the model whose order of neurons the result has; the last when null
-    weights: list = None    # one number per model in the order of the pool, divided by their sum; equal when null
     costs: str = 'weights'  # match by weights, activations, or ste: the loss of the midpoint by a straight-through gradient
     kind: str = 'correlation' # of activations: correlation or inner product
     steps: int = 40         # of the straight-through search
@@ -36,24 +34,20 @@ class GitRebasin(BaseAlgorithm):
     groups: list = ('*',)   # patterns of the groups that may be renamed
     then: str = None        # method that merges the renamed models, such as task_arithmetic; their weighted average when null
     options: dict = None    # its hyper-parameters
-    data: str = 'train'     # where inputs come from: train, validation, unlabeled_test
-    samples: int = 200      # inputs in all
-    batch_size: int = 50    # inputs at a time
-    pre: bool = True        # activations before ReLU: a neuron that is silent on all inputs has no response after it
-    seed: int = 0           # of the order of matching and the choice of inputs
-    def __post_init__(self): _settle(self)
+    def __post_init__(self):
+        super().__post_init__()
+        _settle(self)
 
 # %% ../../../nbs/67_alignment/git_rebasin.ipynb #019ec88a
 _COSTS = 'weights', 'activations', 'ste'
 
 def _settle(m):
-    check_spec_field(m), at_least(m, steps=0, starts=1, samples=1, batch_size=1)
+    at_least(m, steps=0, starts=1)
     m.groups = list(m.groups)
     check_known([m.kind], ('correlation', 'inner'), 'the kinds of activation matching')
     if not m.learning_rate > 0: raise FusionError(f'expected `learning_rate` above 0, got {m.learning_rate}')
     if m.weights is not None and m.then: raise FusionError(f'expected `weights` among the `options` of `{m.then}`, which merges the renamed models, got them beside it')
     check_known([m.costs], _COSTS, 'the costs')
-    check_known([m.data], KINDS, 'the kinds of data')
     if m.options and not m.then: raise FusionError('expected `options` beside the method that they belong to, `then`, got none')
     m.inner = load_algorithm_from_config(dict(m.options or {}, name=m.then)) if m.then else None
     m.uses = ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ()) + tuple(u for u in (m.inner.uses if m.inner else ()) if u != 'experts')

@@ -10,31 +10,25 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from ...alignment.activations import correlation, covariance, joint_grams, plain_groups
 from ...alignment.zipit import split_reads, zip_features, zip_models, zip_trunk
-from ...core.errors import FusionError, check_known
+from ...core.errors import FusionError
 from ...core.progress import track
 from ...core.state_dict import StateDict
-from ..base import BaseAlgorithm, as_pool, at_least, check_finite
-from ..neurons import KINDS, alignment_note, check_spec_field, heard, measured_anew, network_of, spec_for, without_variances
+from .aligning import NeuronMethod
+from ..base import as_pool, check_finite
+from ..neurons import alignment_note, heard, measured_anew, network_of, spec_for, without_variances
 
 # %% ../../../nbs/67_alignment/zipit.ipynb #2a5667cf
 @dataclass
-class ZipIt(BaseAlgorithm):
+class ZipIt(NeuronMethod):
     "ZipIt!: features that respond alike become one, also within a network (Stoica et al., 2024)."
-    uses, config_names, symmetric = ('experts', 'spec', 'train'), ('zipit',), False
+    uses, config_names = ('experts', 'spec', 'train'), ('zipit',)
     paper, year = 'arxiv:2305.03053', 2024
-    spec: object = None    # tensor -> formulas of its axes, or the shape of an input to trace with; the pool's own, or traced, when null
     a: float = .3          # factor on a cluster's similarities for each merge, in (0, 1]
     b: float = .125        # share of a network's lost features that may merge within it, in [0, 1]
     groups: list = ('*',)  # shell patterns of the groups that are zipped; the others are averaged in place
-    data: str = 'train'    # where inputs come from: train, validation, unlabeled_test
-    samples: int = 200     # inputs in all
-    batch_size: int = 50   # inputs at a time
-    pre: bool = True       # responses before ReLU
     anew: bool = True      # measure BatchNorm's running statistics on the same inputs
-    seed: int = 0          # of the choice of inputs
     def __post_init__(self):
-        check_spec_field(self), at_least(self, samples=1, batch_size=1)
-        check_known([self.data], KINDS, 'the kinds of data')
+        super().__post_init__()
         if not 0 < self.a <= 1 or not 0 <= self.b <= 1: raise FusionError(f'expected `a` in (0, 1] and `b` in [0, 1], got {self.a} and {self.b}')
         self.groups, self.uses = list(self.groups), ('experts', 'spec', self.data)
 
