@@ -59,6 +59,18 @@ def test_every_tutorial_and_report_is_linked_from_the_first_page():
     assert not missing
 
 
+def families():
+    "Folders of methods: those that export to a sub-package of `fusionbook.method`."
+    exports = [(f.parent, re.search(r'#\| default_exp method\.\w+\.\w+', f.read_text(encoding='utf-8'))) for f in NBS.glob('[67]?_*/[!_.]*.ipynb')]
+    return sorted({folder for folder, found in exports if found})
+
+
+def test_every_family_opens_with_a_map_that_the_first_page_links():
+    text = '\n'.join(prose(PAGES[0]))
+    assert len(families()) >= 5
+    assert not [f.name for f in families() if not (f/'00_map.ipynb').exists() or f'{f.name}/00_map.ipynb' not in text]
+
+
 def test_the_first_page_has_two_set_up_commands():
     blocks = re.findall(r'(?m)^python3 -m venv .*$', '\n'.join(prose(PAGES[0])))
     assert len(blocks) == 2 and "'.[dev]'" in blocks[1] and blocks[0].endswith('.venv/bin/fusionbook')
