@@ -7,7 +7,7 @@ __all__ = ['ATTENTION', 'network_class', 'check_config', 'untrained', 'recipe_of
 
 # %% ../../nbs/20_models/06_recipe.ipynb #2521c12f
 import json, re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from ..core.config import locate
@@ -30,14 +30,15 @@ def network_class(
 ) -> type:  # derived from `nn.Module`; raises `FusionError`
     "The class that a recipe names: one of the allowed targets, and a network."
     if not isinstance(target, str): raise FusionError(f'expected the name of a class as `_target_`, got {target!r:.60}')
-    check_targets({'_target_': target})
+    try: check_targets({'_target_': target})
+    except FusionError: raise FusionError(f'expected a class of fusionbook or transformers, got `{target}`') from None
     found = locate(target)
     if not (isinstance(found, type) and issubclass(found, nn.Module)): raise FusionError(f'expected the class of a network, got `{target}`')
     return found
 
 # %% ../../nbs/20_models/06_recipe.ipynb #ae108a1e
 ATTENTION = 'eager', 'sdpa', 'flash_attention_2', 'flash_attention_3', 'flex_attention'
-_ELSEWHERE = re.compile(r'_?attn_implementation\w*|auto_map|quantization_config|use_pretrained_backbone|use_timm_backbone')
+_ELSEWHERE = re.compile(r'_?attn_implementation\w*|auto_map|quantization_config|use_\w*backbone|\w*remote\w*|code_revision', re.I)
 
 # %% ../../nbs/20_models/06_recipe.ipynb #955dd128
 def check_config(
