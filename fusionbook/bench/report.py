@@ -73,7 +73,8 @@ _OWN = ('rows', 'config', 'method', 'uses', 'seed', 'versions', 'git_commit', 'h
 
 # %% ../../nbs/80_bench/01_report.ipynb #e47d4b58
 class Report(Mapping):
-    "The content of `report.json`."
+    "The content of `report.json`; a run gives it `answers`, and `made`, its last model or what becomes it by `built()`."
+    answers, made = (), None
     def __init__(self,
         data:Mapping, # at least `rows`; see `keys()` of any report
     ):
@@ -91,6 +92,13 @@ class Report(Mapping):
     def rows(self, role:str) -> list[dict]:
         "The rows of the base, of the experts or of the merged model."
         return [r for r in self.data['rows'] if r['role'] == role]
+
+# %% ../../nbs/80_bench/01_report.ipynb #d32e2465
+@patch(as_prop=True)
+def model(self:Report):
+    "The network that was made last; built when it is asked for."
+    if hasattr(self.made, 'built'): self.made = self.made.built()
+    return self.made
 
 # %% ../../nbs/80_bench/01_report.ipynb #2addc41e
 @patch

@@ -20,7 +20,8 @@ from .directions import Directions
 from .experiment import parsed
 from .meeting import check_apart
 from .report import Report, average_interval, averages
-from .run import float_type, merged_model, merged_rows
+from .run import merged_model, merged_rows
+from .unbuilt import float_type
 from .seeded import seeded
 from .tables import print_table
 from ..core.atomic import atomic, json_text

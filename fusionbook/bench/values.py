@@ -9,7 +9,7 @@ __all__ = ['size', 'device_name', 'check_device', 'check_values', 'check_models'
 import re
 from collections.abc import Mapping, Sequence
 import torch
-from .run import float_type
+from .unbuilt import float_type
 from .seeded import check_seeds
 from ..core.checkpoint import check_packaged
 from ..core.errors import FusionError, nearest

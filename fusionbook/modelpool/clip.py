@@ -58,6 +58,12 @@ def build_model(self:CLIPVisionModelPool, model) -> nn.Module:
     return fill(vision_model(model), vision_state(model))
 
 @patch
+def parameters(self:CLIPVisionModelPool) -> list|None:
+    "Sizes of the parameters of the network that `load` makes, and whether they are trained; None where only the network knows."
+    base = self._models.get('_pretrained_', next(iter(self._models.values())))
+    return tower_note(base)['parameters'] if isinstance(base, (str, Path)) else None
+
+@patch
 def load_processor(self:CLIPVisionModelPool):
     "The image preprocessing of the pool."
     from fusionbook.models.clip import Processor
