@@ -84,3 +84,12 @@ def test_names_in_code_of_prose_exist():
             module, _, last = name.rpartition('.')
             try: import_module(name)
             except ModuleNotFoundError: assert hasattr(import_module(module), last), name
+
+
+def test_the_template_runs_as_it_is():
+    "What a reader copies keeps the contract of today."
+    cells = json.loads((NBS/'60_method'/'_template.ipynb').read_text(encoding='utf-8'))['cells']
+    code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+    names = dict(__name__='template')
+    exec(code, names)
+    assert names['MyMethod'].config_names == ('my_method',)
