@@ -26,6 +26,14 @@ def lessons(code, exported):
             if isinstance(b, (ast.FunctionDef, ast.ClassDef)) and not b.name.startswith('_'):
                 if not any(re.search(rf'\b{b.name}\b', s) for s in later): yield f'`{b.name}` has no asserted lesson'
 
+REPORTS = dict(compare_methods='compare_methods_mini8')   # an experiment whose report has a name of its own
+
+def recipe(nb, every):
+    "Faults of an experiment: it is stored without results, and says where its report is."
+    report = f'../95_reports/{REPORTS.get(nb.stem, nb.stem)}.ipynb'
+    if any(c.get('outputs') for c in every): yield 'an experiment is stored without outputs: its report keeps them'
+    if every[1]['cell_type'] != 'markdown' or report not in every[1]['src']: yield f'the second cell does not link its report {report}'
+
 def check(nb):
     "Sizes of a notebook and its faults."
     every = cells(nb)
@@ -38,6 +46,7 @@ def check(nb):
     if max(sizes) > CELL: out.append(f'{sum(s > CELL for s in sizes)} exported cells over {CELL} lines')
     if row['median'] > MEDIAN: out.append(f'median exported cell over {MEDIAN} lines')
     if len(every) > CELLS or sum(sizes) > LINES: out.append(f'over {CELLS} cells or {LINES} exported lines')
+    if nb.parent.name == '90_experiments': out += recipe(nb, every)
     for c in code:
         kinds = [isinstance(b, IMPORT) for b in tree(c['src'])]
         deep = c not in exported and any(isinstance(n, IMPORT) for b in tree(c['src']) for n in ast.walk(b))   # nbdev runs such a cell to build the page

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from .trace import typed_as
 from ..core.errors import FusionError, check_known, nearest
+from ..core.oracle import oracle_folder
 from ..core.progress import track
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #f47340e1
@@ -191,10 +192,7 @@ def ot_cases(
     *names:str, # such as `mlp__wts_exact`; all cases when left out
 ):              # yields (name, arrays); none, with a word, where the folder is absent
     "Stored outputs of the authors' functions."
-    import os, fusionbook
-    from pathlib import Path
-    places = [os.environ.get('FUSIONBOOK_ORACLE'), Path(fusionbook.__file__).parents[2]/'shared'/'oracle']
-    folder = next((Path(p)/'ot' for p in places if p and (Path(p)/'ot').exists()), None)
-    if folder is None: return print('skipped: set FUSIONBOOK_ORACLE to the folder with outputs of other implementations')
+    folder = oracle_folder('ot')
+    if folder is None: return
     for file in sorted(folder.glob('*__*.npz')):
         if not names or file.stem in names: yield file.stem, _stored(file)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ToyPool', 'toy_pool', 'ToyTasks', 'ToyNet', 'toy_data_pool', 'wrong_facts', 'check_method', 'check_build',
-           'oracle_folder', 'oracle_cases', 'agree']
+           'oracle_cases', 'agree']
 
 # %% ../../nbs/60_method/01_check.ipynb #6cc27010
-import json, os, re, tempfile
+import json, re, tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import fusionbook
 from ..core.checkpoint import Checkpoint
 from ..core.entries import chunk
 from ..core.errors import FusionError, nearest
+from ..core.oracle import oracle_folder
 from ..core.state_dict import StateDict
 from .base import BaseAlgorithm, USES, fuse
 from ..modelpool.base import BaseModelPool
@@ -254,21 +255,14 @@ def check_build(
     faults = [wrong for check in _BUILD_CHECKS if (wrong := check(trial))]
     assert not faults, f'{name} ' + '; '.join(faults)
 
-# %% ../../nbs/60_method/01_check.ipynb #47d0a182
-def oracle_folder() -> Path|None: # the folder with `merge/cases.json`, or None
-    "Where the stored outputs of other implementations lie, if they do."
-    import fusionbook
-    places = [os.environ.get('FUSIONBOOK_ORACLE'), Path(fusionbook.__file__).parents[2]/'shared'/'oracle']
-    return next((Path(p) for p in places if p and (Path(p)/'merge'/'cases.json').exists()), None)
-
 # %% ../../nbs/60_method/01_check.ipynb #5e723fe3
 def oracle_cases(
     *names:str, # such as `fusion_bench/task_arithmetic_0.3`
 ) -> Iterator[tuple[dict, ToyPool, dict]]: # the case, its inputs as a pool, the expected tensors
     "Stored cases of other implementations; none, with a word, where the folder is absent."
-    folder = oracle_folder()
-    if folder is None: return print('skipped: set FUSIONBOOK_ORACLE to the folder with outputs of other implementations')
-    root, cases = folder/'merge', json.loads((folder/'merge'/'cases.json').read_text())
+    root = oracle_folder('merge')
+    if root is None: return
+    cases = json.loads((root/'cases.json').read_text())
     cases = {c['case']: c for c in (cases if isinstance(cases, list) else cases['cases'])}
     for name in names:
         case = cases[name]
