@@ -9,7 +9,6 @@ __all__ = ['GROUPS', 'TAKES', 'catalogue', 'split_words', 'readable', 'composer'
 # %% ../../nbs/80_bench/08_arguments.ipynb #19284ee5
 import re, sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 from ..core.compose import CONFIG, compose_words

@@ -17,7 +17,7 @@ from .values import check_device
 from ..core.checkpoint import Checkpoint, atomic, find
 from ..core.errors import FusionError
 from ..core.parameters import trainable
-from ..data import datasets as data, mini8
+from ..data import datasets as data
 from ..data.classes import by_name
 from ..data.overlap import overlap
 from ..modelpool import CLIPVisionModelPool, TextEncoderPool

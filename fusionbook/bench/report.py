@@ -8,7 +8,7 @@ __all__ = ['ROLES', 'with_normalised', 'pooled', 'averages', 'average_interval',
            'comparison', 'cost_table', 'show']
 
 # %% ../../nbs/80_bench/01_report.ipynb #a09780b0
-import json, math, statistics
+import math, statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from fastcore.basics import patch

@@ -10,7 +10,6 @@ import hashlib, json, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -20,7 +19,7 @@ from .report import Report, check_task_names, spread
 from .seeded import check_seeds, seed_path, seeded
 from .unbuilt import Unbuilt, cast, float_type, unbuilt
 from ..core.cached import remembered
-from ..core.checkpoint import model_card, save
+from ..core.checkpoint import model_card
 from ..core.engine import check_memory
 from ..core.errors import FusionError
 from ..core.identity import code_hash

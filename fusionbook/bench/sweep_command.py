@@ -7,7 +7,6 @@ __all__ = ['validation_name', 'sweep_command']
 
 # %% ../../nbs/80_bench/08b_sweep_command.ipynb #f18e26c9
 from collections.abc import Sequence
-from pathlib import Path
 from .arguments import GROUPS, catalogue, composition, explain, search_folders, split_words
 from ..core.config import CONFIG, composed
 from ..core.errors import FusionError, nearest

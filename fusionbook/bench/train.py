@@ -7,7 +7,7 @@ __all__ = ['train_arguments', 'training_data', 'batcher', 'scorer', 'train_paren
            'train_command']
 
 # %% ../../nbs/80_bench/09_train.ipynb #68231c02
-import argparse, json, time
+import argparse, time
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path

@@ -15,7 +15,7 @@ import fusionbook
 from omegaconf import OmegaConf
 from .errors import FusionError
 from .files import read_text, read_yaml
-from .resolve import closed_resolvers, plain
+from .resolve import closed_resolvers
 
 # %% ../../nbs/00_core/02d_compose.ipynb #5e324a65
 CONFIG = Path(fusionbook.__file__).parent/'config' # the YAML files that ship with the package

@@ -18,7 +18,7 @@ from .compose import CONFIG, compose_words
 from .errors import FusionError, check_known, nearest
 from .files import read_yaml
 from .resolve import plain
-from .targets import FILLED, check_loader, check_size, check_targets, targets
+from .targets import FILLED, check_loader, check_size, check_targets
 
 # %% ../../nbs/00_core/03_config.ipynb #a0319d97
 def composed(

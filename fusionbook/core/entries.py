@@ -7,11 +7,10 @@ __all__ = ['CHUNK', 'uniform_at', 'Entry', 'chunk', 'piece_size']
 
 # %% ../../nbs/00_core/01b_entries.ipynb #2aac2318
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from math import prod
 import numpy as np
 import torch
 from torch import Tensor

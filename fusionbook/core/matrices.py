@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from .errors import FusionError, check_known
+from .errors import check_known
 
 # %% ../../nbs/00_core/01d_matrices.ipynb #17881c3c
 _EMBEDDING = re.compile(r'embed|(^|\.)(wte|wpe|shared|relative_attention_bias)\.|position_ids|positional')

@@ -7,7 +7,6 @@ __all__ = ['DRAW', 'QUANTITIES', 'RULES', 'mean_of', 'maximum_of', 'log_mean', '
            'map_outputs', 'check_rule', 'combine']
 
 # %% ../../nbs/60_method/03_outputs.ipynb #4eae1b77
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 import torch

@@ -8,7 +8,6 @@ __all__ = ['robustness', 'probabilities', 'calibration', 'last_features', 'loss_
 # %% ../../nbs/40_metrics/09a_field.ipynb #0ec3e63b
 import torch
 from torch import Tensor, nn
-import torch.nn.functional as F
 from ..core.errors import FusionError
 from .landscape import barrier, layer_distances
 from .prediction_space import brier_score, disagreement, expected_calibration_error, js_divergence, negative_log_likelihood

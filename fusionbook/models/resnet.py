@@ -6,7 +6,6 @@
 __all__ = ['shortcut', 'Block', 'CifarResNet', 'cifar_resnet']
 
 # %% ../../nbs/20_models/04_resnet.ipynb #f7b3c77c
-import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from ..core.checkpoint import Checkpoint

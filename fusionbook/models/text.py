@@ -18,7 +18,7 @@ from ..core.checkpoint import Checkpoint, atomic, find, save
 from ..core.errors import FusionError
 from ..core.files import read_json
 from ..core.folders import described
-from ..core.state_dict import Lazy, meta, select
+from ..core.state_dict import Lazy
 from ..core.views import without_wrappers
 
 # %% ../../nbs/20_models/05_text.ipynb #8abd9c96

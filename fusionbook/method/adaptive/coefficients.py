@@ -6,7 +6,7 @@
 __all__ = ['layer_of', 'grouped', 'pruning', 'merge_coefficients', 'Mixture', 'read_coefficients']
 
 # %% ../../../nbs/66_adaptive/01_coefficients.ipynb #38f2bb2c
-import json, re
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 import torch

@@ -6,7 +6,7 @@
 __all__ = ['kept_share', 'trim', 'elect_sign', 'disjoint_merge', 'ties_direction', 'ties', 'TiesMerging']
 
 # %% ../../../nbs/63_task_vector/ties.ipynb #ec6ac990
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 import torch
