@@ -1,6 +1,6 @@
 "House limits for notebooks: size, title, imports apart, a lesson for every public name, small pictures. `--table` prints the sizes."
 import ast, re, statistics, sys
-from book import cells, directive, finish, module, nbs, notebooks
+from book import cells, directive, finish, module, modules, nbs, notebooks, source
 
 CELL, MEDIAN, CELLS, LINES, IMAGE = 25, 12, 60, 250, 100_000   # lines of a cell, of the median cell, cells, exported lines, bytes
 IMPORT = ast.Import, ast.ImportFrom
@@ -69,4 +69,15 @@ def twice():
             first = home.setdefault((mod.split('.')[0], b.name), nb)
             if first != nb: yield f'{nb.relative_to(nbs)}: class `{b.name}` is exported by {first.relative_to(nbs)} too'
 
-finish([*twice()] + [f'{nb}: {fault}' for nb, (_, faults) in rows.items() for fault in faults], f'{len(rows)} notebooks keep the house limits')
+SHARED = dict(load="a data module's own; configurations name it by its path")   # names that two modules may export, and why
+
+def one_word():
+    "Public names of two modules: one word means one thing."
+    home = {}
+    for mod in modules():
+        file = source(mod) if source(mod).is_file() else source(mod)/'__init__.py'
+        names = next((b.value for b in tree(file.read_text(encoding='utf-8')) if isinstance(b, ast.Assign) and getattr(b.targets[0], 'id', '') == '__all__'), None)
+        for name in ast.literal_eval(names) if names else ():
+            if name not in SHARED and home.setdefault(name, mod) != mod: yield f'{mod}: `{name}` is a public name of {home[name]} too'
+
+finish([*twice(), *one_word()] + [f'{nb}: {fault}' for nb, (_, faults) in rows.items() for fault in faults], f'{len(rows)} notebooks keep the house limits')

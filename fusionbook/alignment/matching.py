@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from .spec import Spec, check_spec, compose, identity, members, permute, unfold
+from .spec import Spec, check_spec, compose, identity_permutations, members, permute, unfold
 from ..core.errors import FusionError, nearest
 from ..core.progress import track
 from ..core.state_dict import StateDict, generator
@@ -123,7 +123,7 @@ def weight_matching(
 ) -> dict[str, Tensor]:        # group -> permutation of A
     "Git Re-Basin by weights: coordinate ascent on ⟨B, π(A)⟩ (Ainsworth et al., 2023)."
     for sd in (moved, anchor): check_spec(spec, sd)
-    perms, names, rng = identity(spec) | dict(start or {}), chosen_groups(spec, groups), generator(seed, 'weight matching' + f' {order}' * bool(order))
+    perms, names, rng = identity_permutations(spec) | dict(start or {}), chosen_groups(spec, groups), generator(seed, 'weight matching' + f' {order}' * bool(order))
     moved, anchor = ({k: sd[k] for k in spec.axes} for sd in (moved, anchor))
     for _ in range(sweeps):
         perms, gain = sweep(spec, moved, anchor, perms, [names[i] for i in torch.randperm(len(names), generator=rng)])
@@ -145,7 +145,7 @@ def best_matching(
     seed:int, groups:Sequence[str]=('*',), start:Mapping[str, Tensor]=None, # as in `weight_matching`
 ) -> tuple[dict[str, Tensor], list[float]]: # the permutations of A with the largest agreement; the agreement of every order
     "Weight matching in several orders; one order where the first finds nothing to move."
-    best, found, home = None, [], identity(spec) | dict(start or {})
+    best, found, home = None, [], identity_permutations(spec) | dict(start or {})
     for order in track(range(starts), 'orders of matching'):
         perms = weight_matching(spec, moved, anchor, seed=seed, groups=groups, start=start, order=order)
         found.append(agreement(spec, permute(spec, moved, perms), anchor))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import quote
-from .experiment import EXPERIMENTS, REPORTS, as_source, check_copy, check_parameters, copy_hash, find_experiment, notebook_hash, parsed, publish, readable, run_experiment
+from .experiment import EXPERIMENTS, REPORTS, as_source, check_copy, check_parameters, copy_hash, find_experiment, notebook_hash, parsed, publish, parameters_text, run_experiment
 from .report import markdown_table
 from ..core.checkpoint import atomic
 from ..core.errors import FusionError
@@ -59,7 +59,7 @@ def copy_name(
     given:Mapping, # what the grid sets in this run
 ) -> str:          # without ending; different for different parameters
     "A readable file name."
-    text = readable(given).replace(' = ', '=').replace(', ', '+').replace('; ', ',')
+    text = parameters_text(given).replace(' = ', '=').replace(', ', '+').replace('; ', ',')
     name = re.sub(r'[^\w.=+,-]', '-', text)[:80].strip('.') or 'defaults'
     return name if name == text or not given else f'{name}_{_hash(given)}'
 
@@ -123,7 +123,7 @@ def summary_table(
     keys, names = list(dict.fromkeys(k for r in runs for k in r.named)), list(dict.fromkeys(n for r in runs for n in r.averages))
     def line(r):
         state = r.state + (f': {" ".join((r.error or "").split())[:120]}' if r.state == 'failed' else '')
-        values = [readable({k: r.named[k]}).partition(' = ')[2] if k in r.named else '' for k in keys]
+        values = [parameters_text({k: r.named[k]}).partition(' = ')[2] if k in r.named else '' for k in keys]
         shown = f'[{state}]({quote(link.format(r.copy.name))})' if r.state != 'waiting' else state
         return values + [shown.replace('|', '\\|'), '' if r.seconds is None else f'{r.seconds:.1f}'] + [f'{100 * r.averages[n]:.1f}' if n in r.averages else '' for n in names]
     return markdown_table([*keys, 'state', 'seconds', *(f'{n}, accuracy in %' for n in names)], [line(r) for r in runs])
@@ -133,7 +133,7 @@ def _page(title, runs, link='{}'):
     "A notebook with the table."
     count = {s: sum(r.state == s for r in runs) for s in ('finished', 'kept', 'failed', 'waiting')}
     said = ', '.join(f'{n} {s}' for s, n in count.items() if n)
-    same = readable({k: v for k, v in runs[0].given.items() if k not in runs[0].named and k != 'out_json'})
+    same = parameters_text({k: v for k, v in runs[0].given.items() if k not in runs[0].named and k != 'out_json'})
     text = [f'# {title}\n\n> {len(runs)} runs: {said}.', summary_table(runs, link) + (f'\n\nThe same in every run: {same}.' if same else '')]
     cells = [dict(cell_type='markdown', id=_hash(t), metadata={}, source=t.splitlines(keepends=True)) for t in text]
     nb = dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)

@@ -185,7 +185,7 @@ def _loss(args, tasks, rows):
 # %% ../../nbs/80_bench/12_finetune.ipynb #177ea9b7
 def _facts(args, models, tasks, rows):
     "What an expert depends on besides the recipe of `train_on`."
-    return dict(base=models.hash('_pretrained_'), task=tasks.fingerprint(args.name), train=data.content_hash(rows), trainable=args.trainable, max_length=args.max_length)
+    return dict(base=models.hash('_pretrained_'), task=tasks.fingerprint(args.name), train=data.data_fingerprint(rows), trainable=args.trainable, max_length=args.max_length)
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #21f6f463
 def _recipe(args, rows):

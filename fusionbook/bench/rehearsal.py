@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from ..core.config import check_keys
 from ..core.errors import FusionError
-from ..core.hub import named
+from ..core.hub import named_sources
 
 # %% ../../nbs/80_bench/03d_rehearsal.ipynb #f6cd1068
 _ABOUT = ('classnames', 'templates', 'template', 'sentences', 'image', 'label', 'text', 'clusters') # what an entry says of its task, not of its loader
@@ -31,6 +31,6 @@ def check_named(
 ) -> None:                   # raises `FusionError`
     "Refuse local paths that do not exist and loaders with keys they do not have."
     for loader in _loaders(part): check_keys(loader, allow)
-    for key, name in named(part, kind):
+    for key, name in named_sources(part, kind):
         if name.startswith(('/', './', '../', '~')) and not Path(name).expanduser().exists():
             raise FusionError(f'expected `{key}` as a file, a folder or a name of the hub, got `{name}`, which does not exist')

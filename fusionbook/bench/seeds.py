@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['all_rows', 'over_seeds', 'seed_table', 'seed_figure', 'right_answers', 'difference', 'claim_table', 'best_name',
-           'walk']
+           'scale_sweep']
 
 # %% ../../nbs/80_bench/07b_seeds.ipynb #3c3d340f
 from collections.abc import Mapping, Sequence
@@ -118,7 +118,7 @@ def best_name(
     return max((n for n in scores if all(w in n for w in words)), key=scores.get, default=None)
 
 # %% ../../nbs/80_bench/07b_seeds.ipynb #a4c6ce46
-def walk(
+def scale_sweep(
     method:BaseAlgorithm,   # with a `scaling_factor` λ that its merge depends on linearly
     pool:BaseModelPool,     # what is merged, with a base
     taskpool:BaseTaskPool,  # where it is measured: validation data

@@ -23,9 +23,9 @@ from ..core.errors import FusionError
 from ..core.plot import curves, save_figure
 from ..core.progress import track
 from ..core.state_dict import generator
-from ..data.datasets import Images, content_hash, opened, split_off
+from ..data.datasets import Images, data_fingerprint, opened, split_off
 from ..data.images import DATASETS, Normalise, as_images, crop_and_flip, dataset_source, known_dataset
-from ..modelpool.experiment import KINDS, kind_file, write_kind
+from ..modelpool.experiment import MODEL_KINDS, kind_file, write_kind
 from ..models.epochs import best_epoch, train_epochs
 from ..models.named import MODEL_TYPES, model_type
 from ..taskpool.base import evaluating, predict_batches, row
@@ -109,14 +109,14 @@ def scorer(
 # %% ../../nbs/80_bench/09_train.ipynb #dc5f48f4
 def _facts(args, seed, parent, data):
     "What the result depends on besides the recipe of `train_epochs`."
-    return dict(parent=f'{KINDS[parent - 1]} of seed {seed}', model_type=args.model_type, width=args.width, dataset=args.dataset_name, augment=args.augment,
-                selection=args.selection, data={k: content_hash(v) for k, v in data.items() if v is not None})
+    return dict(parent=f'{MODEL_KINDS[parent - 1]} of seed {seed}', model_type=args.model_type, width=args.width, dataset=args.dataset_name, augment=args.augment,
+                selection=args.selection, data={k: data_fingerprint(v) for k, v in data.items() if v is not None})
 
 # %% ../../nbs/80_bench/09_train.ipynb #5c6fa916
 def _network(args, seed, parent, data, prepare):
     "The untrained parent; an image that it cannot take is noticed here."
     example, known = prepare(data['train'].images[:2]), known_dataset(args.dataset_name)
-    net = model_type(args.model_type, known['classes'], width=args.width, inputs=example[0].numel(), seed=seed, label=KINDS[parent - 1])
+    net = model_type(args.model_type, known['classes'], width=args.width, inputs=example[0].numel(), seed=seed, label=MODEL_KINDS[parent - 1])
     with torch.inference_mode(), evaluating(net): net(example)
     return net.to(args.device)
 
@@ -128,7 +128,7 @@ def train_parent(
     data:Mapping[str, Images], # of `training_data`
 ) -> dict:                   # kind, seed, history, chosen (number of the pass), train and test scores, seconds
     "Train one parent, or go on with it, and write its files."
-    known, kind, start = known_dataset(args.dataset_name), KINDS[parent - 1], time.perf_counter()
+    known, kind, start = known_dataset(args.dataset_name), MODEL_KINDS[parent - 1], time.perf_counter()
     prepare, experiment = Normalise(known['mean'], known['std']), Path(args.out)/args.experiment_name
     net, file = _network(args, seed, parent, data, prepare), kind_file(experiment, seed, kind)
     choose = scorer(data['held_out'], prepare, 'held-out images') if data['held_out'] else None

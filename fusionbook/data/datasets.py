@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'Images', 'load', 'opened', 'row_of', 'features', 'column', 'columns', 'class_names', 'labels_of',
-           'clusters_of', 'take', 'head', 'split_off', 'content_hash']
+           'clusters_of', 'take', 'head', 'split_off', 'data_fingerprint']
 
 # %% ../../nbs/10_data/01_datasets.ipynb #03dbe2ae
 import hashlib, os, re
@@ -276,7 +276,7 @@ def _feed(h, value):
     h.update(f'{len(value)}:'.encode()); h.update(value)
 
 # %% ../../nbs/10_data/01_datasets.ipynb #0156ceee
-def content_hash(
+def data_fingerprint(
     dataset, # `Images`, a `datasets.Dataset`, or a sequence of examples
 ) -> str:    # 16 hex digits
     "SHA-256 of the rows, independent of where they are stored."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['batches', 'Inputs', 'naming', 'predict_batches', 'model_info', 'evaluating', 'logits_of', 'BaseTaskPool', 'row',
-           'average', 'DummyTaskPool', 'load_taskpool_from_config']
+           'macro_average', 'DummyTaskPool', 'load_taskpool_from_config']
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #341588c5
 import math, os
@@ -207,7 +207,7 @@ def row(
     "One task's numbers from its answers."
     return summarise(answers['predictions'] == answers['labels'], answers['losses'], answers.get('clusters'))
 
-def average(
+def macro_average(
     rows:dict, # task -> row
 ) -> dict:     # accuracy and loss, every task with the same weight
     "Mean over tasks."
@@ -216,7 +216,7 @@ def average(
 # %% ../../nbs/55_taskpool/00_base.ipynb #5a6e9832
 def _report(pool, model):
     rows = {task: row(pool.predict(model, task)) for task in pool.task_names}
-    return dict(model_info=model_info(model)) | rows | (dict(average=average(rows)) if rows else {})
+    return dict(model_info=model_info(model)) | rows | (dict(average=macro_average(rows)) if rows else {})
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #a147eb4d
 class DummyTaskPool(BaseTaskPool):

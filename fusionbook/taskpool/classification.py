@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.config import plain
 from ..core.errors import FusionError, nearest
-from ..data.datasets import class_names, clusters_of, column, content_hash, head, labels_of, opened
+from ..data.datasets import class_names, clusters_of, column, data_fingerprint, head, labels_of, opened
 from ..data.classes import say_order
 from ..data.images import Normalise
 from .base import BaseTaskPool, Inputs, evaluating, naming, predict_batches
@@ -91,7 +91,7 @@ def dataset(self:ClassificationTaskPool, task): return _dataset(self, task)
 
 @patch
 def fingerprint(self:ClassificationTaskPool, task):
-    facts = [content_hash(_dataset(self, task)), self.mean, self.std, self.size, self.fast_dev_run and self.batch_size]
+    facts = [data_fingerprint(_dataset(self, task)), self.mean, self.std, self.size, self.fast_dev_run and self.batch_size]
     clusters = clusters_of(_dataset(self, task), self.clusters)
     if clusters is not None: facts.append(clusters.tolist())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -97,10 +97,10 @@ def tasks():
 
 
 def test_answers(tmp_path, monkeypatch):
-    from fusionbook.bench.run import answers
+    from fusionbook.bench.run import cached_predictions
     monkeypatch.setenv('FUSIONBOOK_CACHE', str(tmp_path))
     pool, trials = tasks(), Trials(0)
-    def ask(task='a', model='m'): return answers(pool, Network, task, model_hash=model)
+    def ask(task='a', model='m'): return cached_predictions(pool, Network, task, model_hash=model)
     first = ask()
     file, = tmp_path.rglob('*.safetensors')
     others = [ask('b'), ask('a', 'n')]

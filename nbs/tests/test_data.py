@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 from fusionbook.core.errors import FusionError
-from fusionbook.data.classes import class_list, matched
-from fusionbook.data.datasets import Images, class_names, columns, content_hash, head, labels_of, load, opened, split_off, take
+from fusionbook.data.classes import class_list, names_in_label_order
+from fusionbook.data.datasets import Images, class_names, columns, data_fingerprint, head, labels_of, load, opened, split_off, take
 from fusionbook.data.overlap import overlap
 from fusionbook.taskpool import ClassificationTaskPool, TextClassificationTaskPool
 from fusionbook.taskpool.clip import task_prompts
@@ -149,7 +149,7 @@ def test_single_tables(tmp_path, kind):
 
 def test_sources_stay_together_and_change_no_hash():
     scans = Images(np.zeros((40, 2, 2, 3), 'u1'), np.arange(40) % 2, ['a', 'b'], clusters=np.arange(40) // 4)
-    assert content_hash(scans) == content_hash(Images(scans.images, scans.labels, scans.classnames))
+    assert data_fingerprint(scans) == data_fingerprint(Images(scans.images, scans.labels, scans.classnames))
     for seed in range(20):
         rest, part = split_off(scans, .2, seed=seed)
         assert len(part) == 8 and not set(rest.clusters) & set(part.clusters)

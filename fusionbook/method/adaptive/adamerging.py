@@ -16,7 +16,7 @@ from ...core.state_dict import StateDict, meta, shared
 from .adapt import adapt, check_steps, entropy, on_threads
 from ..base import BaseAlgorithm, at_least, check_fields
 from .coefficients import Mixture, grouped, merge_coefficients, pruning, read_coefficients
-from ..one_pass import answers, passes
+from ..one_pass import shared_logits, passes
 from ..task_vector.ties import kept_share
 
 # %% ../../../nbs/66_adaptive/adamerging.ipynb #fb2ecbac
@@ -31,7 +31,7 @@ def entropies(
         mixture.fill(w)
         total = 0.
         for part in passes(batch, rows=rows):
-            said = answers(mixture.network, heads, {t: x.to(mixture.device) for t, x in part.items()})
+            said = shared_logits(mixture.network, heads, {t: x.to(mixture.device) for t, x in part.items()})
             value = sum(entropy(logits.float()) for logits in said.values())
             value.backward(); total += value.item()
         w.grad = mixture.gradient().to(w.dtype)

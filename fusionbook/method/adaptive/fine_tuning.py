@@ -16,7 +16,7 @@ from ...core.errors import FusionError, check_known
 from ...core.parameters import chosen_parameters, trainable
 from .adapt import adapt, check_steps, on_threads
 from ..base import BaseAlgorithm, as_pool, check_fields, fuse, load_algorithm_from_config
-from ..neurons import KINDS
+from ..neurons import CALIBRATION_SPLITS
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #f33ec1ce
 _TARGETS = 'labels', 'expert', 'ensemble'
@@ -40,7 +40,7 @@ class FineTuning(BaseAlgorithm):
     threads: int | None = 1 # of the processor; results can differ in the last digits between numbers of threads, null takes all
     def __post_init__(self):
         check_fields(self), check_steps(self.optimizer, self.lr, self.threads)
-        check_known([self.target], _TARGETS, 'the targets'), check_known([self.data], KINDS, 'the kinds of data')
+        check_known([self.target], _TARGETS, 'the targets'), check_known([self.data], CALIBRATION_SPLITS, 'the kinds of data')
         if self.steps < 1 or self.batch_size < 1: raise FusionError(f'expected at least one step and one input, got {self.steps} and {self.batch_size}')
         self.trainable = list(self.trainable)
         self.inner = load_algorithm_from_config(dict(self.options or {}, name=self.first))

@@ -16,7 +16,7 @@ from ...core.progress import track
 from ...core.state_dict import StateDict
 from .aligning import AnchoredMethod
 from ..base import as_pool, average_weights, check_finite
-from ..neurons import (alignment_note, anchor_of, heard, measured_anew, moved_share, network_of, spec_for,
+from ..neurons import (alignment_note, anchor_of, calibration_batches, measured_anew, moved_share, load_network, spec_for,
                                       without_variances)
 from ..average.weighted_average import weighted_average
 
@@ -39,7 +39,7 @@ class CCAMerge(AnchoredMethod):
 # %% ../../../nbs/67_alignment/cca_merge.ipynb #37a87ecf
 def _maps(m, pool, spec, moved, anchor):
     "Maps of one expert's features, by group."
-    batches = heard(m, pool)
+    batches = calibration_batches(m, pool)
     grams = joint_grams(spec, [moved, anchor], batches, plain_groups(spec, m.groups), pre=m.pre)
     return {g: cca_map(covariance(x), gamma=m.gamma) for g, x in track(grams.items(), 'mapping groups')}
 
@@ -50,7 +50,7 @@ def aligned(self:CCAMerge, pool):
     states, at = pool.experts(), anchor_of(self, pool)
     check_finite(states, pool.model_names)
     spec = spec_for(self, pool, pool.reference())
-    nets = [network_of(pool, n) for n in pool.model_names]
+    nets = [load_network(pool, n) for n in pool.model_names]
     both = split_reads(spec, nets[at])
     maps = {i: _maps(self, pool, spec, nets[i], nets[at]) for i in track([i for i in range(len(nets)) if i != at], 'mapping models')}
     moved = {pool.model_names[i]: moved_share(m) for i, m in maps.items()}

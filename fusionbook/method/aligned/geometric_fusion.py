@@ -12,14 +12,14 @@ from fastcore.basics import patch
 import torch
 from torch import nn
 from ...alignment.cost import METRICS, rescale
-from ...alignment.fuse import fuse, group_grams
+from ...alignment.fuse import align_and_average, group_grams
 from ...alignment.original import Original, original_fusion
 from ...alignment.transport import SOLVERS, plan
 from ...core.errors import FusionError, check_known
 from ...core.state_dict import StateDict
 from .aligning import AnchoredMethod
 from ..base import as_pool, at_least, average_weights, check_finite
-from ..neurons import alignment_note, anchor_of, heard, moved_share, network_of, spec_for
+from ..neurons import alignment_note, anchor_of, calibration_batches, moved_share, load_network, spec_for
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #d71eef60
 _COSTS = {'weights': 0., 'both': .5, 'activations': 1.}
@@ -96,8 +96,8 @@ def _original(m, states, at, weights):
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #d0c49b62
 def _grams(m, pool, spec, at):
     "Activation sums of every model with the anchor."
-    target = network_of(pool, pool.model_names[at])
-    return {i: group_grams(spec, network_of(pool, n), target, heard(m, pool), pre=m.pre) for i, n in enumerate(pool.model_names) if i != at}
+    target = load_network(pool, pool.model_names[at])
+    return {i: group_grams(spec, load_network(pool, n), target, calibration_batches(m, pool), pre=m.pre) for i, n in enumerate(pool.model_names) if i != at}
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #1f0c16b5
 @patch
@@ -113,7 +113,7 @@ def merge(self:GeometricFusion, pool) -> StateDict:
     def note(maps):
         moved = {n: moved_share(t) for n, t in zip(names, maps) if t}
         m.adaptation = dict(moved=moved) | alignment_note(moved)
-    return fuse(spec, states, note=note, anchor=at, weights=weights, rounds=m.rounds, grams=grams, like=None if m.different_widths else pool.reference(), metric=m.metric,
+    return align_and_average(spec, states, note=note, anchor=at, weights=weights, rounds=m.rounds, grams=grams, like=None if m.different_widths else pool.reference(), metric=m.metric,
                 unit=m.unit, normalize=m.normalize, solver=solver, masses=m.masses, mix=_COSTS[m.costs], sweeps=m.sweeps, readers=m.readers)
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #5ba5dbac

@@ -18,7 +18,7 @@ from ...core.progress import track
 from ...core.state_dict import StateDict
 from .aligning import AnchoredMethod
 from ..base import at_least, average_weights, check_finite, load_algorithm_from_config
-from ..neurons import alignment_note, anchor_of, heard, moved_share, network_of, spec_for
+from ..neurons import alignment_note, anchor_of, calibration_batches, moved_share, load_network, spec_for
 
 # %% ../../../nbs/67_alignment/git_rebasin.ipynb #a44bc370
 @dataclass
@@ -56,7 +56,7 @@ def _settle(m):
 def _permutation(m, pool, spec, states, i, at):
     "Of model i onto the anchor, and the agreement of every order of matching."
     if m.costs == 'weights': return _by_weights(m, spec, states[i], states[at], m.groups)
-    nets, batches = [network_of(pool, pool.model_names[k]) for k in (i, at)], heard(m, pool)
+    nets, batches = [load_network(pool, pool.model_names[k]) for k in (i, at)], calibration_batches(m, pool)
     if m.costs == 'activations':
         grams = joint_grams(spec, nets, batches, chosen_groups(spec, m.groups), pre=m.pre)
         return _by_responses(m, spec, states[i], states[at], grams)

@@ -13,7 +13,7 @@ from ...alignment.repair import has_batchnorm, repair, repair_layers, reset_batc
 from ...core.errors import FusionError
 from ..base import as_pool, average_weights
 from .git_rebasin import GitRebasin
-from ..neurons import heard, without_variances
+from ..neurons import calibration_batches, without_variances
 
 # %% ../../../nbs/67_alignment/repair.ipynb #58a812c6
 @dataclass
@@ -39,7 +39,7 @@ def run(self:Repair, modelpool):
     "The repaired network."
     pool = as_pool(modelpool)
     if not isinstance(pool.load_pretrained_or_first_model(), nn.Module): raise FusionError('expected a pool of networks to measure channels in, got bare tensors')
-    batches = list(heard(self, pool))
+    batches = list(calibration_batches(self, pool))
     _, states = self.aligned(pool)
     weights = average_weights(self.weights, len(pool))
     merged, = _networks(pool, [without_variances(self.merge_aligned(pool, states, weights))])

@@ -15,7 +15,7 @@ from ...core.progress import track
 from ...core.state_dict import StateDict
 from .aligning import NeuronMethod
 from ..base import as_pool, check_finite
-from ..neurons import alignment_note, heard, measured_anew, network_of, spec_for, without_variances
+from ..neurons import alignment_note, calibration_batches, measured_anew, load_network, spec_for, without_variances
 
 # %% ../../../nbs/67_alignment/zipit.ipynb #2a5667cf
 @dataclass
@@ -37,8 +37,8 @@ def _heard(m, pool):
     "The pool's networks, who shares what in them, and what they answer to the same inputs, by group."
     check_finite(pool.experts(), pool.model_names)
     spec = spec_for(m, pool, pool.reference())
-    nets = [network_of(pool, n) for n in pool.model_names]
-    return spec, nets, joint_grams(spec, nets, heard(m, pool), plain_groups(spec, m.groups), pre=m.pre)
+    nets = [load_network(pool, n) for n in pool.model_names]
+    return spec, nets, joint_grams(spec, nets, calibration_batches(m, pool), plain_groups(spec, m.groups), pre=m.pre)
 
 # %% ../../../nbs/67_alignment/zipit.ipynb #6a69e529
 @patch
