@@ -2,14 +2,18 @@
 import ast, re, statistics, sys
 from book import cells, directive, finish, module, modules, nbs, notebooks, source
 
-CELL, MEDIAN, CELLS, LINES, IMAGE = 25, 12, 60, 250, 100_000   # lines of a cell, of the median cell, cells, exported lines, bytes
+CELL, MEDIAN, CELLS, STATEMENTS, IMAGE, WIDTH = 25, 12, 60, 250, 100_000, 110
+# statements of a cell, of the median cell, cells, exported statements of a notebook, bytes of a picture, characters of a line
 IMPORT = ast.Import, ast.ImportFrom
-
-def size(src): return sum(bool(l.strip()) and not l.lstrip().startswith('#') for l in src.splitlines())
 
 def tree(src):
     try: return ast.parse(src).body
     except SyntaxError: return []
+
+def size(src):
+    "Statements of a cell, nested ones too, without docstrings and annotated fields: what there is to read, however it is laid out."
+    found = [n for b in tree(src) for n in ast.walk(b) if isinstance(n, ast.stmt) and not isinstance(n, ast.AnnAssign)]
+    return sum(not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)) for n in found)
 
 def outputs(cell):
     "Faults of stored outputs."
@@ -18,12 +22,27 @@ def outputs(cell):
         if len(image)*3//4 > IMAGE: yield f'a picture of {len(image)*3//4:,} bytes, over {IMAGE:,}'
         if o['output_type'] == 'error': yield f'a stored error: {o["ename"]}'
 
+def of_private(node):
+    "Whether a function is a method that `@patch` gives to a private class."
+    first = node.args.args[:1] if isinstance(node, ast.FunctionDef) else []
+    return bool(first) and isinstance(first[0].annotation, ast.Name) and first[0].annotation.id.startswith('_')
+
+def wide(src):
+    "Lines of code over the width of a page; what a parameter's comment or a docstring says is not code."
+    inside = set()
+    for b in tree(src):
+        for n in ast.walk(b):
+            if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.end_lineno > n.lineno: inside |= {*range(n.lineno, n.end_lineno + 1)}
+    for i, line in enumerate(src.splitlines(), 1):
+        code = re.sub(r'\s+# .*$', '', line)
+        if len(code) > WIDTH and i not in inside and not re.fullmatch(r'\s*".*"', code): yield f'a line of {len(code)} characters: {code.strip()[:60]} …'
+
 def lessons(code, exported):
     "Public names without a later cell that asserts something about them."
     for i, c in enumerate(code):
         later = [d['src'] for d in code[i+1:] if d not in exported and re.search(r'test_\w+\(|assert |expect_fail|check_method', d['src'])]
         for b in tree(c['src']) if c in exported else []:
-            if isinstance(b, (ast.FunctionDef, ast.ClassDef)) and not b.name.startswith('_'):
+            if isinstance(b, (ast.FunctionDef, ast.ClassDef)) and not b.name.startswith('_') and not of_private(b):
                 if not any(re.search(rf'\b{b.name}\b', s) for s in later): yield f'`{b.name}` has no asserted lesson'
 
 REPORTS = dict(compare_methods='compare_methods_mini8')   # an experiment whose report has a name of its own
@@ -40,12 +59,12 @@ def check(nb):
     code = [c for c in every if c['cell_type'] == 'code']
     exported = [c for c in code if directive(c, 'exports?', 'exporti')]
     sizes = [size(c['src']) for c in exported] or [0]
-    row = dict(cells=len(every), exported=len(exported), median=statistics.median(sizes), max=max(sizes), lines=sum(sizes))
-    out = [*lessons(code, exported), *(f for c in code for f in outputs(c))]
+    row = dict(cells=len(every), exported=len(exported), median=statistics.median(sizes), max=max(sizes), statements=sum(sizes))
+    out = [*lessons(code, exported), *(f for c in code for f in [*outputs(c), *wide(c['src'])])]
     if not any(re.match(r'# .+\n\s*\n?> .+', c['src']) for c in every[:2] if c['cell_type'] == 'markdown'): out.append('no `# title` with `> sentence`')
-    if max(sizes) > CELL: out.append(f'{sum(s > CELL for s in sizes)} exported cells over {CELL} lines')
-    if row['median'] > MEDIAN: out.append(f'median exported cell over {MEDIAN} lines')
-    if len(every) > CELLS or sum(sizes) > LINES: out.append(f'over {CELLS} cells or {LINES} exported lines')
+    if max(sizes) > CELL: out.append(f'{sum(s > CELL for s in sizes)} exported cells over {CELL} statements')
+    if row['median'] > MEDIAN: out.append(f'median exported cell over {MEDIAN} statements')
+    if len(every) > CELLS or sum(sizes) > STATEMENTS: out.append(f'over {CELLS} cells or {STATEMENTS} exported statements')
     if nb.parent.name == '90_experiments': out += recipe(nb, every)
     for c in code:
         kinds = [isinstance(b, IMPORT) for b in tree(c['src'])]
@@ -55,7 +74,7 @@ def check(nb):
 
 rows = {nb.relative_to(nbs): check(nb) for nb in notebooks()}
 if '--table' in sys.argv:
-    heads = ['cells', 'exported', 'median', 'max', 'lines']
+    heads = ['cells', 'exported', 'median', 'max', 'statements']
     print(f"{'notebook':44}", *(f'{h:>8}' for h in heads))
     for nb, (row, _) in rows.items(): print(f'{str(nb):44}', *(f'{row[h]:8g}' for h in heads))
     print(f"{'all':44}", *(f'{sum(r[h] for r, _ in rows.values()):8g}' if h not in ('median', 'max') else ' '*8 for h in heads))

@@ -33,7 +33,11 @@ def listeners(
 ) -> list[str]:        # module names
     "The modules whose outputs are the members of a group."
     known = dict(network.named_modules())
-    made = [n.rpartition('.')[0] for n, i in members(spec, group) if i == 0 and n.rpartition('.')[2] == 'weight' and (group,) in spec.axes[n][0]]
+    made = [
+        n.rpartition('.')[0]
+        for n, i in members(spec, group)
+        if i == 0 and n.rpartition('.')[2] == 'weight' and (group,) in spec.axes[n][0]
+    ]
     made = [m for m in made if m in known and not isinstance(known[m], nn.Embedding)]
     whole = [m for m in made if len(_output(spec, m)) == 1]
     made = whole or made * parts
@@ -49,7 +53,9 @@ def _channels(gram, spec, module, group, count):
     sizes, place = [spec.size(part) for part in axis], axis.index((group,))
     own = torch.arange(sum(sizes[:place]), sum(sizes[:place + 1]))
     at = torch.cat([own + t * sum(sizes) for t in range(count)])
-    return Gram(gram.count, *(getattr(gram, k)[at] for k in ('sum_a', 'sum_b', 'sq_a', 'sq_b')), gram.cross[at][:, at])
+    return Gram(
+        gram.count, *(getattr(gram, k)[at] for k in ('sum_a', 'sum_b', 'sq_a', 'sq_b')), gram.cross[at][:, at]
+    )
 
 # %% ../../nbs/30_alignment/04a_activations.ipynb #29b090d5
 def joint_grams(
@@ -61,7 +67,8 @@ def joint_grams(
 ) -> dict[str, list[Gram]]: # group -> for each listener the sums of z = (A, B), T n rows, with itself
     "What the members of several networks answer to the same inputs."
     places = {g: names for g in groups if (names := listeners(spec, networks[0], g, parts=True))}
-    if not places: raise FusionError(f'expected a group that some module puts out, got {", ".join(groups) or "none"}')
+    if not places:
+        raise FusionError(f'expected a group that some module puts out, got {", ".join(groups) or "none"}')
     names, count = list(dict.fromkeys(m for ms in places.values() for m in ms)), 0
     grams = {m: Gram() for m in names}
     for batch in track(batches, 'recording activations'):

@@ -17,7 +17,8 @@ class Unknown:
         size:int,         # n
         fixed:bool=False, # whether the order can not be changed
     ): self.size, self.fixed, self.is_ = size, fixed, None
-    def __repr__(self): return f'{"fixed" if self.fixed else "free"} {self.size}' if self.is_ is None else repr(self.is_)
+    def __repr__(self):
+        return f'{"fixed" if self.fixed else "free"} {self.size}' if self.is_ is None else repr(self.is_)
 
 # %% ../../nbs/30_alignment/01b_axes.ipynb #30a86354
 def new_axis(
@@ -85,8 +86,12 @@ def _products(a, b):
         if x.size != y.size:
             small, large = sorted((x.size, y.size))
             if large % small: return False
-            if x.size == large: x, rest = _cut(x, small); a.insert(0, rest)
-            else: y, rest = _cut(y, small); b.insert(0, rest)
+            if x.size == large:
+                x, rest = _cut(x, small)
+                a.insert(0, rest)
+            else:
+                y, rest = _cut(y, small)
+                b.insert(0, rest)
         if x is not y: _become(x, [[y]])
     return True
 
@@ -97,11 +102,14 @@ def equate(
 ) -> None:
     "Say that two axes are in the same order."
     a, b = known(a), known(b)
-    if length(a) != length(b): raise FusionError(f'expected two axes of the same length, got {length(a)} and {length(b)}')
+    if length(a) != length(b):
+        raise FusionError(f'expected two axes of the same length, got {length(a)} and {length(b)}')
     for x, y in ((a, b), (b, a)):
         if len(x) == 1 and len(x[0]) == 1: return _become(x[0][0], y)
     sizes = [[prod(u.size for u in p) for p in x] for x in (a, b)]
-    if sizes[0] != sizes[1] or not all(_products(p, q) for p, q in zip(a, b)): fix(a); fix(b)
+    if sizes[0] != sizes[1] or not all(_products(p, q) for p, q in zip(a, b)):
+        fix(a)
+        fix(b)
 
 # %% ../../nbs/30_alignment/01b_axes.ipynb #91c728d3
 def _factors(axes):
@@ -133,13 +141,17 @@ def reshape(
 ) -> list:               # its axes
     "Axes of a view in another shape."
     old, new, out = list(axes), list(shape), []
-    while old and new and length(old[0]) == new[0]: out.append(old.pop(0)); new.pop(0)   # what stays in front, sums too
+    while old and new and length(old[0]) == new[0]: # what stays in front, sums too
+        out.append(old.pop(0))
+        new.pop(0)
     tail = []
-    while old and new and length(old[-1]) == new[-1]: tail.insert(0, old.pop()); new.pop()
+    while old and new and length(old[-1]) == new[-1]:
+        tail.insert(0, old.pop())
+        new.pop()
     rest = [u for u in _factors(old)]
     for size in new:
         part = _deal(rest, size)
-        if part is None:                                                              # borders that no product has
+        if part is None:  # borders that no product has
             for a in old: fix(a)
             return [*out, *(new_axis(n, True) for n in new), *tail]
         out.append([part])
@@ -152,7 +164,8 @@ def cut(
 ) -> list:               # one axis for each piece
     "Consecutive pieces of an axis."
     axis, sizes = known(axis), list(sizes)
-    if length(axis) != sum(sizes): raise FusionError(f'expected pieces of {length(axis)} members in all, got {sizes}')
+    if length(axis) != sum(sizes):
+        raise FusionError(f'expected pieces of {length(axis)} members in all, got {sizes}')
     if len(axis) == 1 and len(axis[0]) == 1 and not axis[0][0].fixed:
         pieces = [new_axis(n) for n in sizes]
         axis[0][0].is_ = [part for p in pieces for part in p]
@@ -161,6 +174,8 @@ def cut(
     for n in sizes:
         piece = []
         while axis and length(piece) < n: piece.append(axis.pop(0))
-        if length(piece) != n: fix(piece + axis + [p for q in out for p in q]); return [new_axis(k, True) for k in sizes]
+        if length(piece) != n:
+            fix(piece + axis + [p for q in out for p in q])
+            return [new_axis(k, True) for k in sizes]
         out.append(piece)
     return out

@@ -18,7 +18,10 @@ from ..core.state_dict import Lazy, StateDict
 def _power(s, p):
     "s ** p for a symmetric matrix with positive eigenvalues."
     w, v = torch.linalg.eigh(s)
-    if w[0] <= 1e-12 * w[-1]: raise FusionError('expected variance in every direction, got some without: take gamma > 0 or more data')
+    if w[0] <= 1e-12 * w[-1]:
+        raise FusionError(
+            'expected variance in every direction, got some without: take gamma > 0 or more data'
+        )
     return v * w ** p @ v.mT
 
 def _ridge(s, gamma): return s + gamma * s.diagonal().mean() * torch.eye(len(s), dtype=s.dtype)

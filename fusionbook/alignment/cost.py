@@ -32,11 +32,16 @@ class Gram:
         b:Tensor, # (..., m, d), the same columns
     ) -> 'Gram':  # itself, with the columns added
         "Count further columns."
-        if a.shape[-1] != b.shape[-1]: raise FusionError(f'expected rows of one length to compare, got {a.shape[-1]} and {b.shape[-1]} columns')
+        if a.shape[-1] != b.shape[-1]:
+            raise FusionError(
+                f'expected rows of one length to compare, got {a.shape[-1]} and {b.shape[-1]} columns'
+            )
         self.count += a.shape[-1]
         for name, x in ('a', a), ('b', b):
             setattr(self, f'sum_{name}', getattr(self, f'sum_{name}') + x.sum(-1).double())
-            setattr(self, f'sq_{name}', getattr(self, f'sq_{name}') + torch.einsum('...d,...d', x, x).double())
+            setattr(
+                self, f'sq_{name}', getattr(self, f'sq_{name}') + torch.einsum('...d,...d', x, x).double()
+            )
         self.cross = self.cross + (a @ b.mT).double()
         return self
 
@@ -65,9 +70,14 @@ def distances(
     "The distance of every row of one table from every row of the other."
     check_known([metric], METRICS, 'the metrics')
     if not gram.count: raise FusionError('expected at least one column to compare rows by, got none')
-    p, q, x = _centered(gram) if center or standardize or metric == 'correlation' else (gram.sq_a, gram.sq_b, gram.cross)
+    p, q, x = (
+        _centered(gram)
+        if center or standardize or metric == 'correlation'
+        else (gram.sq_a, gram.sq_b, gram.cross)
+    )
     if metric in ('cosine', 'correlation'):
-        floor = 1e-6 * torch.stack([gram.sq_a.amax(), gram.sq_b.amax()]).amax().sqrt()  # below it is rounding, not direction
+        # below it is rounding, not direction
+        floor = 1e-6 * torch.stack([gram.sq_a.amax(), gram.sq_b.amax()]).amax().sqrt()
         return 1 - x * _inverse(p.sqrt(), floor)[..., :, None] * _inverse(q.sqrt(), floor)[..., None, :]
     if unit or standardize:
         size = 1 if unit else (gram.count - 1) ** .5
@@ -120,7 +130,12 @@ def ground_cost(
     return rescale(far, normalize, clip)
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #b8356a83
-_CHANNELS_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+)
 
 def _wide(t): return t if t.dtype == torch.float64 else t.float()
 
@@ -139,13 +154,20 @@ def record(
     "What modules put out for one batch, a row for each neuron."
     known, seen = dict(model.named_modules()), {}
     def hook(name):
-        return lambda module, _, out: seen.setdefault(name, []).append(_wide(_rows(module, out if pre else out.relu())))
+        return lambda module, _, out: seen.setdefault(name, []).append(
+            _wide(_rows(module, out if pre else out.relu()))
+        )
     with ExitStack() as stack, torch.no_grad():
         for name in names:
-            if name not in known: raise FusionError(f'expected a module of {type(model).__name__}, got `{name}`; {nearest(name, known)}')
+            if name not in known:
+                raise FusionError(
+                    f'expected a module of {type(model).__name__}, got `{name}`; {nearest(name, known)}'
+                )
             stack.callback(known[name].register_forward_hook(hook(name)).remove)
         inputs = typed_as(model, inputs)
-        model(**inputs) if hasattr(inputs, 'keys') else model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+        model(**inputs) if hasattr(inputs, 'keys') else model(*inputs) if isinstance(
+            inputs, (tuple, list)
+        ) else model(inputs)
     return {k: torch.cat(v, 1) for k, v in seen.items()}
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #15d621b3
@@ -161,8 +183,11 @@ def activation_grams(
     def scale(x): return x / (x.norm(dim=0, keepdim=True) + TINY) if per_sample else x
     for batch in track(batches, 'recording activations'):
         x, y = (record(m, names, batch, pre=pre) for m in (a, b))
-        for n in names: grams[n].add(scale(x[n].double()), scale(y[n].double())) # means may dwarf what tells neurons apart
-    if not any(g.count for g in grams.values()): raise FusionError('expected at least one batch to compare activations on, got none')
+        for n in names:
+            # means may dwarf what tells neurons apart
+            grams[n].add(scale(x[n].double()), scale(y[n].double()))
+    if not any(g.count for g in grams.values()):
+        raise FusionError('expected at least one batch to compare activations on, got none')
     return grams
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #dc3749af
@@ -185,7 +210,8 @@ def prepare(
 def _stored(file):
     "Arrays of one stored case: tensors and the option string."
     import numpy as np
-    with np.load(file, allow_pickle=False) as z: return {k: str(z[k]) if z[k].dtype.kind == 'U' else torch.from_numpy(z[k]) for k in z.files}
+    with np.load(file, allow_pickle=False) as z:
+        return {k: str(z[k]) if z[k].dtype.kind == 'U' else torch.from_numpy(z[k]) for k in z.files}
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #c99dde9d
 def ot_cases(

@@ -9,10 +9,21 @@ __all__ = ['move', 'resize', 'weight_gram', 'align', 'average', 'align_and_avera
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from .activations import listeners, plain_groups
 from .cost import TINY, Gram, activation_grams, distances, rescale
-from .spec import Group, Spec, as_maps, check_spec, make_spec, members, permute, transform, unfold
+from fusionbook.alignment.spec import (
+    Group,
+    Spec,
+    as_maps,
+    check_spec,
+    make_spec,
+    members,
+    permute,
+    transform,
+    unfold,
+)
 from .transport import plan, transport_map
 from ..core.engine import map_tensors
 from ..core.errors import FusionError, check_known
@@ -23,11 +34,13 @@ from ..core.state_dict import StateDict, meta, shared
 def move(
     spec:Spec,                # who shares what in `sd`
     sd:StateDict,             # a model; left as it is
-    maps:Mapping[str, Tensor],# group -> permutation (n,), or matrix (n_old, n_new); one more axis in front within another group
+    maps:Mapping[str, Tensor], # group -> permutation (n,) or matrix (n_old, n_new); within a group one axis more
 ) -> StateDict:               # lazy
     "A model in other neurons."
     if all(not m.is_floating_point() for m in maps.values()): return permute(spec, sd, maps)
-    return transform(spec, sd, {g: m if m.is_floating_point() else as_maps({g: m})[g] for g, m in maps.items()})
+    return transform(
+        spec, sd, {g: m if m.is_floating_point() else as_maps({g: m})[g] for g, m in maps.items()}
+    )
 
 def resize(
     spec:Spec,    # made for one width
@@ -37,7 +50,8 @@ def resize(
     try:
         check_spec(spec, sd)
         return spec
-    except FusionError: return make_spec(spec.axes, sd, within={g: v.within for g, v in spec.groups.items() if v.within})
+    except FusionError:
+        return make_spec(spec.axes, sd, within={g: v.within for g, v in spec.groups.items() if v.within})
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #48715d38
 _STATISTICS = '.running_mean', '.running_var'
@@ -48,12 +62,25 @@ def _places(spec, group, names):
 
 def _others(spec, name, axis):
     "Groups on the other axes of a tensor."
-    return {f for i, a in enumerate(spec.axes[name]) if i != axis for part in a for f in part if isinstance(f, str)}
+    return {
+        f
+        for i, a in enumerate(spec.axes[name])
+        if i != axis
+        for part in a
+        for f in part
+        if isinstance(f, str)
+    }
 
 def _writers(spec, group, names, done):
     "Places where a group is written by what is aligned already; None while there are only vectors."
     known = done | {group, spec.groups[group].within}
-    ready = [(n, i) for n, i in _places(spec, group, names) if i == 0 and _others(spec, n, i) <= done and {f for part in spec.axes[n][i] for f in part if isinstance(f, str)} <= known]
+    ready = [
+        (n, i)
+        for n, i in _places(spec, group, names)
+        if i == 0
+        and _others(spec, n, i) <= done
+        and {f for part in spec.axes[n][i] for f in part if isinstance(f, str)} <= known
+    ]
     return ready if any(len(spec.axes[n]) > 1 for n, _ in ready) else None
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #d73d4031
@@ -63,7 +90,12 @@ def _next(spec, names, done):
     for g in waiting:
         if ready := _writers(spec, g, names, done): return g, ready
     for g in waiting: # embeddings, for one, hold a group on their second axis
-        if ready := [(n, i) for n, i in _places(spec, g, names) if _others(spec, n, i) <= done and len(spec.axes[n]) > 1]: return g, ready
+        if ready := [
+            (n, i)
+            for n, i in _places(spec, g, names)
+            if _others(spec, n, i) <= done and len(spec.axes[n]) > 1
+        ]:
+            return g, ready
     return waiting[0], _places(spec, waiting[0], names)
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #920148e3
@@ -75,7 +107,8 @@ def weight_gram(
 ) -> Gram:                      # (n, m), or (k, n, m) within k members
     "Sums over the weights of one group."
     gram = Gram()
-    for name, axis in places: gram.add(*(unfold(p, name, _real(sd[name]), axis, group) for p, sd in zip(specs, sds)))
+    for name, axis in places:
+        gram.add(*(unfold(p, name, _real(sd[name]), axis, group) for p, sd in zip(specs, sds)))
     return gram
 
 def _real(t): return t if t.dtype == torch.float64 else t.float()
@@ -101,11 +134,18 @@ def _map_of(p):
 
 def _stack(maps):
     "One map for each member, as one tensor."
-    return torch.stack(maps if all(not m.is_floating_point() for m in maps) else [m if m.is_floating_point() else as_maps({'': m})[''].double() for m in maps])
+    return torch.stack(
+        maps
+        if all(not m.is_floating_point() for m in maps)
+        else [m if m.is_floating_point() else as_maps({'': m})[''].double() for m in maps]
+    )
 
 def _widths(spec, anchor, done):
     "The specification of a model whose groups `done` have the anchor's sizes."
-    return Spec(spec.axes, {g: Group(anchor.groups[g].size if g in done else v.size, v.within) for g, v in spec.groups.items()})
+    return Spec(
+        spec.axes,
+        {g: Group(anchor.groups[g].size if g in done else v.size, v.within) for g, v in spec.groups.items()},
+    )
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #d52a078c
 def _beside(a, group, places, now):
@@ -114,34 +154,59 @@ def _beside(a, group, places, now):
     if a.masses == 'importance':
         gram = weight_gram(specs, sds, group, places)
         out |= {k: (v := sq.sqrt() + TINY) / v.sum() for k, sq in (('mu', gram.sq_a), ('nu', gram.sq_b))}
-    if a.inner: out['structure'] = [distances(weight_gram((p, p), (sd, sd), group, places), **a.cost_of) for p, sd in zip(specs, sds)]
+    if a.inner:
+        out['structure'] = [
+            distances(weight_gram((p, p), (sd, sd), group, places), **a.cost_of) for p, sd in zip(specs, sds)
+        ]
     return out
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #b3cd43d6
 class _Aligner:
     "One model on its way to an anchor."
     def __init__(self, spec, moved, anchor, grams, mix, cost_of, normalize, solver, masses, readers):
-        self.spec, self.moved, self.anchor, self.grams, self.mix, self.cost_of, self.normalize, self.readers = resize(spec, moved), moved, anchor, grams or {}, mix, cost_of, normalize, readers
-        self.target, self.maps, self.solve, self.masses, self.inner = resize(spec, anchor), {}, partial(plan, **solver), masses, solver.get('solver') == 'gromov'
-        self.names = {n for n, t in meta(anchor).items() if n in spec.axes and t.is_floating_point()} - set(shared(anchor))
+        self.spec = resize(spec, moved)
+        self.moved = moved
+        self.anchor = anchor
+        self.grams = grams or {}
+        self.mix = mix
+        self.cost_of = cost_of
+        self.normalize = normalize
+        self.readers = readers
+        self.target = resize(spec, anchor)
+        self.maps = {}
+        self.solve = partial(plan, **solver)
+        self.masses = masses
+        self.inner = solver.get('solver') == 'gromov'
+        names = {n for n, t in meta(anchor).items() if n in spec.axes and t.is_floating_point()}
+        self.names = names - set(shared(anchor))
     def sides(self, now):
         "Specifications and tensors of the model as it is now, and of the anchor."
-        return (_widths(self.spec, self.target, set(now)), self.target), (move(self.spec, self.moved, now), self.anchor)
-    def cost(self, group, places, now):
-        "Costs of one group, (n, m) or (k, n, m)."
-        (specs, sds), heard = self.sides(now), self.grams.get(group)
-        if heard and self.mix == 1: return distances(heard, **self.cost_of)
-        far = _pair_costs(specs, sds, group, self.names, set(now), self.cost_of, self.solve)
-        if far is None: far = distances(weight_gram(specs, sds, group, places), **self.cost_of)
-        if not heard: return far
-        return (1 - self.mix) * rescale(far, 'mean') + self.mix * rescale(distances(heard, **self.cost_of), 'mean')
-    def settle(self, group, places, now):
-        "Find the map of one group; True where it changed."
-        far, old = self.cost(group, places, now), self.maps.get(group)
-        if far.ndim > 2: new = _stack([_map_of(self.solve(rescale(c, self.normalize))) for c in far])
-        else: new = _map_of(self.solve(rescale(far, self.normalize), **_beside(self, group, places, now)))
-        self.maps[group] = new
-        return old is None or old.dtype != new.dtype or not torch.equal(old, new)
+        return (_widths(self.spec, self.target, set(now)), self.target), (
+            move(self.spec, self.moved, now),
+            self.anchor,
+        )
+
+# %% ../../nbs/30_alignment/05_fuse.ipynb #4fa7b49b
+@patch
+def cost(self:_Aligner, group, places, now):
+    "Costs of one group, (n, m) or (k, n, m)."
+    (specs, sds), heard = self.sides(now), self.grams.get(group)
+    if heard and self.mix == 1: return distances(heard, **self.cost_of)
+    far = _pair_costs(specs, sds, group, self.names, set(now), self.cost_of, self.solve)
+    if far is None: far = distances(weight_gram(specs, sds, group, places), **self.cost_of)
+    if not heard: return far
+    return (1 - self.mix) * rescale(far, 'mean') + self.mix * rescale(
+        distances(heard, **self.cost_of), 'mean'
+    )
+
+@patch
+def settle(self:_Aligner, group, places, now):
+    "Find the map of one group; True where it changed."
+    far, old = self.cost(group, places, now), self.maps.get(group)
+    if far.ndim > 2: new = _stack([_map_of(self.solve(rescale(c, self.normalize))) for c in far])
+    else: new = _map_of(self.solve(rescale(far, self.normalize), **_beside(self, group, places, now)))
+    self.maps[group] = new
+    return old is None or old.dtype != new.dtype or not torch.equal(old, new)
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #e71a2d7b
 def _polish(a, sweeps):
@@ -150,8 +215,14 @@ def _polish(a, sweeps):
         moving = False
         for g, v in a.spec.groups.items():
             now = {k: m for k, m in a.maps.items() if k != g and a.spec.groups[k].within != g}
-            places = [(n, i) for n, i in _places(a.spec, g, a.names) if (i == 0 or a.readers) and not any(a.spec.groups[f].within == g for f in _others(a.spec, n, i))]
-            if any(w.within == g for w in a.spec.groups.values()) or v.within or not places: continue # families were settled with their members
+            places = [
+                (n, i)
+                for n, i in _places(a.spec, g, a.names)
+                if (i == 0 or a.readers)
+                and not any(a.spec.groups[f].within == g for f in _others(a.spec, n, i))
+            ]
+            if any(w.within == g for w in a.spec.groups.values()) or v.within or not places:
+                continue # families were settled with their members
             moving |= a.settle(g, places, now)
         if not moving: break
 
@@ -172,7 +243,9 @@ def align(
 ) -> dict[str, Tensor]: # group -> permutation (n,), or matrix (n, m) with columns that sum to 1
     "Maps that bring A into B's neurons (Singh and Jaggi, 2020)."
     check_known([masses], ('uniform', 'importance'), 'the masses')
-    a = _Aligner(spec, moved, anchor, grams, mix, dict(metric=metric, unit=unit), normalize, solver, masses, readers)
+    a = _Aligner(
+        spec, moved, anchor, grams, mix, dict(metric=metric, unit=unit), normalize, solver, masses, readers
+    )
     for _ in track(range(len(a.spec.groups)), 'aligning groups'):
         group, places = _next(a.spec, a.names, set(a.maps))
         a.settle(group, places, dict(a.maps))
@@ -187,18 +260,27 @@ def average(
 ) -> StateDict:                    # lazy
     "Naive fusion: the weighted mean of every tensor."
     w = [1 / len(models)] * len(models) if weights is None else list(weights)
-    if len(w) != len(models): raise FusionError(f'expected {len(models)} weights, one per model, got {len(w)}')
+    if len(w) != len(models):
+        raise FusionError(f'expected {len(models)} weights, one per model, got {len(w)}')
     def f(e):
         x = e.experts
-        return torch.tensordot(torch.tensor(w, dtype=x.dtype, device=x.device), x, 1) if len(set(w)) > 1 else x.sum(0) * w[0]
+        return (
+            torch.tensordot(torch.tensor(w, dtype=x.dtype, device=x.device), x, 1)
+            if len(set(w)) > 1
+            else x.sum(0) * w[0]
+        )
     return map_tensors(f, None, models, elementwise=True, like=like or models[0])
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #be4246fd
-def _same(a, b): return a.keys() == b.keys() and all(a[g].dtype == b[g].dtype and torch.equal(a[g], b[g]) for g in a)
+def _same(a, b):
+    return a.keys() == b.keys() and all(a[g].dtype == b[g].dtype and torch.equal(a[g], b[g]) for g in a)
 
 def _turn(spec, models, target, keep, grams, options):
     "Maps of all models onto a target; the model `keep` is the target's own."
-    return [{} if k == keep else align(spec, m, target, grams=(grams or {}).get(k), **options) for k, m in enumerate(models)]
+    return [
+        {} if k == keep else align(spec, m, target, grams=(grams or {}).get(k), **options)
+        for k, m in enumerate(models)
+    ]
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #d050312f
 def align_and_average(
@@ -214,7 +296,8 @@ def align_and_average(
 ) -> StateDict:                   # lazy, shapes of the anchor
     "Align models and average them (Singh and Jaggi, 2020)."
     if not models: raise FusionError('expected at least one model to fuse, got none')
-    if not 0 <= anchor < len(models): raise FusionError(f'expected `anchor` from 0 to {len(models) - 1}, got {anchor}')
+    if not 0 <= anchor < len(models):
+        raise FusionError(f'expected `anchor` from 0 to {len(models) - 1}, got {anchor}')
     maps = _turn(spec, models, models[anchor], anchor, grams, options)
     for _ in range(rounds):
         target = average(_moved(spec, models, maps), weights, models[anchor])
@@ -237,8 +320,16 @@ def group_grams(
 ) -> dict[str, Gram]:   # group -> sums over samples, positions and all modules that put the group out
     "What two networks answer to the same inputs, by group."
     heard = {g: names for g in plain_groups(spec, ['*']) if (names := listeners(spec, anchor, g))}
-    if not heard: raise FusionError('expected a group that some module puts out, got none; compare by weights')
-    grams = activation_grams(moved, anchor, list(dict.fromkeys(n for names in heard.values() for n in names)), batches, pre=pre, per_sample=per_sample)
+    if not heard:
+        raise FusionError('expected a group that some module puts out, got none; compare by weights')
+    grams = activation_grams(
+        moved,
+        anchor,
+        list(dict.fromkeys(n for names in heard.values() for n in names)),
+        batches,
+        pre=pre,
+        per_sample=per_sample,
+    )
     return {g: _total([grams[n] for n in names]) for g, names in heard.items()}
 
 def _total(grams):

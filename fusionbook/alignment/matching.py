@@ -11,7 +11,15 @@ from fnmatch import fnmatchcase
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from .spec import Spec, check_spec, compose, identity_permutations, members, permute, unfold
+from fusionbook.alignment.spec import (
+    Spec,
+    check_spec,
+    compose,
+    identity_permutations,
+    members,
+    permute,
+    unfold,
+)
 from ..core.errors import FusionError, nearest
 from ..core.progress import track
 from ..core.state_dict import StateDict, generator
@@ -21,10 +29,14 @@ def assignment(
     similarity:Tensor, # S (n, n), rows are the anchor's members; or (m, n, n), each of the m for itself
 ) -> Tensor:           # p (n,) or (m, n): anchor member i gets moved member p[i]
     "The permutation with the largest Σ S[i, p[i]]."
-    if similarity.ndim < 2 or similarity.shape[-1] != similarity.shape[-2]: raise FusionError(f'expected similarities (n, n), got {tuple(similarity.shape)}')
-    if not torch.isfinite(similarity).all(): raise FusionError('expected finite similarities, got NaN or infinity')
+    if similarity.ndim < 2 or similarity.shape[-1] != similarity.shape[-2]:
+        raise FusionError(f'expected similarities (n, n), got {tuple(similarity.shape)}')
+    if not torch.isfinite(similarity).all():
+        raise FusionError('expected finite similarities, got NaN or infinity')
     if similarity.ndim > 2: return torch.stack([assignment(s) for s in similarity])
-    return torch.from_numpy(linear_sum_assignment(similarity.detach().double().cpu().numpy(), maximize=True)[1])
+    return torch.from_numpy(
+        linear_sum_assignment(similarity.detach().double().cpu().numpy(), maximize=True)[1]
+    )
 
 # %% ../../nbs/30_alignment/04_matching.ipynb #3e93be7a
 _STATISTICS = '*running_mean', '*running_var'
@@ -80,7 +92,8 @@ def _better(spec, group, moved, anchor):
     s = similarity(spec, group, moved, anchor)
     return {group: assignment(s)} if isinstance(s, Tensor) else {}
 
-def _product(names, a, b): return sum((_float(a[n]).double() * _float(b[n]).double()).sum().item() for n in names)
+def _product(names, a, b):
+    return sum((_float(a[n]).double() * _float(b[n]).double()).sum().item() for n in names)
 
 # %% ../../nbs/30_alignment/04_matching.ipynb #54e25cc0
 def sweep(
@@ -107,7 +120,8 @@ def chosen_groups(
 ) -> list[str]:            # names; a family whose parent is chosen moves with it
     "The groups to align."
     for p in groups:
-        if not any(fnmatchcase(g, p) for g in spec.groups): raise FusionError(f'expected patterns that match a group, got `{p}`; {nearest(p, spec.groups)}')
+        if not any(fnmatchcase(g, p) for g in spec.groups):
+            raise FusionError(f'expected patterns that match a group, got `{p}`; {nearest(p, spec.groups)}')
     return [g for g in spec.groups if any(fnmatchcase(g, p) for p in groups)]
 
 # %% ../../nbs/30_alignment/04_matching.ipynb #d4757955
@@ -123,10 +137,14 @@ def weight_matching(
 ) -> dict[str, Tensor]:        # group -> permutation of A
     "Git Re-Basin by weights: coordinate ascent on ⟨B, π(A)⟩ (Ainsworth et al., 2023)."
     for sd in (moved, anchor): check_spec(spec, sd)
-    perms, names, rng = identity_permutations(spec) | dict(start or {}), chosen_groups(spec, groups), generator(seed, 'weight matching' + f' {order}' * bool(order))
+    perms = identity_permutations(spec) | dict(start or {})
+    names = chosen_groups(spec, groups)
+    rng = generator(seed, 'weight matching' + f' {order}' * bool(order))
     moved, anchor = ({k: sd[k] for k in spec.axes} for sd in (moved, anchor))
     for _ in range(sweeps):
-        perms, gain = sweep(spec, moved, anchor, perms, [names[i] for i in torch.randperm(len(names), generator=rng)])
+        perms, gain = sweep(
+            spec, moved, anchor, perms, [names[i] for i in torch.randperm(len(names), generator=rng)]
+        )
         if not gain: break
     return perms
 

@@ -36,8 +36,14 @@ class Original:
     handle_skips: bool = False     # shortcuts, activations only
     eps: float = 1e-7              # what the divisors are raised by
     def __post_init__(self):
-        if self.skip_last_layer not in (None, 'average', 'second'): raise FusionError(f'expected `skip_last_layer` as average or second, got `{self.skip_last_layer}`')
-        if self.importance and not self.proper_marginals: raise FusionError('expected `proper_marginals` with `importance`, got masses that the map would not undo')
+        if self.skip_last_layer not in (None, 'average', 'second'):
+            raise FusionError(
+                f'expected `skip_last_layer` as average or second, got `{self.skip_last_layer}`'
+            )
+        if self.importance and not self.proper_marginals:
+            raise FusionError(
+                'expected `proper_marginals` with `importance`, got masses that the map would not undo'
+            )
 
 # %% ../../nbs/30_alignment/05b_original.ipynb #b324fa1d
 def _incoming(name, w, M):
@@ -45,26 +51,49 @@ def _incoming(name, w, M):
     if M is None: return w
     n, inputs = M.shape[0], w.shape[1]
     if inputs % n or w.ndim > 2 and inputs != n:
-        raise FusionError(f'expected `{name}` to read the {n} outputs of the layer before it, got {inputs} inputs; the original hands one map from layer to layer and '
-                          'fails at the first shortcut that changes the width: use `fuse` with a specification, or activations with `handle_skips`')
+        raise FusionError(
+            f'expected `{name}` to read the {n} outputs of the layer before it, got {inputs} inputs; the '
+            f'original hands one map from layer to layer and '
+            'fails at the first shortcut that changes the width: use `fuse` with a specification, or '
+            'activations with `handle_skips`'
+        )
     return torch.einsum('ons,nm->oms', w.reshape(len(w), n, -1), M).reshape(len(w), -1, *w.shape[2:])
 
 def _cost(opt, rows, weights):
     "Costs of one layer in the original's order of steps."
     clip = None if opt.clip is None else [opt.reg * c for c in opt.clip]
-    return ground_cost(*rows, metric='squared' if opt.squared else 'euclidean', exact=not opt.efficient, unit=opt.normalize_wts and weights,
-                       divide_by=opt.dist_normalize or 1, normalize=opt.normalize, clip=clip)
+    return ground_cost(
+        *rows,
+        metric='squared' if opt.squared else 'euclidean',
+        exact=not opt.efficient,
+        unit=opt.normalize_wts and weights,
+        divide_by=opt.dist_normalize or 1,
+        normalize=opt.normalize,
+        clip=clip,
+    )
 
 # %% ../../nbs/30_alignment/05b_original.ipynb #1ed0f749
 def _solved(opt, cost, w, v, last):
     "The plan of one layer."
     weigh = opt.importance and not last
     mu, nu = (importance(x.flatten(1), opt.importance) if weigh else None for x in (w, v))
-    return plan(cost, mu, nu, solver='exact') if opt.exact else plan(cost, mu, nu, solver='sinkhorn', reg=opt.reg, scale='none')
+    return (
+        plan(cost, mu, nu, solver='exact')
+        if opt.exact
+        else plan(cost, mu, nu, solver='sinkhorn', reg=opt.reg, scale='none')
+    )
 
 def _map(opt, p, weights):
     "The map that a plan becomes."
-    by = 'none' if not opt.correction else 'columns' if opt.proper_marginals else 'uniform' if weights else 'rows'
+    by = (
+        'none'
+        if not opt.correction
+        else 'columns'
+        if opt.proper_marginals
+        else 'uniform'
+        if weights
+        else 'rows'
+    )
     return transport_map(p, by, eps=opt.eps).float()
 
 # %% ../../nbs/30_alignment/05b_original.ipynb #a251568a
@@ -119,11 +148,23 @@ def _check(moved, anchor, opt, acts):
     "Refuse what the original cannot do, before any work."
     check_known(moved, anchor, 'the anchor')
     for name, v in anchor.items():
-        if v.ndim < 2: raise FusionError(f'expected weights of linear and convolution layers only, got `{name}` {tuple(v.shape)}: the original knows no biases and no batch normalisation; use `fuse`')
+        if v.ndim < 2:
+            raise FusionError(
+                f'expected weights of linear and convolution layers only, got `{name}` {tuple(v.shape)}: the '
+                f'original knows no biases and no batch normalisation; use `fuse`'
+            )
         if not acts and moved[name].shape != v.shape:
-            raise FusionError(f'expected equal shapes to compare weights, got {tuple(moved[name].shape)} and {tuple(v.shape)} at `{name}`; give activations')
-        if acts and name not in acts: raise FusionError(f'expected activations for every layer, got none for `{name}`')
-        if len(moved[name]) != len(v) and opt.correction and not opt.proper_marginals: raise FusionError(f'expected `proper_marginals` for different widths, got {len(moved[name])} and {len(v)} at `{name}`')
+            raise FusionError(
+                f'expected equal shapes to compare weights, got {tuple(moved[name].shape)} and '
+                f'{tuple(v.shape)} at `{name}`; give activations'
+            )
+        if acts and name not in acts:
+            raise FusionError(f'expected activations for every layer, got none for `{name}`')
+        if len(moved[name]) != len(v) and opt.correction and not opt.proper_marginals:
+            raise FusionError(
+                f'expected `proper_marginals` for different widths, got {len(moved[name])} and {len(v)} at '
+                f'`{name}`'
+            )
 
 # %% ../../nbs/30_alignment/05b_original.ipynb #14fb16be
 def original_fusion(

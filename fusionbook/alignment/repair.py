@@ -28,13 +28,15 @@ def channel_statistics(
         for n, x in record(network, names, batch).items():
             x = x.double()
             sums[n] = [s + v for s, v in zip(sums[n], (x.shape[1], x.sum(1), x.square().sum(1)))]
-    if lost := [n for n, (count, _, _) in sums.items() if not count]: raise FusionError(f'expected at least one batch that reaches `{lost[0]}`, got none')
+    if lost := [n for n, (count, _, _) in sums.items() if not count]:
+        raise FusionError(f'expected at least one batch that reaches `{lost[0]}`, got none')
     return {n: (s / c, (q / c - (s / c).square()).clamp(min=0).sqrt()) for n, (c, s, q) in sums.items()}
 
 # %% ../../nbs/30_alignment/06_repair.ipynb #8f7a95cd
 def _leaves(out): return tree_leaves(dict(out) if hasattr(out, 'keys') else out)
 
-def _layers(network): return {n: m for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+def _layers(network):
+    return {n: m for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
 
 # %% ../../nbs/30_alignment/06_repair.ipynb #951f2005
 def called_layers(
@@ -43,7 +45,10 @@ def called_layers(
 ) -> dict[str, bool]:  # linear layers and convolutions in the order of their first call; whether what they put out is the answer
     "The layers that a forward pass visits."
     last, answer = {}, []
-    hooks = [m.register_forward_hook(lambda _, args, out, name=name: last.update({name: out})) for name, m in _layers(network).items()]
+    hooks = [
+        m.register_forward_hook(lambda _, args, out, name=name: last.update({name: out}))
+        for name, m in _layers(network).items()
+    ]
     hooks.append(network.register_forward_hook(lambda _, args, out: answer.extend(_leaves(out))))
     try: record(network, (), inputs)
     finally:
@@ -59,7 +64,8 @@ def repair_layers(
     "The layers whose channels REPAIR resets."
     hidden = [n for n, answers in called_layers(network, inputs).items() if not answers]
     for p in include:
-        if not any(fnmatchcase(n, p) for n in hidden): raise FusionError(f'expected patterns that match a hidden layer, got `{p}`; {nearest(p, hidden)}')
+        if not any(fnmatchcase(n, p) for n in hidden):
+            raise FusionError(f'expected patterns that match a hidden layer, got `{p}`; {nearest(p, hidden)}')
     return [n for n in hidden if any(fnmatchcase(n, p) for p in include)]
 
 # %% ../../nbs/30_alignment/06_repair.ipynb #1beedbf2
@@ -85,15 +91,22 @@ def repair(
     layers:Sequence[str],         # module names, in the order of the forward pass
 ) -> nn.Module:                   # a copy with reset channels
     "Give the channels of a merged network the interpolated statistics of its parents (Jordan et al., 2023)."
-    if len(weights) != len(parents): raise FusionError(f'expected {len(parents)} weights, one per parent, got {len(weights)}')
+    if len(weights) != len(parents):
+        raise FusionError(f'expected {len(parents)} weights, one per parent, got {len(weights)}')
     known = [channel_statistics(p, layers, batches) for p in parents]
     goals = {n: [sum(w * k[n][i] for w, k in zip(weights, known)) for i in (0, 1)] for n in layers}
     out = copy.deepcopy(network)
-    for n in track(layers, 'repairing layers'): fold(out.get_submodule(n), channel_statistics(out, [n], batches)[n], goals[n])
+    for n in track(layers, 'repairing layers'):
+        fold(out.get_submodule(n), channel_statistics(out, [n], batches)[n], goals[n])
     return out
 
 # %% ../../nbs/30_alignment/06_repair.ipynb #2858f3b3
-def _norms(network): return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+def _norms(network):
+    return [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
 
 # %% ../../nbs/30_alignment/06_repair.ipynb #ce8ccb8c
 def reset_batchnorm(
@@ -101,11 +114,13 @@ def reset_batchnorm(
     batches:Iterable,  # inputs
 ) -> nn.Module:        # a copy; its running statistics are means over the batches
     "Measure the running statistics of BatchNorm anew."
-    if not (norms := _norms(out := copy.deepcopy(network))): raise FusionError(f'expected a network with BatchNorm, got {type(network).__name__} without')
+    if not (norms := _norms(out := copy.deepcopy(network))):
+        raise FusionError(f'expected a network with BatchNorm, got {type(network).__name__} without')
     before = [(m.momentum, m.training, m.num_batches_tracked.clone()) for m in norms]
     for m in norms: m.reset_running_stats(), m.train(), setattr(m, 'momentum', None)  # None: the plain mean
     for batch in track(batches, 'measuring BatchNorm'): record(out, (), batch)
-    if not norms[0].num_batches_tracked: raise FusionError('expected at least one batch to measure on, got none')
+    if not norms[0].num_batches_tracked:
+        raise FusionError('expected at least one batch to measure on, got none')
     for m, (momentum, training, count) in zip(norms, before):
         m.momentum, m.training = momentum, training
         m.num_batches_tracked.copy_(count)

@@ -19,7 +19,8 @@ class Notes:
         if id(t) not in self.axes: self.set(t, [new_axis(n, True) for n in t.shape])
         return self.axes[id(t)]
     def set(self, t, axes):
-        if [length(a) for a in axes] != list(t.shape): raise FusionError(f'expected axes of lengths {tuple(t.shape)}, got {[length(a) for a in axes]}')
+        if [length(a) for a in axes] != list(t.shape):
+            raise FusionError(f'expected axes of lengths {tuple(t.shape)}, got {[length(a) for a in axes]}')
         self.axes[id(t)] = axes
         self.kept.append(t)
 
@@ -27,7 +28,9 @@ class Notes:
 RULES = {} # name of an operation -> (notes, arguments, output) -> axes of the output(s)
 
 def _rule(*names):
-    def add(f): RULES.update(dict.fromkeys(names, f)); return f
+    def add(f):
+        RULES.update(dict.fromkeys(names, f))
+        return f
     return add
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #3f3c32ef
@@ -49,7 +52,8 @@ isnan nan_to_num sign_ copy_ fill_ zero_ threshold'''.split()
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #c5702dd2
 @_rule(*_ALIKE)
-def _alike(notes, args, out): return _broadcast([notes.of(a) for a in tree_leaves(args) if isinstance(a, Tensor)])
+def _alike(notes, args, out):
+    return _broadcast([notes.of(a) for a in tree_leaves(args) if isinstance(a, Tensor)])
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #f7610e24
 @_rule('mm')
@@ -68,7 +72,8 @@ def _addmm(notes, args, out):
 @_rule('bmm')
 def _bmm(notes, args, out):
     a, b = map(notes.of, args[:2])
-    equate(a[0], b[0]); equate(a[2], b[1])
+    equate(a[0], b[0])
+    equate(a[2], b[1])
     notes.inside += [(a[0], a[2]), (a[0], a[1]), (a[0], b[2])]
     return [a[0], a[1], b[2]]
 
@@ -84,12 +89,20 @@ def _mv(notes, args, out):
     return a[:-1]
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #38e88d4e
-@_rule('_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_flash_attention', '_scaled_dot_product_efficient_attention', 'scaled_dot_product_attention')
+@_rule(
+    '_scaled_dot_product_flash_attention_for_cpu',
+    '_scaled_dot_product_flash_attention',
+    '_scaled_dot_product_efficient_attention',
+    'scaled_dot_product_attention',
+)
 def _attention(notes, args, out):
     q, k, v = map(notes.of, args[:3])
     shared = new_axis(length(q[1]) // length(k[1])) # query heads of one key head
-    for a in (k, v): equate(q[0], a[0]); equate(q[1], [p + shared[0] for p in known(a[1])])
-    equate(q[3], k[3]); equate(k[2], v[2])
+    for a in (k, v):
+        equate(q[0], a[0])
+        equate(q[1], [p + shared[0] for p in known(a[1])])
+    equate(q[3], k[3])
+    equate(k[2], v[2])
     notes.inside += [(k[1], q[3]), (k[1], v[3]), (k[1], shared)]
     for t in args[3:]: # a mask or bias of the scores, perhaps one for each head
         if isinstance(t, Tensor): _broadcast([notes.of(t), [q[0], q[1], q[2], k[2]]])
@@ -108,8 +121,12 @@ def _convolution(notes, args, out):
     groups, new = args[8], _spatial(w, out)
     _spatial(x, out)
     if args[6] and groups > 1: channels = _held(x[1], w[0], w[1], out.shape[1])
-    elif args[6]: equate(x[1], w[0]); channels = w[1]
-    elif groups == 1: equate(x[1], w[1]); channels = w[0]
+    elif args[6]:
+        equate(x[1], w[0])
+        channels = w[1]
+    elif groups == 1:
+        equate(x[1], w[1])
+        channels = w[0]
     else: channels = _grouped(x[1], w[0], w[1], groups)
     if args[2] is not None: equate(channels, notes.of(args[2])[0])
     return [x[0], channels, *new]
@@ -129,7 +146,13 @@ def _grouped(x, w, inner, groups):
     return w
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #99bcac4e
-@_rule('native_batch_norm', '_native_batch_norm_legit_no_training', '_native_batch_norm_legit', 'cudnn_batch_norm', 'batch_norm')
+@_rule(
+    'native_batch_norm',
+    '_native_batch_norm_legit_no_training',
+    '_native_batch_norm_legit',
+    'cudnn_batch_norm',
+    'batch_norm',
+)
 def _batch_norm(notes, args, out):
     x = notes.of(args[0])
     for t in args[1:5]:
@@ -154,7 +177,17 @@ def _group_norm(notes, args, out):
     return x
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #b7e6ec18
-@_rule('max_pool2d_with_indices', 'max_pool2d', 'avg_pool2d', '_adaptive_avg_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2d', 'upsample_nearest2d', 'upsample_bilinear2d', '_upsample_bilinear2d_aa')
+@_rule(
+    'max_pool2d_with_indices',
+    'max_pool2d',
+    'avg_pool2d',
+    '_adaptive_avg_pool2d',
+    'adaptive_avg_pool2d',
+    'adaptive_max_pool2d',
+    'upsample_nearest2d',
+    'upsample_bilinear2d',
+    '_upsample_bilinear2d_aa',
+)
 def _pooled(notes, args, out):
     x = notes.of(args[0])
     return [*x[:-2], *_spatial(x, out, len(x) - 2)]
@@ -163,8 +196,19 @@ def _pooled(notes, args, out):
 @_rule('mean', 'sum', 'amax', 'amin', 'var', 'std', 'max', 'min', 'logsumexp', 'linalg_vector_norm', 'norm')
 def _reduced(notes, args, out):
     x = notes.of(args[0])
-    wanted = next((a for a in args[1:] if isinstance(a, (list, tuple, int)) and not isinstance(a, bool)), None)
-    gone = {d % len(x) for d in (range(len(x)) if wanted is None or wanted == [] else [wanted] if isinstance(wanted, int) else wanted)}
+    wanted = next(
+        (a for a in args[1:] if isinstance(a, (list, tuple, int)) and not isinstance(a, bool)), None
+    )
+    gone = {
+        d % len(x)
+        for d in (
+            range(len(x))
+            if wanted is None or wanted == []
+            else [wanted]
+            if isinstance(wanted, int)
+            else wanted
+        )
+    }
     notes.mixed += [(x[d], a) for d in gone for i, a in enumerate(x) if i not in gone]
     keep = out.ndim == len(x)
     if isinstance(wanted, int) and len(args) == 3:
@@ -172,8 +216,20 @@ def _reduced(notes, args, out):
     return [new_axis(1) if i in gone else a for i, a in enumerate(x) if keep or i not in gone]
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #2f13bf4b
-@_rule('view', '_unsafe_view', 'reshape', '_reshape_alias', 'flatten', 'unflatten', 'unsqueeze', 'squeeze', 'unsqueeze_', 'squeeze_')
-def _view(notes, args, out): return reshape(notes.of(args[0]), out.shape)
+@_rule(
+    'view',
+    '_unsafe_view',
+    'reshape',
+    '_reshape_alias',
+    'flatten',
+    'unflatten',
+    'unsqueeze',
+    'squeeze',
+    'unsqueeze_',
+    'squeeze_',
+)
+def _view(notes, args, out):
+    return reshape(notes.of(args[0]), out.shape)
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #c606ab6e
 @_rule('t', 'transpose', 'permute', 'movedim', 'transpose_', 'numpy_T')
@@ -190,7 +246,8 @@ def _moved(notes, args, out):
 def _expanded(notes, args, out):
     x = notes.of(args[0])
     x = [new_axis(1)] * (out.ndim - len(x)) + x
-    if any(1 < length(a) != n for a, n in zip(x, out.shape)): return [_pinned(a, n) for a, n in zip(x, out.shape)]
+    if any(1 < length(a) != n for a, n in zip(x, out.shape)):
+        return [_pinned(a, n) for a, n in zip(x, out.shape)]
     return [a if length(a) == n else new_axis(n) for a, n in zip(x, out.shape)] # copies: any order
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #a13937ff
@@ -220,7 +277,11 @@ def _sliced(notes, args, out):
 def _selected(notes, args, out):
     x, d = notes.of(args[0]), (args[1] if len(args) > 1 else 0) % args[0].ndim
     fix(x[d])
-    left = x[:d] + x[d + 1:] if not isinstance(out, Tensor) or out.ndim < len(x) else [*x[:d], new_axis(out.shape[d], True), *x[d + 1:]]
+    left = (
+        x[:d] + x[d + 1 :]
+        if not isinstance(out, Tensor) or out.ndim < len(x)
+        else [*x[:d], new_axis(out.shape[d], True), *x[d + 1 :]]
+    )
     return left if isinstance(out, Tensor) else [left for _ in out]
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #683a5aea
@@ -237,7 +298,9 @@ def _padded(notes, args, out):
     x = list(notes.of(args[0]))
     for i in range(len(args[1]) // 2):
         before, after = args[1][2 * i:2 * i + 2]
-        if before or after: x[-1 - i] = new_axis(before)[:bool(before)] + known(x[-1 - i]) + new_axis(after)[:bool(after)] # copies of one number: any order
+        if before or after:
+            # copies of one number: any order
+            x[-1 - i] = new_axis(before)[:bool(before)] + known(x[-1 - i]) + new_axis(after)[:bool(after)]
     return x
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #0da3f9f3

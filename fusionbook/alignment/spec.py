@@ -28,7 +28,10 @@ def read_axis(
     "Formula to parts."
     if isinstance(text, tuple): return text
     if text is None: return ((int(size),),)
-    return tuple(tuple(int(f) if f.strip().isdigit() else f.strip() for f in part.split('*')) for part in str(text).split('+'))
+    return tuple(
+        tuple(int(f) if f.strip().isdigit() else f.strip() for f in part.split('*'))
+        for part in str(text).split('+')
+    )
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #1f04869f
 def write_axis(
@@ -55,7 +58,10 @@ def _check_parts(name, axis, groups):
             if isinstance(f, int): continue
             check_known([f], groups, f'the groups, for `{name}`')
             if (parent := groups[f].within) and parent not in part[:i]:
-                raise FusionError(f'expected `{parent}` before `{f}`, which lies within it, got `{write_axis((part,))}` in `{name}`')
+                raise FusionError(
+                    f'expected `{parent}` before `{f}`, which lies within it, got `{write_axis((part,))}` in '
+                    f'`{name}`'
+                )
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #120ff73c
 @dataclass(frozen=True)
@@ -66,15 +72,25 @@ class Spec:
     def __post_init__(self):
         for g in self.groups.values():
             if g.within and (g.within not in self.groups or self.groups[g.within].within):
-                raise FusionError(f'expected `within` to name a group that lies in no other, got `{g.within}`')
+                raise FusionError(
+                    f'expected `within` to name a group that lies in no other, got `{g.within}`'
+                )
         for name, axes in self.axes.items():
             for axis in axes: _check_parts(name, axis, self.groups)
     def size(self, part): return prod(f if isinstance(f, int) else self.groups[f].size for f in part)
     def length(self, axis): return sum(map(self.size, axis))
     def shape(self, name): return tuple(map(self.length, self.axes[name]))
     def __repr__(self):
-        inside = ', '.join(f'{n} ({g.size}' + f' in each of {g.within}' * bool(g.within) + ')' for n, g in self.groups.items())
-        return '\n'.join([f'{len(self.axes)} tensors, {len(self.groups)} groups: {inside}', *(f'{n:40} ' + ', '.join(map(write_axis, a)) for n, a in self.axes.items())])
+        inside = ', '.join(
+            f'{n} ({g.size}' + f' in each of {g.within}' * bool(g.within) + ')'
+            for n, g in self.groups.items()
+        )
+        return '\n'.join(
+            [
+                f'{len(self.axes)} tensors, {len(self.groups)} groups: {inside}',
+                *(f'{n:40} ' + ', '.join(map(write_axis, a)) for n, a in self.axes.items()),
+            ]
+        )
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #ecf44231
 def check_spec(
@@ -85,11 +101,19 @@ def check_spec(
     info = meta(sd)
     check_known(spec.axes, info, 'the model')
     for name, t in info.items():
-        if name not in spec.axes and t.ndim: raise FusionError(f'expected axes for every tensor of the model, got none for `{name}`, {tuple(t.shape)}')
+        if name not in spec.axes and t.ndim:
+            raise FusionError(
+                f'expected axes for every tensor of the model, got none for `{name}`, {tuple(t.shape)}'
+            )
         axes = spec.axes.get(name, ())
-        if len(axes) != t.ndim: raise FusionError(f'expected {t.ndim} axes for `{name}`, {tuple(t.shape)}, got {len(axes)}')
+        if len(axes) != t.ndim:
+            raise FusionError(f'expected {t.ndim} axes for `{name}`, {tuple(t.shape)}, got {len(axes)}')
         for i, (axis, want, got) in enumerate(zip(axes, map(spec.length, axes), t.shape)):
-            if want != got: raise FusionError(f'expected axis {i} of `{name}`, which is `{write_axis(axis)}`, to have size {want}, got {got}')
+            if want != got:
+                raise FusionError(
+                    f'expected axis {i} of `{name}`, which is `{write_axis(axis)}`, to have size {want}, got '
+                    f'{got}'
+                )
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #0401e497
 def _open(axis, size, sizes, name):
@@ -98,8 +122,13 @@ def _open(axis, size, sizes, name):
     if len(unknown) != 1 or any(part.count(g) > 1 for part in axis for g in unknown): return None
     g, = unknown
     counts = [prod(f if isinstance(f, int) else sizes[f] for f in part if f != g) for part in axis]
-    rest, times = sum(c for c, part in zip(counts, axis) if g not in part), sum(c for c, part in zip(counts, axis) if g in part)
-    if (size - rest) % times or size <= rest: raise FusionError(f'expected the size of `{name}` to be {write_axis(axis)}, got {size}, which no size of `{g}` gives')
+    rest = sum(c for c, part in zip(counts, axis) if g not in part)
+    times = sum(c for c, part in zip(counts, axis) if g in part)
+    if (size - rest) % times or size <= rest:
+        raise FusionError(
+            f'expected the size of `{name}` to be {write_axis(axis)}, got {size}, which no size of `{g}` '
+            f'gives'
+        )
     return g, (size - rest) // times
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #99ba854b
@@ -107,7 +136,9 @@ def _solve(axes, info, sizes):
     "Sizes of all groups that the shapes determine."
     found, before = dict(sizes), None
     while before != (before := len(found)): # one size may wait for another
-        for name, axis, size in ((name, a, n) for name, parts in axes.items() for a, n in zip(parts, info[name].shape)):
+        for name, axis, size in (
+            (name, a, n) for name, parts in axes.items() for a, n in zip(parts, info[name].shape)
+        ):
             if new := _open(axis, size, found, name): found[new[0]] = new[1]
     return found
 
@@ -122,11 +153,19 @@ def make_spec(
     info = meta(sd)
     check_known(axes, info, 'the model')
     for name, a in axes.items():
-        if len(a) != info[name].ndim: raise FusionError(f'expected {info[name].ndim} axes for `{name}`, {tuple(info[name].shape)}, got {len(a)}')
+        if len(a) != info[name].ndim:
+            raise FusionError(
+                f'expected {info[name].ndim} axes for `{name}`, {tuple(info[name].shape)}, got {len(a)}'
+            )
     parts = {name: tuple(read_axis(x, n) for x, n in zip(a, info[name].shape)) for name, a in axes.items()}
     found = _solve(parts, info, sizes)
-    groups = dict.fromkeys(g for a in parts.values() for axis in a for part in axis for g in part if isinstance(g, str))
-    if missing := [g for g in groups if g not in found]: raise FusionError(f'expected `sizes` to give the size of group `{missing[0]}`, which the shapes leave open')
+    groups = dict.fromkeys(
+        g for a in parts.values() for axis in a for part in axis for g in part if isinstance(g, str)
+    )
+    if missing := [g for g in groups if g not in found]:
+        raise FusionError(
+            f'expected `sizes` to give the size of group `{missing[0]}`, which the shapes leave open'
+        )
     spec = Spec(parts, {g: Group(found[g], within.get(g)) for g in groups})
     check_spec(spec, sd)
     return spec
@@ -138,7 +177,9 @@ def members(
 ) -> list[tuple[str, int]]: # (tensor name, axis); in most layers axis 0 makes the features and axis 1 reads them
     "Everywhere that a group occurs."
     check_known([group], spec.groups, 'the groups')
-    return [(name, i) for name, axes in spec.axes.items() for i, axis in enumerate(axes) if group in _names(axis)]
+    return [
+        (name, i) for name, axes in spec.axes.items() for i, axis in enumerate(axes) if group in _names(axis)
+    ]
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #683bdd31
 def _rows(spec, group):
@@ -152,8 +193,13 @@ def _check_perms(spec, perms):
     check_known(perms, spec.groups, 'the groups')
     for g, p in perms.items():
         want = _rows(spec, g)
-        if tuple(p.shape) != want or not torch.equal(p.sort(-1).values.long().cpu(), torch.arange(want[-1]).expand(want)):
-            raise FusionError(f'expected a permutation of 0 … {want[-1] - 1} for `{g}` with shape {want}, got {p.tolist() if p.numel() < 20 else tuple(p.shape)}')
+        if tuple(p.shape) != want or not torch.equal(
+            p.sort(-1).values.long().cpu(), torch.arange(want[-1]).expand(want)
+        ):
+            raise FusionError(
+                f'expected a permutation of 0 … {want[-1] - 1} for `{g}` with shape {want}, got '
+                f'{p.tolist() if p.numel() < 20 else tuple(p.shape)}'
+            )
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #4d366f2f
 def _index(spec, perms, axis):
@@ -165,7 +211,11 @@ def _index(spec, perms, axis):
         for i, f in enumerate(part):
             if f not in perms: continue
             p, parent = perms[f].long().cpu(), spec.groups[f].within
-            shape = [n if k == i or part[k] == parent else 1 for k, n in enumerate(x.shape)] if parent else [-1 if k == i else 1 for k in range(x.ndim)]
+            shape = (
+                [n if k == i or part[k] == parent else 1 for k, n in enumerate(x.shape)]
+                if parent
+                else [-1 if k == i else 1 for k in range(x.ndim)]
+            )
             x = x.gather(i, p.view(shape).expand_as(x))
         out.append(x.flatten())
     return torch.cat(out)
@@ -201,7 +251,10 @@ def random_permutations(
     seed:int,  # of the draw
 ) -> dict[str, Tensor]: # group -> a uniformly drawn permutation
     "Another twin of the network."
-    return {g: torch.rand(_rows(spec, g), generator=generator(seed, g), dtype=torch.float64).argsort(-1) for g in spec.groups}
+    return {
+        g: torch.rand(_rows(spec, g), generator=generator(seed, g), dtype=torch.float64).argsort(-1)
+        for g in spec.groups
+    }
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #f559a33a
 def compose(
@@ -211,7 +264,10 @@ def compose(
 ) -> dict[str, Tensor]:          # group -> permutation that does both
     "One reordering in place of two."
     a, b = identity_permutations(spec) | dict(first), identity_permutations(spec) | dict(second)
-    return {g: (a[g][b[group.within]] if group.within else a[g]).gather(-1, b[g]) for g, group in spec.groups.items()}
+    return {
+        g: (a[g][b[group.within]] if group.within else a[g]).gather(-1, b[g])
+        for g, group in spec.groups.items()
+    }
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #0ce29f12
 def invert(
@@ -233,7 +289,13 @@ def output_change(
     "How much a network's outputs move when every group is shuffled; rounding only, where the specification is right."
     sd = model.state_dict()
     with torch.no_grad():
-        run = lambda tensors: [t for t in tree_leaves(torch.func.functional_call(model, dict(tensors), inputs, kwargs, tie_weights=False)) if isinstance(t, Tensor)]
+        run = lambda tensors: [
+            t
+            for t in tree_leaves(
+                torch.func.functional_call(model, dict(tensors), inputs, kwargs, tie_weights=False)
+            )
+            if isinstance(t, Tensor)
+        ]
         pairs = list(zip(run(sd), run(permute(spec, sd, random_permutations(spec, seed)))))
     return max((a - b).abs().max().item() for a, b in pairs) / max(a.abs().max().item() for a, _ in pairs)
 
@@ -252,7 +314,10 @@ def _resized(spec, maps):
     for g, m in maps.items():
         lead = (groups[v].size,) if (v := groups[g].within) else ()
         if tuple(m.shape[:-1]) != (*lead, spec.groups[g].size):
-            raise FusionError(f'expected a map of shape {(*lead, spec.groups[g].size, "new")} for `{g}`, got {tuple(m.shape)}')
+            raise FusionError(
+                f'expected a map of shape {(*lead, spec.groups[g].size, "new")} for `{g}`, got '
+                f'{tuple(m.shape)}'
+            )
     return Spec(spec.axes, groups)
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #f1a0326a
@@ -260,7 +325,11 @@ def _apply(x, m, at, parent):
     "Mᵀ along axis `at`; one M for each place of axis `parent` where there is one."
     if parent is None: return torch.tensordot(x, m, ([at], [0])).movedim(-1, at)
     moved = x.movedim((parent, at), (0, -1))
-    return (moved.reshape(len(m), -1, m.shape[-2]) @ m).reshape(*moved.shape[:-1], m.shape[-1]).movedim((0, -1), (parent, at))
+    return (
+        (moved.reshape(len(m), -1, m.shape[-2]) @ m)
+        .reshape(*moved.shape[:-1], m.shape[-1])
+        .movedim((0, -1), (parent, at))
+    )
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #0e6b81af
 def _map_axis(spec, maps, x, i, axis):
@@ -271,7 +340,9 @@ def _map_axis(spec, maps, x, i, axis):
         for k, f in enumerate(part):
             if f not in maps: continue
             parent = spec.groups[f].within
-            piece = _apply(piece, maps[f].to(piece), i + k, None if parent is None else i + part.index(parent))
+            piece = _apply(
+                piece, maps[f].to(piece), i + k, None if parent is None else i + part.index(parent)
+            )
         out.append(piece.flatten(i, i + len(part) - 1))
     return torch.cat(out, i)
 
@@ -286,12 +357,17 @@ def transform(
     new, info = _resized(spec, maps), meta(sd)
     def read(name):
         t = sd[name]
-        if not (axes := [(i, a) for i, a in enumerate(spec.axes.get(name, ())) if _names(a) & set(maps)]): return t
-        if not t.is_floating_point(): raise FusionError(f'expected floating-point numbers to mix, got {t.dtype} in `{name}`')
+        if not (axes := [(i, a) for i, a in enumerate(spec.axes.get(name, ())) if _names(a) & set(maps)]):
+            return t
+        if not t.is_floating_point():
+            raise FusionError(f'expected floating-point numbers to mix, got {t.dtype} in `{name}`')
         x = t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
         for i, axis in axes: x = _map_axis(spec, maps, x, i, axis)
         return x.to(t.dtype)
-    shapes = {n: torch.empty(new.shape(n) if n in new.axes else t.shape, dtype=t.dtype, device='meta') for n, t in info.items()}
+    shapes = {
+        n: torch.empty(new.shape(n) if n in new.axes else t.shape, dtype=t.dtype, device='meta')
+        for n, t in info.items()
+    }
     return Lazy({n: partial(read, n) for n in info}, shapes, shared(sd))
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #68c99333
@@ -304,7 +380,11 @@ def unfold(
 ) -> Tensor:       # (n, rest), or (m, n, rest) within m members; a view where possible
     "One row of numbers for each member."
     parts, out = spec.axes[name][axis], []
-    if group not in _names(parts): raise FusionError(f'expected an axis where `{group}` occurs, got axis {axis} of `{name}`, which is `{write_axis(parts)}`')
+    if group not in _names(parts):
+        raise FusionError(
+            f'expected an axis where `{group}` occurs, got axis {axis} of `{name}`, which is '
+            f'`{write_axis(parts)}`'
+        )
     for piece, part in zip(tensor.split([spec.size(p) for p in parts], axis), parts):
         if group not in part: continue
         at = [axis + part.index(g) for g in (spec.groups[group].within, group) if g]

@@ -21,7 +21,8 @@ def middle(
     b:StateDict, # another with the same names and shapes; lends integer entries
 ) -> dict[str, Tensor]: # float entries are leaves that collect a gradient; tied names share one
     "The average of two models, ready for a backward pass."
-    def half(x, y): return ((_wide(x) + _wide(y)) / 2).detach().requires_grad_() if y.is_floating_point() else y
+    def half(x, y):
+        return ((_wide(x) + _wide(y)) / 2).detach().requires_grad_() if y.is_floating_point() else y
     tied = shared(b)
     out = {k: half(a[k], b[k]) for k in b if k not in tied}
     return {k: out[tied.get(k, k)] for k in b}
@@ -46,13 +47,19 @@ def straight_through(
     groups:Sequence[str]=('*',), # patterns of the groups to align
 ) -> tuple[dict[str, Tensor], list[float]]: # permutation of A with the lowest loss; the loss after 0 … steps steps
     "Permutations by the loss of the midpoint (Ainsworth et al., 2023)."
-    if steps < 0 or learning_rate <= 0: raise FusionError(f'expected steps of at least 0 and a positive learning rate, got {steps} and {learning_rate}')
+    if steps < 0 or learning_rate <= 0:
+        raise FusionError(f'expected steps of at least 0 and a positive learning rate, got {steps} and '
+                          f'{learning_rate}')
     free = {k: _wide(v).detach().clone() for k, v in anchor.items() if v.is_floating_point()}
     perms, curve, best = None, [], None
     for step in track(range(steps + 1), 'straight-through matching'):
-        perms = weight_matching(spec, moved, {k: free.get(k, v) for k, v in anchor.items()}, seed=seed, groups=groups, start=perms)
+        perms = weight_matching(
+            spec, moved, {k: free.get(k, v) for k, v in anchor.items()}, seed=seed, groups=groups, start=perms
+        )
         value = loss(mid := middle(permute(spec, moved, perms), anchor))
-        if not torch.isfinite(value): raise FusionError(f'expected a finite loss, got {value.item()} at step {step}; try a smaller learning rate')
+        if not torch.isfinite(value):
+            raise FusionError(f'expected a finite loss, got {value.item()} at step {step}; try a smaller '
+                              f'learning rate')
         if not curve or value.item() < min(curve): best = perms
         curve.append(value.item())
         if step < steps: _push(free, mid, value, learning_rate)
@@ -61,7 +68,9 @@ def straight_through(
 # %% ../../nbs/30_alignment/04b_ste.ipynb #215d9963
 class _Judge(nn.Module):
     "A network with a task's head."
-    def __init__(self, net, head): super().__init__(); self.net, self.head = net, head
+    def __init__(self, net, head):
+        super().__init__()
+        self.net, self.head = net, head
     def forward(self, x): return self.head(self.net, x)
 
 # %% ../../nbs/30_alignment/04b_ste.ipynb #e34862ad
@@ -70,9 +79,12 @@ def parents_loss(
     inputs:Sequence,          # (head, batch) pairs; a head is a function (network, batch) -> logits (n, C)
 ) -> Callable:                # tensors of a network -> scalar, the mean over the batches
     "Cross-entropy of a network's predictions to the mean of its parents'."
-    with torch.no_grad(): goals = [torch.stack([head(n, x).softmax(-1) for n in nets]).mean(0) for head, x in inputs]
+    with torch.no_grad():
+        goals = [torch.stack([head(n, x).softmax(-1) for n in nets]).mean(0) for head, x in inputs]
     def value(sd, head, x, goal):
-        logits = torch.func.functional_call(_Judge(nets[0], head), {f'net.{k}': v for k, v in sd.items()}, (x,))
+        logits = torch.func.functional_call(
+            _Judge(nets[0], head), {f'net.{k}': v for k, v in sd.items()}, (x,)
+        )
         return -(goal * logits.log_softmax(-1)).sum(-1).mean()
     def loss(sd): return torch.stack([value(sd, *at, goal) for at, goal in zip(inputs, goals)]).mean()
     return loss

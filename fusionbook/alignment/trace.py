@@ -23,19 +23,33 @@ def _free(axes): return any(not u.fixed for a in axes for part in known(a) for u
 # %% ../../nbs/30_alignment/01d_trace.ipynb #a1c1fe05
 class _Watch(TorchDispatchMode):
     "Apply the rule of every operation."
-    def __init__(self, notes): super().__init__(); self.notes = notes
+    def __init__(self, notes):
+        super().__init__()
+        self.notes = notes
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
         inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         if not any(_free(self.notes.of(t)) for t in inputs): return out
         if name not in RULES:
-            raise FusionError(f'expected an operation whose axes are known, got `{name}` on {", ".join(str(tuple(t.shape)) for t in inputs)}; '
-                              'give a specification by hand (`make_spec`), or `fixed` names of the tensors that reach it')
-        several = name in ('split', 'split_with_sizes', 'chunk', 'unsafe_split', 'unsafe_chunk', 'tensor_split', 'unbind')
+            raise FusionError(
+                f'expected an operation whose axes are known, got `{name}` on '
+                f'{", ".join(str(tuple(t.shape)) for t in inputs)}; '
+                'give a specification by hand (`make_spec`), or `fixed` names of the tensors that reach it'
+            )
+        several = name in (
+            'split',
+            'split_with_sizes',
+            'chunk',
+            'unsafe_split',
+            'unsafe_chunk',
+            'tensor_split',
+            'unbind',
+        )
         given = dict(zip((a.name for a in func._schema.arguments), args)) | (kwargs or {})
         args = tuple(given.get(a.name, a.default_value) for a in func._schema.arguments) # keywords, too
         found = RULES[name](self.notes, args, out if isinstance(out, Tensor) or several else out[0])
-        for t, axes in zip(out, found) if several else [(out if isinstance(out, Tensor) else out[0], found)]: self.notes.set(t, list(axes))
+        for t, axes in zip(out, found) if several else [(out if isinstance(out, Tensor) else out[0], found)]:
+            self.notes.set(t, list(axes))
         return out
 
 # %% ../../nbs/30_alignment/01d_trace.ipynb #ab0db7bc
@@ -88,7 +102,11 @@ def _settled(notes, sd):
     "The axes of every tensor; free orders that one axis alone knows are fixed."
     while True:
         table = {name: [known(a) for a in notes.of(t)] for name, t in sd.items()}
-        alone = [u for u, at in _places(table).items() if not u.fixed and len({(id(sd[n]), i) for n, i, *_ in at}) < 2]
+        alone = [
+            u
+            for u, at in _places(table).items()
+            if not u.fixed and len({(id(sd[n]), i) for n, i, *_ in at}) < 2
+        ]
         if not alone: return table
         for u in alone: u.fixed = True
 
@@ -117,7 +135,8 @@ def _named(places, table):
         for u in [u for axis in axes for part in axis for u in part if not u.fixed and u not in names]:
             stem = name.rpartition('.')[0] or name
             text = next(t for t in (stem, *(f'{stem}.{k}' for k in range(2, 1000))) if t not in taken)
-            names[u] = text; taken.add(text)
+            names[u] = text
+            taken.add(text)
     return names
 
 # %% ../../nbs/30_alignment/01d_trace.ipynb #acd0a8e8

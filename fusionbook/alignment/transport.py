@@ -22,7 +22,10 @@ def _numbers(cost):
     c = cost.detach().cpu().numpy() if isinstance(cost, Tensor) else np.asarray(cost)
     if c.ndim != 2 or not c.size: raise FusionError(f'expected costs of shape (n, m), got {c.shape}')
     if not np.isfinite(c.sum(dtype=np.float64)):
-        raise FusionError(f'expected finite costs, got {int(np.isnan(c).sum())} NaN and {int(np.isinf(c).sum())} infinite among {c.size}; a neuron of a model holds no finite numbers')
+        raise FusionError(
+            f'expected finite costs, got {int(np.isnan(c).sum())} NaN and {int(np.isinf(c).sum())} infinite '
+            f'among {c.size}; a neuron of a model holds no finite numbers'
+        )
     return np.ascontiguousarray(c, dtype=np.float64)
 
 # %% ../../nbs/30_alignment/03_transport.ipynb #86977f28
@@ -31,7 +34,8 @@ def assign(
 ) -> Tensor:     # (n,), the row that each column gets
     "The one-to-one assignment of least total cost, by SciPy's solver."
     c = _numbers(cost)
-    if c.shape[0] != c.shape[1]: raise FusionError(f'expected as many rows as columns to assign one to one, got {c.shape}')
+    if c.shape[0] != c.shape[1]:
+        raise FusionError(f'expected as many rows as columns to assign one to one, got {c.shape}')
     return torch.from_numpy(linear_sum_assignment(c)[1]).argsort()
 
 # %% ../../nbs/30_alignment/03_transport.ipynb #c7bb82fe
@@ -71,7 +75,10 @@ class Plan:
         return T
     def __repr__(self):
         kind = 'one to one' if self.index is not None else 'in shares'
-        return f'Plan({kind}, cost {self.cost:.4g}{f", scale {self.scale:.4g}" if self.scale != 1 else ""}{"".join("; " + n for n in self.notes)})'
+        return (
+            f'Plan({kind}, cost '
+            f'{self.cost:.4g}{f", scale {self.scale:.4g}" if self.scale != 1 else ""}{"".join("; " + n for n in self.notes)})'
+        )
 
 # %% ../../nbs/30_alignment/03_transport.ipynb #fe20bc80
 def _exact(C, mu, nu, opt):
@@ -82,11 +89,20 @@ def _exact(C, mu, nu, opt):
 # %% ../../nbs/30_alignment/03_transport.ipynb #46d61063
 def _sinkhorn(C, mu, nu, opt):
     import ot
-    names = {'plain': 'sinkhorn', 'log': 'sinkhorn_log', 'stabilized': 'sinkhorn_stabilized', 'epsilon_scaling': 'sinkhorn_epsilon_scaling'}
+    names = {
+        'plain': 'sinkhorn',
+        'log': 'sinkhorn_log',
+        'stabilized': 'sinkhorn_stabilized',
+        'epsilon_scaling': 'sinkhorn_epsilon_scaling',
+    }
     check_known([opt['variant']], names, 'the Sinkhorn variants')
-    T, log = ot.sinkhorn(mu, nu, C, opt['reg'], method=names[opt['variant']], numItermax=opt['sweeps'], log=True, warn=False)
+    T, log = ot.sinkhorn(
+        mu, nu, C, opt['reg'], method=names[opt['variant']], numItermax=opt['sweeps'], log=True, warn=False
+    )
     error = log['err'][-1] if len(log.get('err', ())) else 0
-    return T, [f'stopped after {opt["sweeps"]} sweeps with marginals off by {error:.1e}'] if error > 1e-6 else []
+    return T, [
+        f'stopped after {opt["sweeps"]} sweeps with marginals off by {error:.1e}'
+    ] if error > 1e-6 else []
 
 def _unbalanced(C, mu, nu, opt):
     import ot
@@ -100,11 +116,17 @@ def _gromov(C, mu, nu, opt):
     import ot
     D, E = (_numbers(x) for x in opt['structure'])
     if D.shape != (len(mu), len(mu)) or E.shape != (len(nu), len(nu)):
-        raise FusionError(f'expected `structure` as distances within each side, {(len(mu), len(mu))} and {(len(nu), len(nu))}, got {D.shape} and {E.shape}')
+        raise FusionError(
+            f'expected `structure` as distances within each side, {(len(mu), len(mu))} and '
+            f'{(len(nu), len(nu))}, got {D.shape} and {E.shape}'
+        )
     far = max(D.max(), E.max()) if opt['scale'] == 'max' else 1.
     D, E, alpha = D / (far or 1.), E / (far or 1.), opt['alpha']
     if alpha == 0: return _exact(C, mu, nu, opt)
-    if opt['entropic']: T = ot.gromov.entropic_fused_gromov_wasserstein(C, D, E, mu, nu, 'square_loss', epsilon=opt['reg'], alpha=alpha)
+    if opt['entropic']:
+        T = ot.gromov.entropic_fused_gromov_wasserstein(
+            C, D, E, mu, nu, 'square_loss', epsilon=opt['reg'], alpha=alpha
+        )
     elif alpha == 1: T = ot.gromov.gromov_wasserstein(D, E, mu, nu, 'square_loss')
     else: T = ot.gromov.fused_gromov_wasserstein(C, D, E, mu, nu, 'square_loss', alpha=alpha)
     return T, []
@@ -114,14 +136,24 @@ def _masses(mass, n):
     "Masses as float64 that sum to 1."
     m = np.full(n, 1 / n) if mass is None else np.asarray(torch.as_tensor(mass).double().cpu())
     if m.shape != (n,) or (m < 0).any() or not math.isclose(m.sum(), 1, rel_tol=1e-6):
-        raise FusionError(f'expected {n} masses of at least 0 that sum to 1, got {len(m)} with sum {m.sum():.6g}')
+        raise FusionError(
+            f'expected {n} masses of at least 0 that sum to 1, got {len(m)} with sum {m.sum():.6g}'
+        )
     return m / m.sum()
 
 # %% ../../nbs/30_alignment/03_transport.ipynb #1848c2ad
 def _check_mass(T, solver):
     "A plan moves mass 1, or it is no plan."
-    if not np.isfinite(T).all(): raise FusionError(f'expected a finite plan, got NaN from `{solver}`; raise `reg`, scale the costs or take variant `stabilized` or `log`')
-    if abs(T.sum() - 1) > 1e-6: raise FusionError(f'expected a plan of mass 1, got {T.sum():.6g} from `{solver}`; raise `reg` or `iterations`, or scale the costs')
+    if not np.isfinite(T).all():
+        raise FusionError(
+            f'expected a finite plan, got NaN from `{solver}`; raise `reg`, scale the costs or take variant '
+            f'`stabilized` or `log`'
+        )
+    if abs(T.sum() - 1) > 1e-6:
+        raise FusionError(
+            f'expected a plan of mass 1, got {T.sum():.6g} from `{solver}`; raise `reg` or `iterations`, or '
+            f'scale the costs'
+        )
 
 # %% ../../nbs/30_alignment/03_transport.ipynb #cc056faf
 SOLVERS = dict(exact=_exact, sinkhorn=_sinkhorn, unbalanced=_unbalanced, gromov=_gromov)
@@ -157,12 +189,33 @@ def plan(
 ) -> Plan:                    # raises `FusionError` where no plan of mass 1 is found
     "The cheapest way to move `mu` onto `nu`."
     check_known([solver], SOLVERS, 'the solvers'), check_known([scale], ('max', 'none'), 'the scales')
-    if solver == 'gromov' and structure is None: raise FusionError('expected `structure`, two matrices of distances, for solver `gromov`, got none')
+    if solver == 'gromov' and structure is None:
+        raise FusionError('expected `structure`, two matrices of distances, for solver `gromov`, got none')
     C = _numbers(cost)
     a, b = _masses(mu, C.shape[0]), _masses(nu, C.shape[1])
-    if (solver == 'exact' or solver == 'gromov' and alpha == 0) and len(a) == len(b) and np.ptp(a) == np.ptp(b) == 0: return _one_to_one(C)
-    T, unit, notes = _solve(solver, C, a, b, dict(reg=reg, scale=scale, variant=variant, reg_m=reg_m, structure=structure, alpha=alpha, entropic=entropic,
-                                                  iterations=iterations, sweeps=sweeps))
+    if (
+        (solver == 'exact' or solver == 'gromov' and alpha == 0)
+        and len(a) == len(b)
+        and np.ptp(a) == np.ptp(b) == 0
+    ):
+        return _one_to_one(C)
+    T, unit, notes = _solve(
+        solver,
+        C,
+        a,
+        b,
+        dict(
+            reg=reg,
+            scale=scale,
+            variant=variant,
+            reg_m=reg_m,
+            structure=structure,
+            alpha=alpha,
+            entropic=entropic,
+            iterations=iterations,
+            sweeps=sweeps,
+        ),
+    )
     return Plan(float((T.numpy() * C).sum()), matrix=T, scale=unit, notes=notes)
 
 # %% ../../nbs/30_alignment/03_transport.ipynb #f3dbc258
@@ -176,6 +229,7 @@ def transport_map(
     T = plan.matrix
     if by == 'none': return T
     if by == 'uniform': return T / (1 / T.shape[0] + eps)
-    if by == 'rows' and T.shape[0] != T.shape[1]: raise FusionError(f'expected equal widths to divide by row sums, got {tuple(T.shape)}; use `columns`')
+    if by == 'rows' and T.shape[0] != T.shape[1]:
+        raise FusionError(f'expected equal widths to divide by row sums, got {tuple(T.shape)}; use `columns`')
     total = T.sum(1 if by == 'rows' else 0) + eps # the original multiplies column j by row sum j as well
     return torch.where(total > 0, T / total.where(total > 0, 1), 0.)

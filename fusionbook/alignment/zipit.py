@@ -27,7 +27,8 @@ def _reads(network):
     "Names of weights whose axis 1 reads features."
     for name, m in network.named_modules():
         if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)): yield f'{name}.weight' if name else 'weight'
-        if isinstance(m, nn.MultiheadAttention): yield from (f'{name}.{k}_weight'.lstrip('.') for k in ('in_proj', 'q_proj', 'k_proj', 'v_proj'))
+        if isinstance(m, nn.MultiheadAttention):
+            yield from (f'{name}.{k}_weight'.lstrip('.') for k in ('in_proj', 'q_proj', 'k_proj', 'v_proj'))
 
 # %% ../../nbs/30_alignment/07_zipit.ipynb #e610dc56
 def split_reads(
@@ -66,7 +67,8 @@ def _join(pairs, i, j, a):
     t[i, i] = t[j] = t[:, j] = -np.inf
     lost = (pairs.at == i) | (pairs.at == j)
     lost[[i, j]] = True
-    new = ~lost & ((t[i] > pairs.best) | (t[i] == pairs.best) & (i < pairs.at)) # a < 1 lifts similarities below 0
+    # a < 1 lifts similarities below 0
+    new = ~lost & ((t[i] > pairs.best) | (t[i] == pairs.best) & (i < pairs.at))
     pairs.best[new], pairs.at[new] = t[i, new], i
     pairs.look(np.flatnonzero(lost))
 
@@ -79,17 +81,26 @@ def zip_features(
     keep:int=None,       # K, clusters that remain; n when None
 ) -> Tensor:             # cluster of every feature, (T, n), numbers 0 … K-1
     "Greedy clusters of T n features (Stoica et al., 2024)."
-    if not 0 < a <= 1 or not 0 <= b <= 1: raise FusionError(f'expected `a` in (0, 1] and `b` in [0, 1], got {a} and {b}')
-    if not torch.isfinite(correlations).all(): raise FusionError('expected finite correlations, got NaN or infinity')
+    if not 0 < a <= 1 or not 0 <= b <= 1:
+        raise FusionError(f'expected `a` in (0, 1] and `b` in [0, 1], got {a} and {b}')
+    if not torch.isfinite(correlations).all():
+        raise FusionError('expected finite correlations, got NaN or infinity')
     n, free = len(correlations) // models, correlations.detach().double().cpu().numpy().copy()
     keep = n if keep is None else keep
-    if not 1 <= keep <= len(free): raise FusionError(f'expected `keep` in [1, {len(free)}] and `a` in (0, 1], got {keep} and {a}')
+    if not 1 <= keep <= len(free):
+        raise FusionError(f'expected `keep` in [1, {len(free)}] and `a` in (0, 1], got {keep} and {a}')
     np.fill_diagonal(free, -np.inf)
-    sims, free, origin, cluster = _Pairs(free.copy()), _Pairs(free), np.arange(len(free)) // n, np.arange(len(free))
+    sims, free, origin, cluster = (
+        _Pairs(free.copy()),
+        _Pairs(free),
+        np.arange(len(free)) // n,
+        np.arange(len(free)),
+    )
     budget = np.full(models, int(n * (models - 1) // models * b + 1e-4))
     for who in np.flatnonzero(budget == 0): sims.forbid(np.flatnonzero(origin == who))
     for _ in track(range(len(cluster) - keep), 'zipping features'):
-        i, j = (sims if np.isfinite(sims.best.max()) else free).top() # only forbidden pairs are left: better one of them than none
+        # only forbidden pairs are left: better one of them than none
+        i, j = (sims if np.isfinite(sims.best.max()) else free).top()
         for pairs in (sims, free): _join(pairs, i, j, a)
         cluster[cluster == j] = i
         if origin[i] == origin[j]:
@@ -131,7 +142,10 @@ def _makers(spec, clusters): return {n for g in clusters for n, _ in members(spe
 def _check_tied(spec, sd):
     for alias, owner in shared(sd).items():
         if spec.axes.get(alias) != spec.axes.get(owner):
-            raise FusionError(f'expected tied tensors to be used alike, got `{alias}`, which reads what `{owner}` makes; only permutations keep such a tie')
+            raise FusionError(
+                f'expected tied tensors to be used alike, got `{alias}`, which reads what `{owner}` makes; '
+                f'only permutations keep such a tie'
+            )
 
 # %% ../../nbs/30_alignment/07_zipit.ipynb #0fc30b18
 def zip_models(

@@ -30,12 +30,27 @@ def catalogue(
         for file in sorted((Path(root)/group).rglob('*.y*ml')):
             if file.name.startswith('_') or file.suffix not in ('.yaml', '.yml'): continue
             with open(file, encoding='utf-8', errors='replace') as f: first = f.readline().strip()
-            found[str(file.relative_to(Path(root)/group).with_suffix(''))] = first.removeprefix('#').strip() if first.startswith('#') else ''
+            found[str(file.relative_to(Path(root) / group).with_suffix(''))] = (
+                first.removeprefix('#').strip() if first.startswith('#') else ''
+            )
     return found
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #d5110458
 _GROUP = tuple(GROUPS.values())
-TAKES = ('--config-path', '-cp', '--config-name', '-cn', '--config-dir', '-cd', '--cfg', '-c', '--package', '-p', '--info', '-i')
+TAKES = (
+    '--config-path',
+    '-cp',
+    '--config-name',
+    '-cn',
+    '--config-dir',
+    '-cd',
+    '--cfg',
+    '-c',
+    '--package',
+    '-p',
+    '--info',
+    '-i',
+)
 _FLAGS = ('--multirun', '-m', '--resolve', '--run', '-r', '--hydra-help', '--shell-completion', '-sc')
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #525bcce8
@@ -51,7 +66,8 @@ def split_words(
             if not rest: raise FusionError(f'expected a value after `{word}`, got none')
             options[word] = rest.pop(0)
         elif word.startswith('-'): options[word] = None
-        elif '=' not in word and not word.startswith('~') and word.endswith(('.yaml', '.yml')): files.append(word)
+        elif '=' not in word and not word.startswith('~') and word.endswith(('.yaml', '.yml')):
+            files.append(word)
         else: overrides.append(word)
     return options, overrides, files
 
@@ -62,7 +78,8 @@ def _primary(options, files):
     "Where the main file lies: (folder, name); (None, None) where it is ours."
     path, name = _either(options, '--config-path', '-cp'), _either(options, '--config-name', '-cn')
     if files:
-        if len(files) > 1 or path or name: raise FusionError(f'expected one file, got {", ".join(filter(None, [*files, path, name]))}')
+        if len(files) > 1 or path or name:
+            raise FusionError(f'expected one file, got {", ".join(filter(None, [*files, path, name]))}')
         path, name = str(Path(files[0]).expanduser().parent), Path(files[0]).name
     stem = re.sub(r'\.ya?ml$', '', name or 'fusionbook')
     if path and not any((Path(path)/f'{stem}.{ending}').is_file() for ending in ('yaml', 'yml')):
@@ -101,7 +118,8 @@ def readable(
     key, equals, value = word.partition('=')
     place = key.lstrip('+') in ('save_report', 'merged_model_save_path') and re.search(r'[{}()\[\]\s]', value)
     found = None if place and value[:1] not in ('"', "'") else _parsed(word)
-    if not equals or word[0] == '~' or found and (many or not found.is_sweep_override() or '/' not in value): return word
+    if not equals or word[0] == '~' or found and (many or not found.is_sweep_override() or '/' not in value):
+        return word
     choices = [_quote(value)]
     if value[:1] in ('{', '[') and not place:
         try: choices = [_flow(_read_flow(value)), *choices]
@@ -111,14 +129,26 @@ def readable(
 # %% ../../nbs/80_bench/08_arguments.ipynb #56ba8063
 def _key(word): return word.lstrip('+~').split('=')[0].split('@')[0]
 
-def _package(word): return word.split('=')[0].partition('@')[2] # where a group is put: `taskpool.test_datasets`
+def _package(word):
+    return word.split('=')[0].partition('@')[2] # where a group is put: `taskpool.test_datasets`
 
 def _run_keys(): return [k for k in read_yaml(CONFIG/'fusionbook.yaml') if k != 'defaults']
 
 def _split_groups(words):
     "The words of groups that replace those of a file, with what is set below them; and the rest."
-    given = {_key(w): w for w in words if _key(w) in _GROUP and w[0] != '~' and '=' in w and w.partition('=')[2][:1] not in ('{', '"', "'", '')}
-    theirs = [w for w in words if _key(w) not in given and {_key(w).split('.')[0], _package(w).split('.')[0]} & set(given)]
+    given = {
+        _key(w): w
+        for w in words
+        if _key(w) in _GROUP
+        and w[0] != '~'
+        and '=' in w
+        and w.partition('=')[2][:1] not in ('{', '"', "'", '')
+    }
+    theirs = [
+        w
+        for w in words
+        if _key(w) not in given and {_key(w).split('.')[0], _package(w).split('.')[0]} & set(given)
+    ]
     return given, theirs, [w for w in words if w not in theirs and w not in given.values()]
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #b2b70c00
@@ -129,21 +159,31 @@ def composer(
 ) -> Callable:           # words -> the composed run, an OmegaConf node
     "How the words of a line are composed."
     path, name = _primary(options, files)
-    where, name = list(dict.fromkeys([*([path] if path else [CONFIG]), *folders, CONFIG])), name or 'fusionbook'
+    where = list(dict.fromkeys([*([path] if path else [CONFIG]), *folders, CONFIG]))
+    name = name or 'fusionbook'
     def ours(words):
         given = {_key(w) for w in words}
-        dummies = [f'{g}=dummy' for g in ('method', 'taskpool') if g not in given] if name == 'fusionbook' and 'modelpool' in given else []
+        dummies = (
+            [f'{g}=dummy' for g in ('method', 'taskpool') if g not in given]
+            if name == 'fusionbook' and 'modelpool' in given
+            else []
+        )
         return compose_words([*words, *dummies], name=name, folders=where)
     def theirs(words):
         given, below, rest = _split_groups(words)
-        cfg, keys = compose_words(rest, name=name, folders=where), [f'+{g}={w.partition("=")[2]}' for g, w in given.items()]
+        cfg = compose_words(rest, name=name, folders=where)
+        keys = [f'+{g}={w.partition("=")[2]}' for g, w in given.items()]
         parts = compose_words(keys + below, name=None, folders=where) if given else {}
         from omegaconf import open_dict
         with open_dict(cfg):
             for g in given: cfg[g] = parts[g]
         return cfg
     keys = _run_keys()
-    def words_of(words): return [f'++{w.lstrip("+")}' if _key(w).split('.')[0] in keys and '=' in w and w[0] != '~' else w for w in words]
+    def words_of(words):
+        return [
+            f'++{w.lstrip("+")}' if _key(w).split('.')[0] in keys and '=' in w and w[0] != '~' else w
+            for w in words
+        ]
     return lambda words: (theirs if path else ours)(words_of(words))
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #5015e130
@@ -152,7 +192,11 @@ def search_folders(
 ) -> list[Path]:        # ours first, then those of `--config-dir`
     "Folders in which configurations are looked up."
     extra = [argv[i + 1] for i, w in enumerate(argv[:-1]) if w in ('--config-dir', '-cd')]
-    return [CONFIG, *map(Path, extra), *(Path(w.split('=', 1)[1]) for w in argv if w.startswith('--config-dir='))]
+    return [
+        CONFIG,
+        *map(Path, extra),
+        *(Path(w.split('=', 1)[1]) for w in argv if w.startswith('--config-dir=')),
+    ]
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #0eec9a4e
 def _refused(error, words, compose):
@@ -183,20 +227,31 @@ def explain(
     "A composition error in the words of this book."
     missing, text = getattr(error, 'missing_cfg_file', None), str(error)
     if missing and not isinstance(missing, (list, tuple)):
-        group, _, name = missing.rpartition('/') if missing.split('/')[0] not in _GROUP else missing.partition('/')
+        group, _, name = (
+            missing.rpartition('/') if missing.split('/')[0] not in _GROUP else missing.partition('/')
+        )
         names = catalogue(group, folders) if group in _GROUP else getattr(error, 'options', None) or []
-        return f'expected a {group or "configuration"}, got `{name}`; {nearest(name, names)} (`fusionbook list` shows all)'
+        return (f'expected a {group or "configuration"}, got `{name}`; {nearest(name, names)} (`fusionbook '
+                f'list` shows all)')
     if found := _refused(error, words, compose):
         (*parents, key), node = found[0].split('.'), found[1]
         for p in parents: node = node[p] if hasattr(node, 'keys') and p in node else {}
-        return f'expected a key of {".".join(parents) or "a run"}, got `{key}`; {nearest(key, node if hasattr(node, "keys") else ())}'
+        return (f'expected a key of {".".join(parents) or "a run"}, got `{key}`; '
+                f'{nearest(key, node if hasattr(node, "keys") else ())}')
     return ' '.join((text or str(error.__cause__ or type(error).__name__)).split('\n')[:1])
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #07026f05
 def _note(argv):
     here = Path('config')
-    if here.resolve() != CONFIG and any((here/g).is_dir() for g in _GROUP) and not any('--config-dir' in w or w == '-cd' for w in argv):
-        print('note: the folder `config` here is not searched; add --config-dir config to use it', file=sys.stderr)
+    if (
+        here.resolve() != CONFIG
+        and any((here / g).is_dir() for g in _GROUP)
+        and not any('--config-dir' in w or w == '-cd' for w in argv)
+    ):
+        print(
+            'note: the folder `config` here is not searched; add --config-dir config to use it',
+            file=sys.stderr,
+        )
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #1e9bd9fe
 def vouched(
@@ -207,7 +262,8 @@ def vouched(
     for word in argv:
         if _key(word) in ('allow_target', 'allow_env') and '=' in word:
             read = _parsed(readable(word))
-            if read is None or read.is_sweep_override(): raise FusionError(f'expected {_key(word)}=[a.b,c.d], got `{word}`')
+            if read is None or read.is_sweep_override():
+                raise FusionError(f'expected {_key(word)}=[a.b,c.d], got `{word}`')
             found[_key(word)] = read.value()
     return {'targets': found.get('allow_target') or (), 'env': found.get('allow_env') or ()}
 
@@ -218,7 +274,9 @@ def _points(words):
     for w in words:
         read = _parsed(w)
         several = read is not None and read.is_sweep_override()
-        axes.append([f'{read.get_key_element()}={v}' for v in read.sweep_string_iterator()] if several else [w])
+        axes.append(
+            [f'{read.get_key_element()}={v}' for v in read.sweep_string_iterator()] if several else [w]
+        )
     return [list(p) for p in product(*axes)]
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #e5118936
@@ -231,8 +289,15 @@ def _through_hydra(words, task, **how):
     def guarded(cfg):
         try: task(cfg)
         except Exception as e: raise _Stop(e)
-    quiet = ['hydra.output_subdir=null', 'hydra/job_logging=disabled', 'hydra/hydra_logging=disabled', 'hydra.run.dir=.',
-             'hydra.sweep.dir=_runs', 'hydra.sweep.subdir=.', 'hydra.job.chdir=false']
+    quiet = [
+        'hydra.output_subdir=null',
+        'hydra/job_logging=disabled',
+        'hydra/hydra_logging=disabled',
+        'hydra.run.dir=.',
+        'hydra.sweep.dir=_runs',
+        'hydra.sweep.subdir=.',
+        'hydra.job.chdir=false',
+    ]
     old, sys.argv = sys.argv, ['fusionbook', *words, *quiet]
     try: return hydra.main(version_base='1.3', **how)(guarded)()
     except _Stop as stop: raise stop.args[0]
@@ -249,12 +314,17 @@ def _composed(compose, words, folders):
             if more is None or more == words: raise FusionError(explain(e, words, folders, compose)) from e
             words = more
 
+# %% ../../nbs/80_bench/08_arguments.ipynb #d74757e1
 def _show(cfg, options):
     "Print what is composed, or the part that `--package` names."
     from omegaconf import OmegaConf
-    if (kind := _either(options, '--cfg', '-c')) != 'job': raise FusionError(f'expected `--cfg job`, got `--cfg {kind}`: Hydra only composes here')
+    if (kind := _either(options, '--cfg', '-c')) != 'job':
+        raise FusionError(f'expected `--cfg job`, got `--cfg {kind}`: Hydra only composes here')
     with resolving(): part = OmegaConf.select(cfg, _either(options, '--package', '-p') or '')
-    if part is None: raise FusionError(f'expected a part of the run after `--package`, got `{_either(options, "--package", "-p")}`')
+    if part is None:
+        raise FusionError(
+            f'expected a part of the run after `--package`, got `{_either(options, "--package", "-p")}`'
+        )
     if '--resolve' in options: part = OmegaConf.create(plain(part)) if OmegaConf.is_config(part) else part
     print(OmegaConf.to_yaml(part) if OmegaConf.is_config(part) else part, end='')
 
@@ -268,7 +338,12 @@ def with_hydra(
     options, words, files = split_words(argv)
     check_known(options, (*TAKES, *_FLAGS), 'the options of `fusionbook`')
     if any(o in options for o in ('--info', '-i', '--hydra-help', '--shell-completion', '-sc')) and not files:
-        return _through_hydra([*(w for k, v in options.items() for w in ([k] if v is None else [k, v])), *words], job, config_path=str(CONFIG), config_name='fusionbook')
+        return _through_hydra(
+            [*(w for k, v in options.items() for w in ([k] if v is None else [k, v])), *words],
+            job,
+            config_path=str(CONFIG),
+            config_name='fusionbook',
+        )
     folders, many = search_folders(argv), '-m' in options or '--multirun' in options
     words, compose = [readable(w, many) for w in words], composer(options, files, folders[1:])
     def one(words):
@@ -278,7 +353,11 @@ def with_hydra(
     points, hydras = _points(words) if many else [words], [w for w in words if w.startswith('hydra')]
     if many and any(w.startswith('hydra/launcher') for w in hydras):
         rest = [[w for w in p if w not in hydras] for p in points]
-        return _through_hydra(['-m', f'+point={",".join(map(str, range(len(rest))))}', *hydras], lambda cfg: one(rest[cfg.point]), config_path=None)
+        return _through_hydra(
+            ['-m', f'+point={",".join(map(str, range(len(rest))))}', *hydras],
+            lambda cfg: one(rest[cfg.point]),
+            config_path=None,
+        )
     for p in points: one(p)
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #906f70bd

@@ -13,7 +13,20 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import quote
-from .experiment import EXPERIMENTS, REPORTS, as_source, check_copy, check_parameters, copy_hash, find_experiment, notebook_hash, parsed, publish, parameters_text, run_experiment
+from fusionbook.bench.experiment import (
+    EXPERIMENTS,
+    REPORTS,
+    as_source,
+    check_copy,
+    check_parameters,
+    copy_hash,
+    find_experiment,
+    notebook_hash,
+    parsed,
+    publish,
+    parameters_text,
+    run_experiment,
+)
 from .report import markdown_table
 from ..core.checkpoint import atomic
 from ..core.errors import FusionError
@@ -34,16 +47,22 @@ def combinations(
     grid:Mapping[str, Sequence],  # parameter -> values
 ) -> list[dict]:                  # the last axis changes fastest
     "The parameters of every run."
-    if both := [k for k in grid if k in fixed]: raise FusionError(f'expected `{both[0]}` either with one value or in the grid, got both')
-    if empty := [k for k, v in grid.items() if not v]: raise FusionError(f'expected at least one value of `{empty[0]}`, got an empty grid')
+    if both := [k for k in grid if k in fixed]:
+        raise FusionError(f'expected `{both[0]}` either with one value or in the grid, got both')
+    if empty := [k for k, v in grid.items() if not v]:
+        raise FusionError(f'expected at least one value of `{empty[0]}`, got an empty grid')
     return [dict(fixed) | dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #0537bca4
-def _hash(*parts): return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+def _hash(*parts):
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 def _content(file): return notebook_hash(as_source(file)[0].cells)
 
-def _title(file, grid): return as_source(file)[0].cells[0].source.partition('\n')[0].removeprefix('# ') + f', over {", ".join(grid)}'
+def _title(file, grid):
+    return (
+        as_source(file)[0].cells[0].source.partition('\n')[0].removeprefix('# ') + f', over {", ".join(grid)}'
+    )
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #a8cf686b
 def batch_folder(
@@ -108,10 +127,13 @@ def _do(run, file, content):
     "Run it, unless it is done."
     if finished(run, content): run.state = 'kept'
     else:
-        try: run_experiment(str(file), run.given, output=run.copy, bar=False); run.state = 'finished'
+        try:
+            run_experiment(str(file), run.given, output=run.copy, bar=False)
+            run.state = 'finished'
         except FusionError as e: run.state, run.error = 'failed', str(e)
     note = _note(run.copy)
-    run.seconds, run.error = note.get('seconds'), note.get('error') if run.state != 'failed' else note.get('error') or run.error
+    run.seconds = note.get('seconds')
+    run.error = note.get('error') if run.state != 'failed' else note.get('error') or run.error
     run.averages = {} if run.state == 'failed' else _averages(run)
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #ef7da18e
@@ -120,39 +142,69 @@ def summary_table(
     link:str='{}',       # address of a copy, `{}` stands for its name
 ) -> str:
     "The runs of a batch in Markdown."
-    keys, names = list(dict.fromkeys(k for r in runs for k in r.named)), list(dict.fromkeys(n for r in runs for n in r.averages))
+    keys = list(dict.fromkeys(k for r in runs for k in r.named))
+    names = list(dict.fromkeys(n for r in runs for n in r.averages))
     def line(r):
         state = r.state + (f': {" ".join((r.error or "").split())[:120]}' if r.state == 'failed' else '')
         values = [parameters_text({k: r.named[k]}).partition(' = ')[2] if k in r.named else '' for k in keys]
         shown = f'[{state}]({quote(link.format(r.copy.name))})' if r.state != 'waiting' else state
-        return values + [shown.replace('|', '\\|'), '' if r.seconds is None else f'{r.seconds:.1f}'] + [f'{100 * r.averages[n]:.1f}' if n in r.averages else '' for n in names]
-    return markdown_table([*keys, 'state', 'seconds', *(f'{n}, accuracy in %' for n in names)], [line(r) for r in runs])
+        return (
+            values
+            + [shown.replace('|', '\\|'), '' if r.seconds is None else f'{r.seconds:.1f}']
+            + [f'{100 * r.averages[n]:.1f}' if n in r.averages else '' for n in names]
+        )
+    return markdown_table(
+        [*keys, 'state', 'seconds', *(f'{n}, accuracy in %' for n in names)], [line(r) for r in runs]
+    )
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #9c990f70
 def _page(title, runs, link='{}'):
     "A notebook with the table."
     count = {s: sum(r.state == s for r in runs) for s in ('finished', 'kept', 'failed', 'waiting')}
     said = ', '.join(f'{n} {s}' for s, n in count.items() if n)
-    same = parameters_text({k: v for k, v in runs[0].given.items() if k not in runs[0].named and k != 'out_json'})
-    text = [f'# {title}\n\n> {len(runs)} runs: {said}.', summary_table(runs, link) + (f'\n\nThe same in every run: {same}.' if same else '')]
-    cells = [dict(cell_type='markdown', id=_hash(t), metadata={}, source=t.splitlines(keepends=True)) for t in text]
-    nb = dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)
+    same = parameters_text(
+        {k: v for k, v in runs[0].given.items() if k not in runs[0].named and k != 'out_json'}
+    )
+    text = [
+        f'# {title}\n\n> {len(runs)} runs: {said}.',
+        summary_table(runs, link) + (f'\n\nThe same in every run: {same}.' if same else ''),
+    ]
+    cells = [
+        dict(cell_type='markdown', id=_hash(t), metadata={}, source=t.splitlines(keepends=True)) for t in text
+    ]
+    nb = dict(
+        cells=cells,
+        metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')),
+        nbformat=4,
+        nbformat_minor=5,
+    )
     return json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + '\n'
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #8b194ab6
 def _planned(file, fixed, grid, output):
     "The runs of a batch, and its folder."
     known, given = check_parameters(file, {**fixed, **grid}), combinations(fixed, grid)
-    kept = {k: v for k, v in as_source(file)[1].items() if k not in fixed and k not in grid} # of an executed copy
+    # of an executed copy
+    kept = {k: v for k, v in as_source(file)[1].items() if k not in fixed and k not in grid}
     given = [kept | values for values in given]
     folder = Path(output) if output else batch_folder(file, fixed, list(grid))
-    if folder.suffix == '.ipynb' or folder.is_file(): raise FusionError(f'expected a folder for the copies of a batch, got `{folder}`')
-    if 'out_json' in fixed or 'out_json' in grid: raise FusionError('expected no `out_json` in a batch, where each run writes its own beside its copy; got one')
+    if folder.suffix == '.ipynb' or folder.is_file():
+        raise FusionError(f'expected a folder for the copies of a batch, got `{folder}`')
+    if 'out_json' in fixed or 'out_json' in grid:
+        raise FusionError(
+            'expected no `out_json` in a batch, where each run writes its own beside its copy; got one'
+        )
     runs = []
     for values in given:
         named = {k: values[k] for k in grid}
         copy = folder/f'{copy_name(named)}.ipynb'
-        runs.append(NotebookRun(values | ({'out_json': str(copy.with_suffix('.json'))} if 'out_json' in known else {}), named, copy))
+        runs.append(
+            NotebookRun(
+                values | ({'out_json': str(copy.with_suffix('.json'))} if 'out_json' in known else {}),
+                named,
+                copy,
+            )
+        )
     return runs, folder
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #817522fd
@@ -187,7 +239,10 @@ def publish_batch(
     pages = [publish(r.copy, folder, f'{stem}_{r.copy.stem}') for r in done]
     shown = [replace(r, copy=p) for r, p in zip(done, pages)]
     table = Path(folder)/f'{stem}.ipynb'
-    with atomic(table) as new: new.write_text(_page(nbformat.read(str(page), 4).cells[0].source.partition('\n')[0][2:], shown), encoding='utf-8')
+    with atomic(table) as new:
+        new.write_text(
+            _page(nbformat.read(str(page), 4).cells[0].source.partition('\n')[0][2:], shown), encoding='utf-8'
+        )
     return [table, *pages]
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #c18483db
@@ -204,8 +259,10 @@ def experiment_arguments(
     argv:Sequence[str], # what the user typed after `fusionbook experiment`
 ) -> dict:              # name, fixed, grid, output, report
     "Read the command line of an experiment."
-    told = 'expected `fusionbook experiment NAME [-p KEY VALUE …] [--grid KEY=VALUE,… …] [-o OUTPUT] [--report]`, got'
-    names, fixed, grid, output, report, rest = [], {}, {}, None, False, [w for a in argv for w in (a.split('=', 1) if a.startswith(_JOINED) else [a])]
+    told = ('expected `fusionbook experiment NAME [-p KEY VALUE …] [--grid KEY=VALUE,… …] [-o OUTPUT] '
+            '[--report]`, got')
+    names, fixed, grid, output, report = [], {}, {}, None, False
+    rest = [w for a in argv for w in (a.split('=', 1) if a.startswith(_JOINED) else [a])]
     while rest:
         word, left = rest.pop(0), len(rest)
         if word == '-p' and left and '=' in rest[0]: rest[:1] = ['-p', *rest[0].split('=', 1)]
@@ -215,9 +272,9 @@ def experiment_arguments(
         elif word == '--grid' and left: grid.update([grid_values(rest.pop(0))])
         elif word in ('-o', '--output') and left: output = rest.pop(0)
         elif word == '--report': report = True
-        elif word.startswith('-') and word not in _TAKING: raise FusionError(f'{told} `{word}`; ' + _meant(word, rest))
+        elif '=' in word or word.startswith('-') and word not in _TAKING:
+            raise FusionError(f'{told} `{word}`; ' + _meant(word, rest))
         elif word.startswith('-'): raise FusionError(f'{told} `{word}` without a value')
-        elif '=' in word: raise FusionError(f'{told} `{word}`; ' + _meant(word, rest))
         else: names.append(word)
     if len(names) != 1: raise FusionError(f'{told} {len(names)} names')
     return dict(name=names[0], fixed=fixed, grid=grid, output=output, report=report)
@@ -232,11 +289,21 @@ def _one(name, fixed, output, report, folder):
 def _many(name, fixed, grid, output, report, folder):
     runs, page = run_batch(name, fixed, grid, output=output, folder=folder)
     failed = [r for r in runs if r.state == 'failed']
-    print(f'runs     {len(runs)}: ' + ', '.join(f'{n} {s}' for s in ('finished', 'kept', 'failed') if (n := sum(r.state == s for r in runs))))
+    print(
+        f'runs     {len(runs)}: '
+        + ', '.join(
+            f'{n} {s}' for s in ('finished', 'kept', 'failed') if (n := sum(r.state == s for r in runs))
+        )
+    )
     print(f'summary  {page}')
     if report: print('\n'.join(f'page     {p}' for p in publish_batch(runs, page)))
-    if failed: raise FusionError(f'expected {len(runs)} runs to finish, got {len(failed)} that failed: ' + '; '.join(f'{r.copy.stem} ({r.error})' for r in failed[:8])
-                                 + '; …' * (len(failed) > 8) + f'; the page with all: {page}')
+    if failed:
+        raise FusionError(
+            f'expected {len(runs)} runs to finish, got {len(failed)} that failed: '
+            + '; '.join(f'{r.copy.stem} ({r.error})' for r in failed[:8])
+            + '; …' * (len(failed) > 8)
+            + f'; the page with all: {page}'
+        )
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #93143dd6
 def experiment_command(
@@ -245,7 +312,8 @@ def experiment_command(
 ) -> None:                   # raises `FusionError` when a run failed
     "Run what `fusionbook experiment` asks for, and print where it lies."
     asked = experiment_arguments(argv)
-    if asked['report'] and not REPORTS.is_dir(): raise FusionError(f'expected a clone of the book to put reports into, got no folder `{REPORTS}`')
+    if asked['report'] and not REPORTS.is_dir():
+        raise FusionError(f'expected a clone of the book to put reports into, got no folder `{REPORTS}`')
     grid = asked.pop('grid')
     if grid: _many(grid=grid, folder=folder, **asked)
     else: _one(folder=folder, **asked)

@@ -34,7 +34,9 @@ _USAGE = '''fusionbook: merge trained networks and measure the result.
 '''
 
 # %% ../../nbs/80_bench/99_cli.ipynb #3cbddbf6
-HELP = _USAGE + '''
+HELP = (
+    _USAGE
+    + '''
 keys      method modelpool taskpool             what to merge, how, and what to measure; modelpool and method take the taskpool of the
                                                 modelpool's name, where there is one; a modelpool alone, `dummy` for both
           method.<key>=value                    a hyper-parameter, such as method.scaling_factor=0.5
@@ -53,6 +55,7 @@ options   --config-path P  --config-name N  --config-dir D    where Hydra looks;
           -m, --multirun   several values per key             --cfg, -c job   print the composed configuration and stop
           --debug          tracebacks                         --version       --help, -h; fusionbook COMMAND --help
 '''
+)
 
 # %% ../../nbs/80_bench/99_cli.ipynb #27f69ab0
 def _prepare(argv):
@@ -74,7 +77,7 @@ COMMANDS = { # word -> module and function that takes the rest of the line
 }
 
 # %% ../../nbs/80_bench/99_cli.ipynb #f23b50ae
-TEXTS = { # word -> what its `--help` prints
+TEXTS = {  # word -> what its `--help` prints
     'list': '''fusionbook list [methods|modelpools|taskpools|experiments]
 
   What there is: each method with what it looks at (experts, labels, test inputs without labels, ...), each pool with
@@ -146,8 +149,10 @@ def _check(word, rest):
 
 def _list(rest):
     words = split_words(rest)[1]
-    if flags := [w for w in rest if w.startswith('-') and not w.startswith(('--config-dir', '-cd'))]: words = [flags[0].lstrip('-')]
-    if len(words) > 1: raise FusionError(f'expected one list, got {" ".join(words)}; `fusionbook list` shows all')
+    if flags := [w for w in rest if w.startswith('-') and not w.startswith(('--config-dir', '-cd'))]:
+        words = [flags[0].lstrip('-')]
+    if len(words) > 1:
+        raise FusionError(f'expected one list, got {" ".join(words)}; `fusionbook list` shows all')
     print(listing(next(iter(words), None), search_folders(rest)))
 
 # %% ../../nbs/80_bench/99_cli.ipynb #63339b3c
@@ -180,9 +185,11 @@ def main(
     argv = [a for a in argv if a != '--debug']
     try:
         with terminable() as came, allowing(**vouched(argv)): _dispatch(argv)
-    except KeyboardInterrupt: return _fail('interrupted; what was measured is in the folder of the run', came.status, debug)
+    except KeyboardInterrupt:
+        return _fail('interrupted; what was measured is in the folder of the run', came.status, debug)
     except FusionError as e: return _fail(str(e), 2, debug)
-    except OSError as e: return _fail(f'{e.strerror or e}' + (f': {e.filename}' if e.filename else ''), 2, debug)
+    except OSError as e:
+        return _fail(f'{e.strerror or e}' + (f': {e.filename}' if e.filename else ''), 2, debug)
     except Exception as e: return _fail(f'{type(e).__name__}: {e} (--debug shows where)', 1, debug)
     return 0
 
@@ -193,4 +200,5 @@ def _fail(text, status, debug):
     return status
 
 # %% ../../nbs/80_bench/99_cli.ipynb #4c923b1d
-if __name__ == '__main__' and __package__: raise SystemExit(main()) # python -m fusionbook.bench.cli; a notebook has no package
+if __name__ == '__main__' and __package__:
+    raise SystemExit(main()) # python -m fusionbook.bench.cli; a notebook has no package

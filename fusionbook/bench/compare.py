@@ -40,28 +40,41 @@ def with_answers(
     "Read a report and the answers behind it, and check that they match."
     file = Path(path)/'report.json' if Path(path).is_dir() else Path(path)
     report = read_report(file)
-    if not report.rows('merged'): raise FusionError(f'expected a report of a merged model on some tasks, got `{file}` without')
+    if not report.rows('merged'):
+        raise FusionError(f'expected a report of a merged model on some tasks, got `{file}` without')
     report.answers = read_predictions(predictions_path(file))
     def key(x, n, k): return x['model'], x['role'], x['task'], n, k
     rows = [key(r, r['n'], round(r['accuracy'] * r['n'])) for r in report['rows']]
     kept = [key(a, len(a['labels']), int((a['labels'] == a['predictions']).sum())) for a in report.answers]
-    if rows != kept: raise FusionError(f'expected answers that belong to `{file}`, got `{predictions_path(file)}` of another run')
+    if rows != kept:
+        raise FusionError(
+            f'expected answers that belong to `{file}`, got `{predictions_path(file)}` of another run'
+        )
     return report
 
 # %% ../../nbs/80_bench/07_compare.ipynb #1e44b4be
 def _models_of(reports):
     "The models behind reports: their names, with the identity of those that share a name and nothing else."
     found = [r.get('hashes', {}).get('models') or {} for r in reports]
-    unlike = {n for n in dict.fromkeys(n for m in found for n in m) if len({m[n] for m in found if n in m}) > 1}
+    unlike = {
+        n for n in dict.fromkeys(n for m in found for n in m) if len({m[n] for m in found if n in m}) > 1
+    }
     return [', '.join(f'{n} {m[n][:6]}' if n in unlike else n for n in m) for m in found]
 
 # %% ../../nbs/80_bench/07_compare.ipynb #b15de75d
 def _changed(reports):
     "The hyper-parameters in which reports of one method differ; where these are equal, the models."
     configs = [r.get('config', {}).get('method') or {} for r in reports]
-    keys = [k for k in dict.fromkeys(k for c in configs for k in c) if len({json.dumps(c.get(k)) for c in configs}) > 1]
+    keys = [
+        k
+        for k in dict.fromkeys(k for c in configs for k in c)
+        if len({json.dumps(c.get(k)) for c in configs}) > 1
+    ]
     texts, models = [', '.join(f'{k}={c.get(k)}' for k in keys) for c in configs], _models_of(reports)
-    return [f'{t} of {m}'.strip() if texts.count(t) > 1 and m and len(set(models)) > 1 else t for t, m in zip(texts, models)]
+    return [
+        f'{t} of {m}'.strip() if texts.count(t) > 1 and m and len(set(models)) > 1 else t
+        for t, m in zip(texts, models)
+    ]
 
 # %% ../../nbs/80_bench/07_compare.ipynb #0db5704e
 def reports_by_name(
@@ -72,7 +85,12 @@ def reports_by_name(
     for name in {n for n in names if names.count(n) > 1}:
         some = [i for i, n in enumerate(names) if n == name]
         for i, text in zip(some, _changed([reports[i] for i in some])): names[i] = f'{name} {text}'.strip()
-    return dict(zip([n if names.count(n) == 1 else f'{n} #{names[:i].count(n) + 1}' for i, n in enumerate(names)], reports))
+    return dict(
+        zip(
+            [n if names.count(n) == 1 else f'{n} #{names[:i].count(n) + 1}' for i, n in enumerate(names)],
+            reports,
+        )
+    )
 
 def check_same_data(
     reports:Mapping[str, Report], # name -> report
@@ -81,10 +99,16 @@ def check_same_data(
     (first, base), *others = reports.items()
     for name, r in others:
         if set(r.tasks) != set(base.tasks):
-            raise FusionError(f'expected the tasks of `{first}` ({", ".join(base.tasks)}), got `{name}` with {", ".join(r.tasks)}')
+            raise FusionError(
+                f'expected the tasks of `{first}` ({", ".join(base.tasks)}), got `{name}` with '
+                f'{", ".join(r.tasks)}'
+            )
         a, b = (x.get('hashes', {}).get('data') or {} for x in (base, r))
         if bad := [t for t in base.tasks if a.get(t) is None or a.get(t) != b.get(t)]:
-            raise FusionError(f'expected reports of the same data, got `{name}` with other examples of `{bad[0]}` than `{first}`')
+            raise FusionError(
+                f'expected reports of the same data, got `{name}` with other examples of `{bad[0]}` than '
+                f'`{first}`'
+            )
     for name, r in reports.items():
         if lost := [t for t in base.tasks if t not in {x['task'] for x in r.rows('merged')}]:
             raise FusionError(f'expected every task measured, got `{name}` without `{lost[0]}`')
@@ -125,7 +149,8 @@ def compared(
     pairs = [_pair(a, b, right[a], right[b], shared, draws, seed) for a, b in combinations(reports, 2)]
     accuracies = {n: r | {'average': float(np.mean(list(r.values())))} for n, r in rows.items()}
     def each(f): return {n: f(r) for n, r in reports.items()}
-    seeds, shares = {n: len(by[tasks[0]]) for n, by in right.items()}, {t: len(np.unique(c)) for t, c in shared.items()}
+    seeds = {n: len(by[tasks[0]]) for n, by in right.items()}
+    shares = {t: len(np.unique(c)) for t, c in shared.items()}
     seen = dict(read=each(data_read), tuned_on=each(tuned_on), seeds=seeds, sources=shares)
     return dict(reports=list(reports), **seen, tasks=tasks, accuracies=accuracies, ranks=mean_ranks(rows),
                 pairs=pairs, draws=draws, seed=seed)
@@ -230,12 +255,19 @@ def compare_command(
         if word == '-o' and rest: folder = rest.pop(0)
         elif word.startswith('-'): raise FusionError(f'expected reports and -o FOLDER, got `{word}`')
         else: files.append(word)
-    if len(files) < 2: raise FusionError(f'expected at least two reports: fusionbook compare A/report.json B/report.json ... [-o FOLDER], got {len(files)}')
+    if len(files) < 2:
+        raise FusionError(
+            f'expected at least two reports: fusionbook compare A/report.json B/report.json ... [-o FOLDER], '
+            f'got {len(files)}'
+        )
     if folder: check_output(Path(folder)/'comparison.json', '-o')
     result = compared(reports_by_name([with_answers(f) for f in files]))
     folder = write_comparison(result, folder)
     print_table(*comparison_table(result), title='accuracy in %')
     last = [len(result['tasks'])]
     for title, table in difference_tables(result).items(): print_table(*table, title=title, bold=last)
-    print(f'table    {folder/"comparison.md"}\npicture  {folder/"comparison.png"}\nnumbers  {folder/"comparison.json"}')
+    print(
+        f'table    {folder / "comparison.md"}\npicture  {folder / "comparison.png"}\nnumbers  '
+        f'{folder / "comparison.json"}'
+    )
     return folder

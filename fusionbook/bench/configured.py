@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 import torch
 from omegaconf import OmegaConf
-from .places import check_distinct, check_output, check_report, check_sources, logged, new_folder, run_folder
+from fusionbook.bench.places import (
+    check_distinct,
+    check_output,
+    check_report,
+    check_sources,
+    logged,
+    new_folder,
+    run_folder,
+)
 from .report import Report, predictions_path, save_predictions, show
 from .rehearsal import check_named
 from .run import fusion
@@ -40,13 +48,20 @@ def complete(
     if not isinstance(cfg, Mapping): raise FusionError(f'expected a run as keys with values, got {cfg!r:.80}')
     check_known(cfg, (*known, 'method', 'modelpool', 'taskpool', 'report_save_path', *IDLE), 'a run')
     if not cfg.get('modelpool'): raise FusionError('expected a run with a `modelpool`, got none')
-    parts = {'method': {'name': 'dummy'}, 'taskpool': {'type': 'dummy'}} | {k: cfg[k] for k in ('method', 'modelpool', 'taskpool') if cfg.get(k)}
-    out = check_values(known | {k: v for k, v in cfg.items() if k in known}) | {k: translate(v, k) for k, v in parts.items()}
+    parts = {'method': {'name': 'dummy'}, 'taskpool': {'type': 'dummy'}} | {
+        k: cfg[k] for k in ('method', 'modelpool', 'taskpool') if cfg.get(k)
+    }
+    out = check_values(known | {k: v for k, v in cfg.items() if k in known}) | {
+        k: translate(v, k) for k, v in parts.items()
+    }
     check_models(out['modelpool'])
     if 'device' in out['method']: device_name(out['method']['device'], 'method.device')
     out['allow_target'] = check_vouched(out['allow_target'])
     if cfg.get('report_save_path') and not out['save_report']: out['save_report'] = cfg['report_save_path']
-    if out['fast_dev_run'] and 'fast_dev_run' in known_keys(locate(out['taskpool']['_target_'], out['allow_target'])): out['taskpool']['fast_dev_run'] = True
+    if out['fast_dev_run'] and 'fast_dev_run' in known_keys(
+        locate(out['taskpool']['_target_'], out['allow_target'])
+    ):
+        out['taskpool']['fast_dev_run'] = True
     return out
 
 # %% ../../nbs/80_bench/04_configured.ipynb #834c1d24
@@ -55,10 +70,16 @@ def restricted(
     tasks:Sequence[str], # the tasks to keep; all when empty
 ) -> dict:           # the run with the experts and data sets of these tasks alone
     "Keep only some tasks of a run."
-    def keep(d): return {k: v for k, v in d.items() if k in tasks or k.startswith('_')} if isinstance(d, Mapping) else d
+    def keep(d):
+        return (
+            {k: v for k, v in d.items() if k in tasks or k.startswith('_')} if isinstance(d, Mapping) else d
+        )
     def part(p): return {k: keep(v) if k == 'models' or k.endswith('_datasets') else v for k, v in p.items()}
     if lost := [t for t in tasks if t not in cfg['taskpool'].get('test_datasets', {})]:
-        raise FusionError(f'expected a task of the run, got `{lost[0]}`; {nearest(lost[0], cfg["taskpool"].get("test_datasets", {}))}')
+        raise FusionError(
+            f'expected a task of the run, got `{lost[0]}`; '
+            f'{nearest(lost[0], cfg["taskpool"].get("test_datasets", {}))}'
+        )
     return {k: part(v) if tasks and k in ('modelpool', 'taskpool') else v for k, v in cfg.items()}
 
 # %% ../../nbs/80_bench/04_configured.ipynb #b572bd17
@@ -67,10 +88,15 @@ def run_summary(
 ) -> str:
     "Method with its hyper-parameters, models and tasks of a run."
     def short(part): return part['_target_'].rpartition('.')[2]
-    hyper = ', '.join(f'{k}={v}' for k, v in cfg['method'].items() if not k.startswith('_') and v not in (None, [], 'cpu'))
+    hyper = ', '.join(
+        f'{k}={v}' for k, v in cfg['method'].items() if not k.startswith('_') and v not in (None, [], 'cpu')
+    )
     models = [n for n in cfg['modelpool'].get('models', {}) if not str(n).startswith('_')]
     tasks = list(cfg['taskpool'].get('test_datasets') or {})
-    def names(xs): return f'{len(xs)}' + (f' ({", ".join(map(str, xs[:10]))}{", …" if len(xs) > 10 else ""})' if xs else '')
+    def names(xs):
+        return f'{len(xs)}' + (
+            f' ({", ".join(map(str, xs[:10]))}{", …" if len(xs) > 10 else ""})' if xs else ''
+        )
     return f'method   {short(cfg["method"])}({hyper})\nmodels   {names(models)}\ntasks    {names(tasks)}'
 
 # %% ../../nbs/80_bench/04_configured.ipynb #2c6332a5
@@ -98,7 +124,12 @@ def _keeper(folder, copy, notes):
     return keep
 
 def _say(cfg, text):
-    if cfg['print_config']: print(OmegaConf.to_yaml(OmegaConf.create(cfg)) if cfg['print_config'] == 'full' else text, end='\n\n', flush=True)
+    if cfg['print_config']:
+        print(
+            OmegaConf.to_yaml(OmegaConf.create(cfg)) if cfg['print_config'] == 'full' else text,
+            end='\n\n',
+            flush=True,
+        )
 
 # %% ../../nbs/80_bench/04_configured.ipynb #dc08f243
 def _closing(report, folder, copy, saved):
@@ -107,16 +138,25 @@ def _closing(report, folder, copy, saved):
     print(f'report   {copy or folder/"report.json"}')
     if report['rows']: print(f'picture  {(copy or folder/"report.json").with_suffix(".png")}')
     for path in saved: print(f'model    {path}')
-    for note in {learned['note'] for learned in (report.get('adaptation') or {}).values() if learned.get('note')}: print(f'note     {note}')
+    for note in {
+        learned['note'] for learned in (report.get('adaptation') or {}).values() if learned.get('note')
+    }:
+        print(f'note     {note}')
 
 def _place(template, folder): return str(template).replace('{log_dir}', str(folder))
 
 # %% ../../nbs/80_bench/04_configured.ipynb #24769f95
 def _targets(cfg, folder):
     "Where the report and the model are written besides, and the models of all seeds."
-    copy = Path(_place(cfg['save_report'], folder)).expanduser() if isinstance(cfg['save_report'], str) else None
+    copy = (
+        Path(_place(cfg['save_report'], folder)).expanduser() if isinstance(cfg['save_report'], str) else None
+    )
     if copy and os.path.realpath(copy) == os.path.realpath(folder/'report.json'): copy = None
-    saved = Path(_place(cfg['merged_model_save_path'], folder)).expanduser() if cfg['merged_model_save_path'] else None
+    saved = (
+        Path(_place(cfg['merged_model_save_path'], folder)).expanduser()
+        if cfg['merged_model_save_path']
+        else None
+    )
     suffixes = [f', seed {k}' for k in check_seeds(cfg['seeds'])] or ['']
     return copy, saved, [seed_path(saved, s) for s in ['', *suffixes]] if saved else []
 
@@ -127,8 +167,11 @@ def check_places(
 ) -> tuple[Path|None, Path|None]: # where the report and the model are written besides
     "Check, before any work, the places that a run will write, its device and its seeds; makes nothing."
     copy, saved, models = _targets(cfg, folder)
-    outputs = check_report(folder/'report.json', 'the folder of the run') + (check_report(copy, 'save_report') if copy else [])
-    for model in dict.fromkeys(models): outputs.append(check_output(model, 'merged_model_save_path', of_model=True))
+    outputs = check_report(folder / 'report.json', 'the folder of the run') + (
+        check_report(copy, 'save_report') if copy else []
+    )
+    for model in dict.fromkeys(models):
+        outputs.append(check_output(model, 'merged_model_save_path', of_model=True))
     check_distinct(outputs)
     check_sources(outputs, cfg['method'], cfg['modelpool'], cfg['taskpool'], cfg['hub_mirror'])
     check_device(cfg['device'])
@@ -162,12 +205,15 @@ def check_inputs(
     pool,        # its model pool
 ) -> None:       # raises `FusionError`
     "Open the models of a run that are on this machine and look for its folders of data; nothing is downloaded or computed."
-    for kind in ('modelpool', 'taskpool'): check_named(mirrored(cfg[kind], cfg['hub_mirror']), kind, allow=cfg['allow_target'])
+    for kind in ('modelpool', 'taskpool'):
+        check_named(mirrored(cfg[kind], cfg['hub_mirror']), kind, allow=cfg['allow_target'])
     for p in _paths([cfg['modelpool'], cfg['taskpool'], cfg['hub_mirror']]):
-        if '*' not in p and not Path(p).expanduser().exists(): raise FusionError(f'expected a file or folder, got `{p}`, which does not exist')
+        if '*' not in p and not Path(p).expanduser().exists():
+            raise FusionError(f'expected a file or folder, got `{p}`, which does not exist')
     models = cfg['modelpool'].get('models')
     for name, value in models.items() if isinstance(models, Mapping) else ():
-        if isinstance(value, str) and (Path(value).expanduser().exists() or value.startswith('mini8/')): pool.open_path(value)
+        if isinstance(value, str) and (Path(value).expanduser().exists() or value.startswith('mini8/')):
+            pool.open_path(value)
 
 # %% ../../nbs/80_bench/04_configured.ipynb #aaf36a62
 def _kept(cfg, folder):
@@ -180,10 +226,21 @@ def _run(cfg, folder, parts, notes):
     with new_folder(folder), logged(folder) as log:
         _kept(cfg, folder)
         log.info(run_summary(cfg))
-        report = fusion(method, pool, taskpool, save_path=saved, keep=_keeper(folder, copy, notes),
-                        **{k: cfg[k] for k in ('seed', 'seeds', 'device', 'dtype', 'references', 'shard_size', 'max_memory')})
+        report = fusion(
+            method,
+            pool,
+            taskpool,
+            save_path=saved,
+            keep=_keeper(folder, copy, notes),
+            **{
+                k: cfg[k]
+                for k in ('seed', 'seeds', 'device', 'dtype', 'references', 'shard_size', 'max_memory')
+            },
+        )
         log.info('average %s', report.get('average'))
-    _closing(report, folder, copy, [seed_path(saved, s) for s in seeded(method, cfg['seeds'])] if saved else [])
+    _closing(
+        report, folder, copy, [seed_path(saved, s) for s in seeded(method, cfg['seeds'])] if saved else []
+    )
     return report
 
 # %% ../../nbs/80_bench/04_configured.ipynb #dd8e2c7b
@@ -211,7 +268,9 @@ def run_model_fusion(
     **kwargs,                # further keys of a run, such as `device` or `hub_mirror`
 ) -> dict:                   # merged_model and report
     "Merge, evaluate, report."
-    cfg = dict(method=plain(method_config), modelpool=plain(modelpool_config), print_config=print_config, **kwargs)
+    cfg = dict(
+        method=plain(method_config), modelpool=plain(modelpool_config), print_config=print_config, **kwargs
+    )
     if taskpool_config is not None: cfg['taskpool'] = plain(taskpool_config)
     if seed is not None: cfg['seed'] = seed
     report = run_config(cfg)

@@ -40,4 +40,6 @@ def direction_key(
 ) -> str:
     "Everything that a direction depends on: the method but for its scaling factor, and the models."
     recipe = {k: v for k, v in method.config.items() if k != 'scaling_factor'}
-    return json.dumps([recipe, {name: pool.hash(name) for name in pool.all_model_names}], sort_keys=True, default=str)
+    return json.dumps(
+        [recipe, {name: pool.hash(name) for name in pool.all_model_names}], sort_keys=True, default=str
+    )

@@ -36,7 +36,12 @@ def find_experiment(
     "The notebook of an experiment."
     if Path(name).suffix == '.ipynb' and Path(name).expanduser().is_file(): return Path(name).expanduser()
     if (file := Path(folder)/f'{name}.ipynb').exists(): return file
-    where = '' if Path(folder).exists() else f'; the notebooks lie in a clone of the book, and there is none around {Path(fusionbook.__file__).parent}'
+    where = (
+        ''
+        if Path(folder).exists()
+        else f'; the notebooks lie in a clone of the book, and there is none around '
+             f'{Path(fusionbook.__file__).parent}'
+    )
     raise FusionError(f'expected an experiment, got `{name}`; {nearest(name, experiments(folder))}{where}')
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #074256b4
@@ -45,12 +50,16 @@ def parsed(
 ):            # a number, a truth value, a string, a list, …
     "The value that a user typed."
     try: return OmegaConf.to_container(OmegaConf.create(f'v: {text}'))['v']
-    except Exception: raise FusionError(f'expected a value in YAML, got `{text}`; quotes make it a string') from None
+    except Exception:
+        raise FusionError(f'expected a value in YAML, got `{text}`; quotes make it a string') from None
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #151e8bcc
 def _papermill():
     try: import papermill
-    except ImportError: raise FusionError("expected papermill to run an experiment, got none; pip install 'fusionbook[experiments]'") from None
+    except ImportError:
+        raise FusionError(
+            "expected papermill to run an experiment, got none; pip install 'fusionbook[experiments]'"
+        ) from None
     logging.getLogger('papermill').addHandler(logging.NullHandler()) # what it logs is in the error
     return papermill
 
@@ -69,15 +78,26 @@ def assigned(
     "The names that a cell assigns at its top level."
     plain = re.sub(r'(?m)^(\s*)[%!?].*$', r'\1pass', source) # IPython's own lines
     try: tree = ast.parse(plain)
-    except SyntaxError as e: raise FusionError(f'expected Python in the cell tagged `parameters`, got {e.msg} in its line {e.lineno}') from None
+    except SyntaxError as e:
+        raise FusionError(
+            f'expected Python in the cell tagged `parameters`, got {e.msg} in its line {e.lineno}'
+        ) from None
     found = {}
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        for name in (n for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)): found[name.id] = node.value
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
+        for name in (n for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)):
+            found[name.id] = node.value
     return found
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #df960f4a
-def _tagged(nb, tag): return next((c for c in nb.cells if c.cell_type == 'code' and tag in c.metadata.get('tags', [])), None)
+def _tagged(nb, tag):
+    return next((c for c in nb.cells if c.cell_type == 'code' and tag in c.metadata.get('tags', [])), None)
 
 def _literals(cell):
     "Values that an injected cell sets, as far as they are literals."
@@ -90,7 +110,9 @@ def _literals(cell):
 def _earlier(nb):
     "The values that an executed copy ran with; its JSON file stays its own."
     cell = _tagged(nb, 'injected-parameters')
-    noted = nb.metadata.get('fusionbook', {}).get('parameters') or nb.metadata.get('papermill', {}).get('parameters')
+    noted = nb.metadata.get('fusionbook', {}).get('parameters') or nb.metadata.get('papermill', {}).get(
+        'parameters'
+    )
     found = dict(noted or (_literals(cell) if cell else {}))
     return {k: v for k, v in found.items() if k != 'out_json'}
 
@@ -101,13 +123,16 @@ def as_source(
     "A notebook that can be executed with parameters."
     import nbformat
     try: nb = nbformat.read(str(file), 4)
-    except Exception as e: raise FusionError(f'expected a notebook, got `{file}`: {str(e).splitlines()[0][:120]}') from None
+    except Exception as e:
+        raise FusionError(f'expected a notebook, got `{file}`: {str(e).splitlines()[0][:120]}') from None
     earlier, kernel = _earlier(nb), nb.metadata.get('kernelspec', {})
-    if kernel.get('language', 'python').lower() != 'python': raise FusionError(f'expected a notebook in Python, got `{file}` in {kernel["language"]}')
+    if kernel.get('language', 'python').lower() != 'python':
+        raise FusionError(f'expected a notebook in Python, got `{file}` in {kernel["language"]}')
     nb.metadata['kernelspec'] = dict(display_name='python3', language='python', name='python3') | dict(kernel)
     nb.cells = [c for c in nb.cells if 'injected-parameters' not in c.metadata.get('tags', [])]
     head, sep, rest = nb.cells[0].source.partition('\n') if nb.cells else ('', '', '')
-    if earlier and head.startswith('# '): nb.cells[0].source = head.removesuffix(f': {parameters_text(earlier)}') + sep + rest
+    if earlier and head.startswith('# '):
+        nb.cells[0].source = head.removesuffix(f': {parameters_text(earlier)}') + sep + rest
     for c in nb.cells:
         if c.cell_type == 'code': c.outputs, c.execution_count = [], None
     return nb, earlier
@@ -119,10 +144,14 @@ def check_parameters(
 ) -> list[str]:       # the parameters that it has
     "Refuse parameters that a notebook does not have."
     cell = _tagged(as_source(file)[0], 'parameters')
-    if given and cell is None: raise FusionError(f'expected a cell tagged `parameters` in `{Path(file).name}` for {", ".join(given)}, got none')
+    if given and cell is None:
+        raise FusionError(
+            f'expected a cell tagged `parameters` in `{Path(file).name}` for {", ".join(given)}, got none'
+        )
     known = list(assigned(cell.source)) if cell else []
     for k in given:
-        if k not in known: raise FusionError(f'expected a parameter of `{Path(file).stem}`, got `{k}`; {nearest(k, known)}')
+        if k not in known:
+            raise FusionError(f'expected a parameter of `{Path(file).stem}`, got `{k}`; {nearest(k, known)}')
     return known
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #cf0ad1c7
@@ -169,7 +198,8 @@ def _manager():
     "What starts a kernel that has no terminal."
     from jupyter_client.manager import AsyncKernelManager
     class Manager(AsyncKernelManager):
-        async def start_kernel(self, **kwargs): await super().start_kernel(stderr=subprocess.DEVNULL, **kwargs)
+        async def start_kernel(self, **kwargs):
+            await super().start_kernel(stderr=subprocess.DEVNULL, **kwargs)
     return Manager
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #0d51a73b
@@ -179,14 +209,21 @@ def check_copy(
 ) -> Path:      # the place
     "Refuse a place where something would be lost."
     copy = Path(copy).expanduser()
-    if copy.suffix != '.ipynb' or copy.is_dir(): raise FusionError(f'expected a notebook to write, such as `out.ipynb`, got `{copy}`')
+    if copy.suffix != '.ipynb' or copy.is_dir():
+        raise FusionError(f'expected a notebook to write, such as `out.ipynb`, got `{copy}`')
     if not copy.exists(): return copy
-    if copy.samefile(file): raise FusionError(f'expected another notebook to write than the one that is run, got `{copy}` for both')
+    if copy.samefile(file):
+        raise FusionError(
+            f'expected another notebook to write than the one that is run, got `{copy}` for both'
+        )
     try: nb = json.loads(copy.read_text(encoding='utf-8'))
     except ValueError: nb = {} # a copy that was cut off
     ran = {'fusionbook', 'papermill'} & set(nb.get('metadata', {}))
     if not ran and any(c['cell_type'] == 'code' for c in nb.get('cells', [])):
-        raise FusionError(f'expected a new file or an executed copy to write, got `{copy}`, a notebook that was not made by a run')
+        raise FusionError(
+            f'expected a new file or an executed copy to write, got `{copy}`, a notebook that was not made '
+            f'by a run'
+        )
     return copy
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #d4b0b56f
@@ -203,13 +240,28 @@ def run_experiment(
     output = check_copy(output or f'_runs/{time.strftime("%Y-%m-%d_%H-%M-%S")}_{file.stem}.ipynb', file)
     draft, values = _draft(file, given)
     output.parent.mkdir(parents=True, exist_ok=True)
-    where, bar = re.sub('([{}])', r'\1\1', str(output)), bar and os.environ.get('FUSIONBOOK_PROGRESS') != 'none' # papermill fills in braces
-    try: papermill.execute_notebook(draft, where, parameters=values, kernel_name='python3', progress_bar=bar, kernel_manager_class=_manager())
+    # papermill fills in braces
+    where, bar = (
+        re.sub('([{}])', r'\1\1', str(output)),
+        bar and os.environ.get('FUSIONBOOK_PROGRESS') != 'none',
+    )
+    try:
+        papermill.execute_notebook(
+            draft,
+            where,
+            parameters=values,
+            kernel_name='python3',
+            progress_bar=bar,
+            kernel_manager_class=_manager(),
+        )
     except papermill.PapermillExecutionError as e: error = f'{e.ename}: {e.evalue} in cell {e.exec_count}'
     except RuntimeError as e: error = f'{type(e).__name__}: {e}' # a kernel that died
     else: error = None
-    _stamp(output, state='failed' if error else 'finished', seconds=round(time.time() - start, 1), error=error)
-    if error: raise FusionError(f'expected `{file.stem}` to run, got {error}; the copy that shows it: {output}')
+    _stamp(
+        output, state='failed' if error else 'finished', seconds=round(time.time() - start, 1), error=error
+    )
+    if error:
+        raise FusionError(f'expected `{file.stem}` to run, got {error}; the copy that shows it: {output}')
     return output
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #b240db12
@@ -221,7 +273,8 @@ def portable(
     text = re.sub(re.escape(tempfile.gettempdir()) + r'/ipykernel_\d+/\d+\.py', '<cell>', text)
     text = text.replace(f'{sys.prefix}/', '<python>/')
     for root in sorted({str(Path.cwd()), str(EXPERIMENTS.parents[1])}, key=len, reverse=True):
-        if len(root) > 1: text = re.sub(re.escape(root) + r'(/|(?![\w.-]))', lambda m: '' if m[1] else '.', text)
+        if len(root) > 1:
+            text = re.sub(re.escape(root) + r'(/|(?![\w.-]))', lambda m: '' if m[1] else '.', text)
     text = text.replace(f'{tempfile.gettempdir()}/', '<tmp>/')
     return text.replace(f'{home}/', '~/') if len(home) > 1 else text
 
@@ -233,14 +286,20 @@ def _bare(output):
     if 'execution_count' in output: output['execution_count'] = None
     data = output.get('data', {})
     for k, v in data.items():
-        if isinstance(v, str): data[k] = v.rstrip() if k.startswith('image') and 'svg' not in k else _ADDRESS.sub('', v)
+        if isinstance(v, str):
+            data[k] = v.rstrip() if k.startswith('image') and 'svg' not in k else _ADDRESS.sub('', v)
     if 'text' in output: output['text'] = _ADDRESS.sub('', output['text'])
 
+# %% ../../nbs/80_bench/05_experiment.ipynb #c4efbace
 def _clean(nb):
     "Keep what a page needs."
     note, timing = nb.metadata.get('fusionbook', {}), nb.metadata.get('papermill', {})
-    kept = {k: timing[k] for k in ('start_time', 'end_time', 'duration', 'version') if k in timing} | {'parameters': note.get('parameters', {})}
-    nb.metadata = type(nb.metadata)(kernelspec=dict(name='python3', display_name='python3', language='python'), papermill=kept)
+    kept = {k: timing[k] for k in ('start_time', 'end_time', 'duration', 'version') if k in timing} | {
+        'parameters': note.get('parameters', {})
+    }
+    nb.metadata = type(nb.metadata)(
+        kernelspec=dict(name='python3', display_name='python3', language='python'), papermill=kept
+    )
     for i, c in enumerate(nb.cells):
         c.id = hashlib.sha256(f'{i}{c.source}'.encode()).hexdigest()[:8]
         c.metadata = {k: v for k, v in c.metadata.items() if k == 'tags'}
@@ -257,9 +316,12 @@ def publish(
 ) -> Path:               # the page
     "Put a clean copy of an executed notebook among the book's reports."
     import nbformat
-    from fusionbook.core.checkpoint import atomic # not at the top: `fusionbook list` reads this module and needs no torch
-    if not Path(folder).is_dir(): raise FusionError(f'expected a clone of the book to put reports into, got no folder `{folder}`')
+    # not at the top: `fusionbook list` reads this module and needs no torch
+    from fusionbook.core.checkpoint import atomic
+    if not Path(folder).is_dir():
+        raise FusionError(f'expected a clone of the book to put reports into, got no folder `{folder}`')
     nb, page = nbformat.read(str(copy), 4), Path(folder)/f'{name or Path(copy).stem}.ipynb'
     _clean(nb)
-    with atomic(page) as new: new.write_text(portable(nbformat.writes(nb)).rstrip('\n') + '\n', encoding='utf-8')
+    with atomic(page) as new:
+        new.write_text(portable(nbformat.writes(nb)).rstrip('\n') + '\n', encoding='utf-8')
     return page

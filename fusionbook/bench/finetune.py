@@ -28,22 +28,39 @@ from ..taskpool.base import row
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #dc50daee
 _OPTIONS = dict(
-    out=(str, 'experts', 'folder of the experts and of what merges them'), validation=(float, .1, 'share set aside where the data have no validation split'),
-    test=(float, .1, 'share set aside where the data have no test split; 0: none'), text=(str, None, 'column of the text; two for pairs: premise,hypothesis'),
-    image=(str, None, 'column of the image'), label=(str, None, 'column of the label'), clusters=(str, None, 'column that names the source of a row; sources are not torn apart'),
-    classnames=(str, None, 'names of the classes in the order of the labels: cat,dog'), template=(str, None, 'sentence around a class name, such as "a {} film"'),
-    clip=(str, None, 'folder of the text side, where a CLIP tower lies alone'), epochs=(float, 3., 'passes over the training rows'), steps=(int, 0, 'optimiser steps instead of passes'),
-    batch_size=(int, 32, 'rows per step'), learning_rate=(float, 5e-5, 'its largest value'), trainable=(str, '*', "parameters that may change: '*,!embeddings.*'"),
-    max_length=(int, 128, 'tokens of a text'), seed=(int, 0, 'of order and dropout'), every=(int, 50, 'steps between two savings to go on from'),
-    precision=(str, 'float32', 'float32 or bfloat16'), device=(str, 'cpu', 'cpu, cuda, mps'))
+    out=(str, 'experts', 'folder of the experts and of what merges them'),
+    validation=(float, 0.1, 'share set aside where the data have no validation split'),
+    test=(float, 0.1, 'share set aside where the data have no test split; 0: none'),
+    text=(str, None, 'column of the text; two for pairs: premise,hypothesis'),
+    image=(str, None, 'column of the image'),
+    label=(str, None, 'column of the label'),
+    clusters=(str, None, 'column that names the source of a row; sources are not torn apart'),
+    classnames=(str, None, 'names of the classes in the order of the labels: cat,dog'),
+    template=(str, None, 'sentence around a class name, such as "a {} film"'),
+    clip=(str, None, 'folder of the text side, where a CLIP tower lies alone'),
+    epochs=(float, 3.0, 'passes over the training rows'),
+    steps=(int, 0, 'optimiser steps instead of passes'),
+    batch_size=(int, 32, 'rows per step'),
+    learning_rate=(float, 5e-5, 'its largest value'),
+    trainable=(str, '*', "parameters that may change: '*,!embeddings.*'"),
+    max_length=(int, 128, 'tokens of a text'),
+    seed=(int, 0, 'of order and dropout'),
+    every=(int, 50, 'steps between two savings to go on from'),
+    precision=(str, 'float32', 'float32 or bfloat16'),
+    device=(str, 'cpu', 'cpu, cuda, mps'),
+)
 
 def _parser():
     "Flags with their defaults."
     p = Flags('finetune', 'fusionbook finetune --base MODEL --data DATA --name TASK [options]')
-    needed = dict(base='all-MiniLM-L6-v2, mini8/pretrained, or a folder or hub id of a BERT encoder or a CLIP', name='of the task and of its expert',
-                  data='folder, table (csv, tsv, json, jsonl, parquet), hub id, or mini8/TASK')
+    needed = dict(
+        base='all-MiniLM-L6-v2, mini8/pretrained, or a folder or hub id of a BERT encoder or a CLIP',
+        name='of the task and of its expert',
+        data='folder, table (csv, tsv, json, jsonl, parquet), hub id, or mini8/TASK',
+    )
     for name, help in needed.items(): p.add_argument(f'--{name}', required=True, help=help)
-    for name, (kind, default, help) in _OPTIONS.items(): p.add_argument(f'--{name}', type=kind, default=default, help=help)
+    for name, (kind, default, help) in _OPTIONS.items():
+        p.add_argument(f'--{name}', type=kind, default=default, help=help)
     return p
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #9a76bed3
@@ -52,12 +69,23 @@ def finetune_arguments(
 ) -> argparse.Namespace:   # every flag
     "Read and check the command line."
     args = read_flags(_parser(), argv)
-    if Path(args.name).name != args.name or args.name.startswith(('_', '.')) or args.name in ('config', 'data'):
-        raise FusionError(f'expected a name of a task without folders, _ or . in front, got `{args.name}`; --out names the folder')
+    if (
+        Path(args.name).name != args.name
+        or args.name.startswith(('_', '.'))
+        or args.name in ('config', 'data')
+    ):
+        raise FusionError(
+            f'expected a name of a task without folders, _ or . in front, got `{args.name}`; --out names the '
+            f'folder'
+        )
     for key in ('epochs', 'batch_size', 'learning_rate', 'max_length', 'every'):
-        if not 0 < getattr(args, key) < math.inf: raise FusionError(f'expected a positive {key}, got {getattr(args, key)}')
+        if not 0 < getattr(args, key) < math.inf:
+            raise FusionError(f'expected a positive {key}, got {getattr(args, key)}')
     if not 0 < args.validation < 1 or not 0 <= args.test < 1 or args.validation + args.test >= 1:
-        raise FusionError(f'expected shares with 0 < validation, 0 <= test and a rest to train on, got {args.validation} and {args.test}')
+        raise FusionError(
+            f'expected shares with 0 < validation, 0 <= test and a rest to train on, got {args.validation} '
+            f'and {args.test}'
+        )
     if args.steps < 0: raise FusionError(f'expected steps >= 0, got {args.steps}')
     check_choice(args.precision, ('float32', 'bfloat16'), 'a precision')
     check_device(args.device)
@@ -69,21 +97,34 @@ def _splits(source):
     import datasets
     if source.startswith('mini8/') and not Path(source).exists(): return ['train', 'validation', 'test']
     if Path(source).is_file(): return ['train']
-    try: return datasets.get_dataset_split_names(str(Path(source).expanduser()) if Path(source).exists() else source)
+    try:
+        return datasets.get_dataset_split_names(
+            str(Path(source).expanduser()) if Path(source).exists() else source
+        )
     except Exception: return ['train'] # `load` says what is wrong
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #3608cfee
 def _config(source, split):
     "How a configuration names one split."
-    if source.startswith('mini8/') and not Path(source).exists(): return dict(_target_='fusionbook.data.mini8.load', task=source[6:], split=split)
-    return dict(_target_='datasets.load_dataset', path=str(Path(source).resolve()) if Path(source).exists() else source, split=split)
+    if source.startswith('mini8/') and not Path(source).exists():
+        return dict(_target_='fusionbook.data.mini8.load', task=source[6:], split=split)
+    return dict(
+        _target_='datasets.load_dataset',
+        path=str(Path(source).resolve()) if Path(source).exists() else source,
+        split=split,
+    )
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #5fb9b4c0
 def _named(rows, args, names):
     "Rows whose labels are numbers, and the class names that an entry has to say."
     key = data.column(rows, 'label', args.label)
     brought = data.class_names(rows, args.label)
-    if brought is None and names is None and all(isinstance(v, str) for v in data.take(rows, range(min(50, len(rows))))[key]): names = sorted(set(rows[key]))
+    if (
+        brought is None
+        and names is None
+        and all(isinstance(v, str) for v in data.take(rows, range(min(50, len(rows))))[key])
+    ):
+        names = sorted(set(rows[key]))
     return by_name(rows, key, names, args.name), names
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #b4f86424
@@ -94,7 +135,11 @@ def _cut(args, parts):
         if parts.get(part) is not None or not share: continue
         rows = parts['train']
         rest, cut = data.split_off(rows, share, seed=0, clusters=data.clusters_of(rows, args.clusters))
-        if not len(cut) or not len(rest): raise FusionError(f'{args.name}: expected enough rows for a {part} set, got {len(rows)}; give a larger --{part}, or a data set with such a split')
+        if not len(cut) or not len(rest):
+            raise FusionError(
+                f'{args.name}: expected enough rows for a {part} set, got {len(rows)}; give a larger '
+                f'--{part}, or a data set with such a split'
+            )
         parts['train'], parts[part] = rest, cut
     return parts
 
@@ -117,13 +162,19 @@ def expert_data(
     "The rows of an expert, apart."
     names, splits = args.classnames and [n.strip() for n in args.classnames.split(',')], _splits(args.data)
     first = 'train' if 'train' in splits else splits[0]
-    found = {p: data.opened(_config(args.data, s)) for p, s in dict(train=first, validation='validation', test='test').items() if s in splits or p == 'train'}
+    found = {
+        p: data.opened(_config(args.data, s))
+        for p, s in dict(train=first, validation='validation', test='test').items()
+        if s in splits or p == 'train'
+    }
     if not len(found['train']): raise FusionError(f'{args.name}: expected training rows, got none')
     for part, rows in found.items(): found[part], names = _named(rows, args, names)
     places = {p: _config(args.data, p) for p in found if p != 'train'}
     parts = _cut(args, found)
     for part in set(parts) - {'train', *places}: # kept in a file
-        places[part] = _config(str(_kept(parts[part], Path(args.out)/'data'/args.name/f'{part}.parquet')), 'train')
+        places[part] = _config(
+            str(_kept(parts[part], Path(args.out) / 'data' / args.name / f'{part}.parquet')), 'train'
+        )
     return _apart(args, parts), places, names
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #eadfd7f2
@@ -132,7 +183,8 @@ def _apart(args, parts):
     held = [p for p in ('validation', 'test') if p in parts]
     met = {p: overlap(parts['train'], parts[p]) for p in held}
     for p in held:
-        if met[p].any(): print(f'{args.name}: {met[p].sum()} training rows are {p} rows too and are left out of training')
+        if met[p].any():
+            print(f'{args.name}: {met[p].sum()} training rows are {p} rows too and are left out of training')
     kept = ~_any([*met.values()], len(parts['train']))
     return parts if kept.all() else parts | {'train': data.take(parts['train'], kept.nonzero()[0])}
 
@@ -151,27 +203,53 @@ def _kind(args):
     try: kind = json.loads(file.read_text(encoding='utf-8')).get('model_type')
     except (OSError, ValueError): kind = None
     kinds = {'bert': 'text', 'clip': 'clip', 'clip_vision_model': 'clip'}
-    if kind not in kinds: raise FusionError(f'expected a BERT encoder or a CLIP with its config.json as --base, got `{args.base}` of type {kind!r}')
+    if kind not in kinds:
+        raise FusionError(
+            f'expected a BERT encoder or a CLIP with its config.json as --base, got `{args.base}` of type '
+            f'{kind!r}'
+        )
     return kinds[kind]
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #63d3884d
 def _entry(args, kind, names, where):
     "A task's entry in a configuration."
-    columns = dict(label=args.label, clusters=args.clusters) | (dict(text=args.text and args.text.split(',')) if kind == 'text' else dict(image=args.image))
-    said = dict(template=args.template) if kind == 'text' else dict(templates=args.template and [args.template])
+    columns = dict(label=args.label, clusters=args.clusters) | (
+        dict(text=args.text and args.text.split(',')) if kind == 'text' else dict(image=args.image)
+    )
+    said = (
+        dict(template=args.template) if kind == 'text' else dict(templates=args.template and [args.template])
+    )
     return {k: v for k, v in {'dataset': where, 'classnames': names, **columns, **said}.items() if v}
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #40bb22b8
 def _pool_config(kind, base, clip, max_length, entries):
     "A task pool of some entries, as a configuration."
-    name, own = ('TextClassificationTaskPool', dict(max_length=max_length)) if kind == 'text' else ('CLIPVisionModelTaskPool', dict(clip_model=clip or base))
-    return {'_target_': f'fusionbook.taskpool.{name}', '_recursive_': False, 'base_model': base, **own, 'test_datasets': dict(entries)}
+    name, own = (
+        ('TextClassificationTaskPool', dict(max_length=max_length))
+        if kind == 'text'
+        else ('CLIPVisionModelTaskPool', dict(clip_model=clip or base))
+    )
+    return {
+        '_target_': f'fusionbook.taskpool.{name}',
+        '_recursive_': False,
+        'base_model': base,
+        **own,
+        'test_datasets': dict(entries),
+    }
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #05684ffe
 def _pools(args, kind, entry):
     "The base as a model pool, and the task pool that lends inputs and head."
-    config = {k: v for k, v in _pool_config(kind, args.base, args.clip, args.max_length, {args.name: entry}).items() if not k.startswith('_')}
-    models, tasks = (TextEncoderPool, TextClassificationTaskPool) if kind == 'text' else (CLIPVisionModelPool, CLIPVisionModelTaskPool)
+    config = {
+        k: v
+        for k, v in _pool_config(kind, args.base, args.clip, args.max_length, {args.name: entry}).items()
+        if not k.startswith('_')
+    }
+    models, tasks = (
+        (TextEncoderPool, TextClassificationTaskPool)
+        if kind == 'text'
+        else (CLIPVisionModelPool, CLIPVisionModelTaskPool)
+    )
     return models({'_pretrained_': args.base}), tasks(**config)
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #980b4cf3
@@ -179,19 +257,32 @@ def _loss(args, tasks, rows):
     "Cross-entropy of a batch of row numbers against the frozen head."
     inputs, logits = tasks.inputs(args.name, rows), tasks.logits(args.name)
     labels = torch.as_tensor(tasks.labels(args.name, rows))
-    def loss(model, at): return F.cross_entropy(logits(model, inputs[at].to(args.device)), labels[at].to(args.device))
+    def loss(model, at):
+        return F.cross_entropy(logits(model, inputs[at].to(args.device)), labels[at].to(args.device))
     return loss
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #177ea9b7
 def _facts(args, models, tasks, rows):
     "What an expert depends on besides the recipe of `train_on`."
-    return dict(base=models.hash('_pretrained_'), task=tasks.fingerprint(args.name), train=data.data_fingerprint(rows), trainable=args.trainable, max_length=args.max_length)
+    return dict(
+        base=models.hash('_pretrained_'),
+        task=tasks.fingerprint(args.name),
+        train=data.data_fingerprint(rows),
+        trainable=args.trainable,
+        max_length=args.max_length,
+    )
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #21f6f463
 def _recipe(args, rows):
     "The recipe of `train_on`."
     steps = args.steps or math.ceil(args.epochs * rows / args.batch_size)
-    return dict(steps=steps, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed, precision=args.precision)
+    return dict(
+        steps=steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        precision=args.precision,
+    )
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #182ca4dc
 def trained_before(
@@ -199,7 +290,10 @@ def trained_before(
 ) -> dict:  # what `finetune_expert` returned
     "How an expert was made."
     found = Checkpoint(folder).metadata.get('finetune')
-    if found is None: raise FusionError(f'expected an expert of `fusionbook finetune`, got `{folder}`, which was made otherwise')
+    if found is None:
+        raise FusionError(
+            f'expected an expert of `fusionbook finetune`, got `{folder}`, which was made otherwise'
+        )
     return json.loads(found)
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #155ff0e3
@@ -207,8 +301,16 @@ def _there(folder, wanted):
     "What is known of an expert that was trained so; None where there is none."
     if not folder.exists(): return None
     found = trained_before(folder)
-    if odd := [f'{k}={found[part].get(k)}' for part in wanted for k in wanted[part] if found[part].get(k) != wanted[part][k]]:
-        raise FusionError(f'expected a new name for the expert, got `{folder}`, which was trained otherwise ({", ".join(odd)[:90]}); choose another --name, or remove the folder')
+    if odd := [
+        f'{k}={found[part].get(k)}'
+        for part in wanted
+        for k in wanted[part]
+        if found[part].get(k) != wanted[part][k]
+    ]:
+        raise FusionError(
+            f'expected a new name for the expert, got `{folder}`, which was trained otherwise '
+            f'({", ".join(odd)[:90]}); choose another --name, or remove the folder'
+        )
     return found
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #2bfaf254
@@ -220,27 +322,72 @@ def finetune_expert(
     "Train one expert, or go on with it, and write its folder."
     kind = _kind(args)
     models, tasks = _pools(args, kind, entry)
-    model, rows, folder = models.load_model('_pretrained_').to(args.device), parts['train'], Path(args.out)/args.name
+    model = models.load_model('_pretrained_').to(args.device)
+    rows = parts['train']
+    folder = Path(args.out)/args.name
     trainable(model, args.trainable.split(','))
     recipe, facts = _recipe(args, len(rows)), _facts(args, models, tasks, rows)
     if found := _there(folder, dict(facts=facts, recipe=recipe)): return found
-    before = row(tasks.predict(model, args.name)) # what is wrong with data or names is noticed before any training
+    # what is wrong with data or names is noticed before any training
+    before = row(tasks.predict(model, args.name))
     file = folder.with_name(f'.{args.name}.walk.safetensors')
-    curve = train_on(model, len(rows), _loss(args, tasks, rows), file=file, every=args.every, facts=facts, label=args.name, **recipe)
+    curve = train_on(
+        model,
+        len(rows),
+        _loss(args, tasks, rows),
+        file=file,
+        every=args.every,
+        facts=facts,
+        label=args.name,
+        **recipe,
+    )
     scores = dict(base=before, expert=row(tasks.predict(model, args.name)))
-    done = dict(facts=facts, recipe=recipe, rows={p: len(r) for p, r in parts.items()}, scores=scores, curve=curve)
-    models.save_model(model.cpu().state_dict(), folder, extras={'README.md': _card(args, done)}, metadata={'finetune': json.dumps(done)})
+    done = dict(
+        facts=facts, recipe=recipe, rows={p: len(r) for p, r in parts.items()}, scores=scores, curve=curve
+    )
+    models.save_model(
+        model.cpu().state_dict(),
+        folder,
+        extras={'README.md': _card(args, done)},
+        metadata={'finetune': json.dumps(done)},
+    )
     return done
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #8566ce4a
 def _card(args, done):
     "The model card of an expert."
     scores, recipe = done['scores'], done['recipe']
-    facts = [('base', f'{args.base} (`{done["facts"]["base"]}`)'), ('data', f'{args.data} (training rows `{done["facts"]["train"]}`, {done["rows"]["train"]:,} of them)'),
-             ('parameters that changed', args.trainable), *((k.replace('_', ' '), v) for k, v in recipe.items()), ('versions', ', '.join(f'{k} {v}' for k, v in versions().items()))]
-    found = [(k, f'{100 * s["accuracy"]:.1f} % ({100 * s["low"]:.1f} to {100 * s["high"]:.1f}), n = {s["n"]:,}') for k, s in scores.items()]
+    facts = [
+        ('base', f'{args.base} (`{done["facts"]["base"]}`)'),
+        (
+            'data',
+            f'{args.data} (training rows `{done["facts"]["train"]}`, {done["rows"]["train"]:,} of them)',
+        ),
+        ('parameters that changed', args.trainable),
+        *((k.replace('_', ' '), v) for k, v in recipe.items()),
+        ('versions', ', '.join(f'{k} {v}' for k, v in versions().items())),
+    ]
+    found = [
+        (k, f'{100 * s["accuracy"]:.1f} % ({100 * s["low"]:.1f} to {100 * s["high"]:.1f}), n = {s["n"]:,}')
+        for k, s in scores.items()
+    ]
     lines = [f'| {k} | {v} |' for k, v in [*facts, *((f'validation accuracy, {k}', v) for k, v in found)]]
-    return '\n'.join(['---', 'library_name: fusionbook', 'tags: [expert, fusionbook]', '---', f'# {args.name}', '', f'Fine-tuned by `fusionbook finetune` from `{args.base}`.', '', '| | |', '|---|---|', *lines, ''])
+    return '\n'.join(
+        [
+            '---',
+            'library_name: fusionbook',
+            'tags: [expert, fusionbook]',
+            '---',
+            f'# {args.name}',
+            '',
+            f'Fine-tuned by `fusionbook finetune` from `{args.base}`.',
+            '',
+            '| | |',
+            '|---|---|',
+            *lines,
+            '',
+        ]
+    )
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #b106620c
 def write_pools(
@@ -251,12 +398,18 @@ def write_pools(
     from omegaconf import OmegaConf
     first, out = next(iter(experts.values())), Path(out)
     target = 'TextEncoderPool' if first['kind'] == 'text' else 'CLIPVisionModelPool'
-    pool = {'_target_': f'fusionbook.modelpool.{target}', '_recursive_': False, 'models': {'_pretrained_': first['base']} | {n: str((out/n).resolve()) for n in experts}}
+    pool = {
+        '_target_': f'fusionbook.modelpool.{target}',
+        '_recursive_': False,
+        'models': {'_pretrained_': first['base']} | {n: str((out / n).resolve()) for n in experts},
+    }
     pool['val_datasets'] = {n: e['validation']['dataset'] for n, e in experts.items()}
     files = {'modelpool/experts': pool}
     for name, part in {'experts': 'test', 'experts_validation': 'validation'}.items():
         entries = {n: e.get(part) or e['validation'] for n, e in experts.items()}
-        files[f'taskpool/{name}'] = _pool_config(first['kind'], first['base'], first['clip'], first['max_length'], entries)
+        files[f'taskpool/{name}'] = _pool_config(
+            first['kind'], first['base'], first['clip'], first['max_length'], entries
+        )
     for name, content in files.items():
         (file := out/'config'/f'{name}.yaml').parent.mkdir(parents=True, exist_ok=True)
         with atomic(file) as new: new.write_text(OmegaConf.to_yaml(content))
@@ -267,9 +420,17 @@ def _registered(args, kind):
     "The experts that are in the folder; another base than theirs is refused."
     file = Path(args.out)/'config'/'experts.json'
     try: found = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-    except ValueError: raise FusionError(f'expected a list of experts, got a damaged file `{file}`; remove it, and train the experts again or write a pool by hand') from None
+    except ValueError:
+        raise FusionError(
+            f'expected a list of experts, got a damaged file `{file}`; remove it, and train the experts '
+            f'again or write a pool by hand'
+        ) from None
     for name, e in found.items():
-        if name != args.name and e['base'] != _absolute(args.base): raise FusionError(f'expected the base of the other experts in `{args.out}`, `{e["base"]}` of `{name}`, got `{args.base}`; choose another --out')
+        if name != args.name and e['base'] != _absolute(args.base):
+            raise FusionError(
+                f'expected the base of the other experts in `{args.out}`, `{e["base"]}` of `{name}`, got '
+                f'`{args.base}`; choose another --out'
+            )
     return file, found
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #287f6b86
@@ -280,9 +441,22 @@ def _next(args, folder, experts):
     "What to type next."
     place = shlex.quote(str(folder))
     merge = f'fusionbook --config-dir {place} modelpool=experts taskpool=experts method=task_arithmetic'
-    sweep = f'fusionbook sweep --config-dir {place} modelpool=experts taskpool=experts validation=experts_validation method=task_arithmetic method.scaling_factor=0:1:0.1'
-    held = [] if 'test' in experts[args.name] else [f'no test rows: `taskpool=experts` measures {args.name} on its validation rows']
-    more = held if len(experts) > 1 else [*held, f'another    fusionbook finetune --base {shlex.quote(args.base)} --data … --name … --out {shlex.quote(args.out)}']
+    sweep = (f'fusionbook sweep --config-dir {place} modelpool=experts taskpool=experts '
+             f'validation=experts_validation method=task_arithmetic method.scaling_factor=0:1:0.1')
+    held = (
+        []
+        if 'test' in experts[args.name]
+        else [f'no test rows: `taskpool=experts` measures {args.name} on its validation rows']
+    )
+    more = (
+        held
+        if len(experts) > 1
+        else [
+            *held,
+            f'another    fusionbook finetune --base {shlex.quote(args.base)} --data … --name … --out '
+            f'{shlex.quote(args.out)}',
+        ]
+    )
     return '\n'.join([*more, f'merge      {merge}', f'choose     {sweep}'])
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #be202112
@@ -297,9 +471,17 @@ def finetune_command(
     parts, places, names = expert_data(args)
     entries = {p: _entry(args, kind, names, where) for p, where in places.items()}
     done = finetune_expert(args, parts, entries['validation'])
-    experts[args.name] = dict(kind=kind, base=_absolute(args.base), clip=_absolute(args.clip), max_length=args.max_length, **entries)
+    experts[args.name] = dict(
+        kind=kind, base=_absolute(args.base), clip=_absolute(args.clip), max_length=args.max_length, **entries
+    )
     config = write_pools(Path(args.out), experts)
     with atomic(file) as new: new.write_text(json.dumps(experts, indent=1))
-    base, expert = (f'{100 * s["accuracy"]:.1f} % [{100 * s["low"]:.1f}, {100 * s["high"]:.1f}]' for s in done['scores'].values())
-    print(f'expert     {folder}\nvalidation {expert}, base {base}, {done["scores"]["base"]["n"]:,} rows\n{_next(args, config, experts)}')
+    base, expert = (
+        f'{100 * s["accuracy"]:.1f} % [{100 * s["low"]:.1f}, {100 * s["high"]:.1f}]'
+        for s in done['scores'].values()
+    )
+    print(
+        f'expert     {folder}\nvalidation {expert}, base {base}, {done["scores"]["base"]["n"]:,} '
+        f'rows\n{_next(args, config, experts)}'
+    )
     return folder

@@ -14,11 +14,16 @@ from ..core.errors import FusionError, nearest
 # %% ../../nbs/80_bench/08c_flags.ipynb #2bf4ff41
 class FlagHelp(argparse.HelpFormatter):
     "Help in which a flag is said to be required, or its default is shown."
-    def __init__(self, prog): super().__init__(prog, max_help_position=28, width=min(110, max(80, get_terminal_size().columns)))
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=min(110, max(80, get_terminal_size().columns)))
     def _get_help_string(self, action):
         shown = action.help or ''
         if action.required: return f'{shown} (required)'.strip()
-        return shown if action.default in (None, False, argparse.SUPPRESS) else f'{shown} (default: {action.default})'.strip()
+        return (
+            shown
+            if action.default in (None, False, argparse.SUPPRESS)
+            else f'{shown} (default: {action.default})'.strip()
+        )
 
 class Flags(argparse.ArgumentParser):
     "The flags of one command, with their defaults in its help."
@@ -26,7 +31,9 @@ class Flags(argparse.ArgumentParser):
         command:str, # the word after `fusionbook`
         usage:str,   # an example of its call
     ):
-        super().__init__(prog=f'fusionbook {command}', usage=usage, allow_abbrev=False, formatter_class=FlagHelp)
+        super().__init__(
+            prog=f'fusionbook {command}', usage=usage, allow_abbrev=False, formatter_class=FlagHelp
+        )
     def error(self, message): raise FusionError(f'expected `{self.usage}`, got: {message}')
 
 # %% ../../nbs/80_bench/08c_flags.ipynb #ee698e77
@@ -39,10 +46,18 @@ def read_flags(
     for word in argv:
         name, sign, value = word.partition('=')
         if name in known or re.fullmatch(r'-?[\d.]+(e-?\d+)?', word): continue
-        if sign and f'--{name}' in known: raise FusionError(f'expected a flag of `{flags.prog}`, got `{word}`; did you mean `--{name} {value}`?')
-        if word.startswith('-'): raise FusionError(f'expected a flag of `{flags.prog}`, got `{name}`; {nearest(name.replace("-", "_").replace("__", "--", 1), known)}')
+        if sign and f'--{name}' in known:
+            raise FusionError(
+                f'expected a flag of `{flags.prog}`, got `{word}`; did you mean `--{name} {value}`?'
+            )
+        if word.startswith('-'):
+            raise FusionError(
+                f'expected a flag of `{flags.prog}`, got `{name}`; '
+                f'{nearest(name.replace("-", "_").replace("__", "--", 1), known)}'
+            )
     found, rest = flags.parse_known_args(list(argv))
-    if rest: raise FusionError(f'expected a flag of `{flags.prog}`, got `{rest[0]}`; {nearest(rest[0], known)}')
+    if rest:
+        raise FusionError(f'expected a flag of `{flags.prog}`, got `{rest[0]}`; {nearest(rest[0], known)}')
     return found
 
 # %% ../../nbs/80_bench/08c_flags.ipynb #9de965ca
@@ -55,7 +70,11 @@ def check_choice(
     valid = list(valid)
     bare = {re.sub(r'[^a-z0-9]', '', str(v).lower()): v for v in valid}
     same = bare.get(re.sub(r'[^a-z0-9]', '', str(value).lower())) # CIFAR10 for cifar-10
-    if value not in valid: raise FusionError(f'expected {what}, got `{value}`; ' + (f'did you mean `{same}`?' if same else nearest(str(value), valid)))
+    if value not in valid:
+        raise FusionError(
+            f'expected {what}, got `{value}`; '
+            + (f'did you mean `{same}`?' if same else nearest(str(value), valid))
+        )
 
 # %% ../../nbs/80_bench/08c_flags.ipynb #5ba9de6a
 def check_folder_name(

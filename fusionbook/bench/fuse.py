@@ -25,15 +25,30 @@ from ..models.named import MODEL_TYPES, network_of, type_of
 
 # %% ../../nbs/80_bench/11_fuse.ipynb #78745f24
 _KINDS = 'naive_fused', 'geometric_fused'
-FUSE_USAGE = 'fusionbook fuse --experiment_name NAME --model_type TYPE --seeds 5 --dataset_name NAME [options]'
+FUSE_USAGE = (
+    'fusionbook fuse --experiment_name NAME --model_type TYPE --seeds 5 --dataset_name NAME [options]'
+)
 
 # %% ../../nbs/80_bench/11_fuse.ipynb #54433895
 def _parser():
     p = Flags('fuse', FUSE_USAGE)
-    for name, kind, help in [('experiment_name', str, 'folder below --out'), ('model_type', str, ', '.join(MODEL_TYPES)), ('seeds', int, 'how many, from 1'), ('dataset_name', str, ', '.join(DATASETS))]:
+    for name, kind, help in [
+        ('experiment_name', str, 'folder below --out'),
+        ('model_type', str, ', '.join(MODEL_TYPES)),
+        ('seeds', int, 'how many, from 1'),
+        ('dataset_name', str, ', '.join(DATASETS)),
+    ]:
         p.add_argument(f'--{name}', type=kind, required=True, help=help)
-    for name, default, help in [('out', 'experiments', 'where experiments are'), ('kinds', ','.join(_KINDS), 'what to write'), ('geometric', 'original', 'original: layer by layer, weights alone; spec: any network, classes stay in place'),
-        ('transport_output', 'True', 'whether the original transports the class layer too: True, False')]:
+    for name, default, help in [
+        ('out', 'experiments', 'where experiments are'),
+        ('kinds', ','.join(_KINDS), 'what to write'),
+        (
+            'geometric',
+            'original',
+            'original: layer by layer, weights alone; spec: any network, classes stay in place',
+        ),
+        ('transport_output', 'True', 'whether the original transports the class layer too: True, False'),
+    ]:
         p.add_argument(f'--{name}', default=default, help=help)
     return p
 
@@ -43,12 +58,21 @@ def fuse_arguments(
 ) -> argparse.Namespace: # every flag; `kinds` as a list, `folder` of the experiment
     "Read and check the command line."
     a = read_flags(_parser(), argv)
-    a.kinds, a.folder = a.kinds.split(','), Path(a.out)/check_folder_name(a.experiment_name, 'experiment_name')
-    for value, valid, what in [(a.model_type, MODEL_TYPES, 'a model type'), (a.dataset_name, DATASETS, 'a data set'), (a.transport_output, ('True', 'False'), 'transport_output'), (a.geometric, ('original', 'spec'), 'geometric'),
-                               *((k, _KINDS, 'a kind of fusion') for k in a.kinds)]:
+    a.kinds, a.folder = (
+        a.kinds.split(','),
+        Path(a.out) / check_folder_name(a.experiment_name, 'experiment_name'),
+    )
+    for value, valid, what in [
+        (a.model_type, MODEL_TYPES, 'a model type'),
+        (a.dataset_name, DATASETS, 'a data set'),
+        (a.transport_output, ('True', 'False'), 'transport_output'),
+        (a.geometric, ('original', 'spec'), 'geometric'),
+        *((k, _KINDS, 'a kind of fusion') for k in a.kinds),
+    ]:
         check_choice(value, valid, what)
     if a.seeds < 1: raise FusionError(f'expected at least one seed, got {a.seeds}')
-    if not a.folder.is_dir(): raise FusionError(f'expected a folder with models, got `{a.folder}`, which does not exist')
+    if not a.folder.is_dir():
+        raise FusionError(f'expected a folder with models, got `{a.folder}`, which does not exist')
     return a
 
 # %% ../../nbs/80_bench/11_fuse.ipynb #4d25580f
@@ -78,13 +102,26 @@ def fuse_command(
     "fusionbook fuse --experiment_name NAME --model_type TYPE --seeds 5 --dataset_name NAME [--kinds naive_fused] [--geometric spec]"
     a, pairs, lines = fuse_arguments(argv), {}, []
     for seed in range(1, a.seeds + 1):
-        pairs[seed] = [{k.removeprefix('module.'): v for k, v in read_kind(a.folder, seed, p).items()} for p in ('parent_1', 'parent_2')]
+        pairs[seed] = [
+            {k.removeprefix('module.'): v for k, v in read_kind(a.folder, seed, p).items()}
+            for p in ('parent_1', 'parent_2')
+        ]
         found = check_parents(*pairs[seed])['name']
-        if found != a.model_type: raise FusionError(f'expected a {a.model_type} in parent_1 of seed {seed}, got a {found}')
+        if found != a.model_type:
+            raise FusionError(f'expected a {a.model_type} in parent_1 of seed {seed}, got a {found}')
     for seed, kind in track([(s, k) for s in pairs for k in a.kinds], 'fusions'):
         out = fused(*pairs[seed], kind, a.transport_output == 'True', a.geometric)
         write_kind(out, a.folder, seed, kind)
-        lines.append([f'{kind}, seed {seed}', *(f'{layer_distances(p, out)["total"]["relative"]:.3f}' for p in pairs[seed])])
-    print_table(['fusion', 'distance to parent_1', 'distance to parent_2'], lines, title=f'{a.experiment_name}: two parents of each seed, fused')
+        lines.append(
+            [
+                f'{kind}, seed {seed}',
+                *(f'{layer_distances(p, out)["total"]["relative"]:.3f}' for p in pairs[seed]),
+            ]
+        )
+    print_table(
+        ['fusion', 'distance to parent_1', 'distance to parent_2'],
+        lines,
+        title=f'{a.experiment_name}: two parents of each seed, fused',
+    )
     print(f'folder   {a.folder}')
     return a.folder

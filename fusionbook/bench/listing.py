@@ -31,13 +31,20 @@ def _files(group, folders):
     found = {}
     for root in folders:
         for file in sorted((Path(root)/group).rglob('*.yaml')):
-            if not file.name.startswith('_'): found[file.relative_to(Path(root)/group).as_posix()[:-5]] = file.read_text(encoding='utf-8').splitlines()
+            if not file.name.startswith('_'):
+                found[file.relative_to(Path(root) / group).as_posix()[:-5]] = file.read_text(
+                    encoding='utf-8'
+                ).splitlines()
     return found
 
 def _target(name, lines, group, files):
     "The name that a file only points to; its own where it says more."
     said = [l.strip() for l in lines if l.strip() and not l.startswith('#')]
-    points = re.fullmatch(rf'- /?{group}/(.+)@_here_', said[1]) if len(said) == 2 and said[0] == 'defaults:' else None
+    points = (
+        re.fullmatch(rf'- /?{group}/(.+)@_here_', said[1])
+        if len(said) == 2 and said[0] == 'defaults:'
+        else None
+    )
     if points and points[1] in files: return _target(points[1], files[points[1]], group, files)
     return next(n for n, other in files.items() if other == lines)
 
@@ -63,7 +70,10 @@ def entries(
 
 # %% ../../nbs/80_bench/98_list.ipynb #30c364ae
 def _lines(e):
-    def indented(text): return textwrap.wrap(text, 80, initial_indent='      ', subsequent_indent='      ', break_on_hyphens=False)
+    def indented(text):
+        return textwrap.wrap(
+            text, 80, initial_indent='      ', subsequent_indent='      ', break_on_hyphens=False
+        )
     head = f'  {e.name} ' + (f'{"":{max(0, 32 - len(e.name))}}sees {e.sees}' if e.sees else '')
     also = indented(f'also {", ".join(e.also)}') if e.also else []
     rest = [*indented(e.text), *indented(e.paper), *also]
@@ -76,8 +86,11 @@ def listing(
 ) -> str:
     "Text of the lists."
     from fusionbook.bench.experiment import experiments
-    parts = {k: (lambda g=g: entries(g, folders)) for k, g in GROUPS.items()} | {'experiments': lambda: [Listed(k, v) for k, v in experiments().items()]}
-    if what is not None and what not in parts: raise FusionError(f'expected one of {", ".join(parts)}, got `{what}`; {nearest(what, parts)}')
+    parts = {k: (lambda g=g: entries(g, folders)) for k, g in GROUPS.items()} | {
+        'experiments': lambda: [Listed(k, v) for k, v in experiments().items()]
+    }
+    if what is not None and what not in parts:
+        raise FusionError(f'expected one of {", ".join(parts)}, got `{what}`; {nearest(what, parts)}')
     out = []
     for name in [what] if what else parts:
         found = parts[name]()

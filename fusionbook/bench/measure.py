@@ -33,7 +33,8 @@ from ..models.named import MODEL_TYPES, network_of, type_of
 
 # %% ../../nbs/80_bench/10_measure.ipynb #ad818b2c
 _SPACES = dict(input_space='input_space', param_space='parameter_space', pred_space='prediction_space')
-MEASURE_USAGE = 'fusionbook measure --device cpu --experiment_name NAME --seeds 5 --model_type TYPE --dataset_name NAME [options]'
+MEASURE_USAGE = ('fusionbook measure --device cpu --experiment_name NAME --seeds 5 --model_type TYPE '
+                 '--dataset_name NAME [options]')
 
 # %% ../../nbs/80_bench/10_measure.ipynb #b1bbb33c
 def _truth(text):
@@ -43,27 +44,54 @@ def _truth(text):
 # %% ../../nbs/80_bench/10_measure.ipynb #f30fefec
 def _parser():
     p = Flags('measure', MEASURE_USAGE)
-    for name, kind, help in [('device', str, 'cpu, cuda, cuda:1, mps'), ('experiment_name', str, 'folder below --out'), ('model_type', str, ', '.join(MODEL_TYPES)), ('dataset_name', str, ', '.join(DATASETS)),
-                             ('seeds', int, 'how many, from 1')]:
+    for name, kind, help in [
+        ('device', str, 'cpu, cuda, cuda:1, mps'),
+        ('experiment_name', str, 'folder below --out'),
+        ('model_type', str, ', '.join(MODEL_TYPES)),
+        ('dataset_name', str, ', '.join(DATASETS)),
+        ('seeds', int, 'how many, from 1'),
+    ]:
         p.add_argument(f'--{name}', type=kind, required=True, help=help)
-    for name in (*_SPACES, 'correl_space'): p.add_argument(f'--{name}', type=_truth, default='True', help='True or False: whether it is measured')
+    for name in (*_SPACES, 'correl_space'):
+        p.add_argument(f'--{name}', type=_truth, default='True', help='True or False: whether it is measured')
     p.add_argument('--colab', type=_truth, default=False, help='accepted, no effect')
     for name, kind, default, help in [
-        ('batch_size', int, 100, 'of the original losses and Hessians'), ('accuracy_metric', str, 'accuracy', 'accuracy or generalisation_gap'), ('save_file_path', str, None, 'of the CSV; results.csv in the folder of the experiment when left out'),
-        ('metrics', str, 'original', 'original, corrected, field, all, or names with commas'), ('budget', float, 1., 'factor of all sample counts, in (0, 1]'), ('seed', int, 0, 'of everything random'),
-        ('rows', int, 0, 'training images; 0 for all'), ('data', str, None, 'folder or hub id of the data'), ('out', str, 'experiments', 'where experiments are')]:
+        ('batch_size', int, 100, 'of the original losses and Hessians'),
+        ('accuracy_metric', str, 'accuracy', 'accuracy or generalisation_gap'),
+        (
+            'save_file_path',
+            str,
+            None,
+            'of the CSV; results.csv in the folder of the experiment when left out',
+        ),
+        ('metrics', str, 'original', 'original, corrected, field, all, or names with commas'),
+        ('budget', float, 1.0, 'factor of all sample counts, in (0, 1]'),
+        ('seed', int, 0, 'of everything random'),
+        ('rows', int, 0, 'training images; 0 for all'),
+        ('data', str, None, 'folder or hub id of the data'),
+        ('out', str, 'experiments', 'where experiments are'),
+    ]:
         p.add_argument(f'--{name}', type=kind, default=default, help=help)
     p.add_argument('--json', action='store_true', help='print every number as JSON too, as the original does')
-    p.add_argument('--resume', action='store_true', help='take what an earlier run has measured on the same models, data and options')
+    p.add_argument(
+        '--resume',
+        action='store_true',
+        help='take what an earlier run has measured on the same models, data and options',
+    )
     return p
 
 # %% ../../nbs/80_bench/10_measure.ipynb #67a8a567
 def _check_numbers(a):
     if a.seeds < 1: raise FusionError(f'expected at least one seed, got {a.seeds}')
-    if not 1 <= a.batch_size <= 10_000: raise FusionError(f'expected batch_size from 1 to 10000, got {a.batch_size}')
+    if not 1 <= a.batch_size <= 10_000:
+        raise FusionError(f'expected batch_size from 1 to 10000, got {a.batch_size}')
     if not 0 < a.budget <= 1: raise FusionError(f'expected budget in (0, 1], got {a.budget}')
-    if a.correl_space and a.seeds < 2: raise FusionError('expected more than one seed to correlate over, got 1; add --correl_space False')
-    if a.correl_space and not a.pred_space: raise FusionError('expected the prediction space for correlations, got --pred_space False; add --correl_space False')
+    if a.correl_space and a.seeds < 2:
+        raise FusionError('expected more than one seed to correlate over, got 1; add --correl_space False')
+    if a.correl_space and not a.pred_space:
+        raise FusionError(
+            'expected the prediction space for correlations, got --pred_space False; add --correl_space False'
+        )
 
 # %% ../../nbs/80_bench/10_measure.ipynb #59791fb0
 def measure_arguments(
@@ -72,14 +100,22 @@ def measure_arguments(
     "Read and check the command line."
     a = read_flags(_parser(), argv)
     device_name(a.device, '--device')
-    check_choice(a.model_type, MODEL_TYPES, 'a model type'); check_choice(a.dataset_name, DATASETS, 'a data set')
+    check_choice(a.model_type, MODEL_TYPES, 'a model type')
+    check_choice(a.dataset_name, DATASETS, 'a data set')
     check_choice(a.accuracy_metric, ('accuracy', 'generalisation_gap'), 'an accuracy metric')
     _check_numbers(a)
-    a.metrics = metric_names(a.metrics.split(','), a.accuracy_metric, [s for k, s in _SPACES.items() if getattr(a, k)])
-    if a.correl_space and a.accuracy_metric not in a.metrics: a.metrics.append(a.accuracy_metric) # what correlations are with
+    a.metrics = metric_names(
+        a.metrics.split(','), a.accuracy_metric, [s for k, s in _SPACES.items() if getattr(a, k)]
+    )
+    if a.correl_space and a.accuracy_metric not in a.metrics:
+        a.metrics.append(a.accuracy_metric) # what correlations are with
     a.folder = Path(a.out)/check_folder_name(a.experiment_name, 'experiment_name')
     a.save_file_path = a.save_file_path or str(a.folder/'results')
-    if not a.folder.is_dir() or not any(a.folder.iterdir()): raise FusionError(f'expected a folder with models, got `{a.folder}`, which ' + ('is empty' if a.folder.is_dir() else 'does not exist'))
+    if not a.folder.is_dir() or not any(a.folder.iterdir()):
+        raise FusionError(
+            f'expected a folder with models, got `{a.folder}`, which '
+            + ('is empty' if a.folder.is_dir() else 'does not exist')
+        )
     return a
 
 # %% ../../nbs/80_bench/10_measure.ipynb #356d6376
@@ -87,10 +123,13 @@ def _checked_files(a):
     "Every model of every seed, lazily: seed -> kind -> state dict, and the parents' initial weights."
     found = {}
     for seed in range(1, a.seeds + 1):
-        found[seed] = {k: read_kind(a.folder, seed, k) for k in MODEL_KINDS} | {f'{k} initial': read_kind(a.folder, seed, k, initial=True) for k in MODEL_KINDS[:2]}
+        found[seed] = {k: read_kind(a.folder, seed, k) for k in MODEL_KINDS} | {
+            f'{k} initial': read_kind(a.folder, seed, k, initial=True) for k in MODEL_KINDS[:2]
+        }
         for k, sd in found[seed].items():
             kind = type_of({n.removeprefix('module.'): t for n, t in sd.meta.items()})['name']
-            if kind != a.model_type: raise FusionError(f'expected a {a.model_type} in {k} of seed {seed}, got a {kind}')
+            if kind != a.model_type:
+                raise FusionError(f'expected a {a.model_type} in {k} of seed {seed}, got a {kind}')
     return found
 
 # %% ../../nbs/80_bench/10_measure.ipynb #576210bb
@@ -98,7 +137,9 @@ def _pair(files, kind):
     "The network of a kind and what stands for its initial weights, both under our names."
     net = network_of(files[kind])
     if kind in MODEL_KINDS[:2]: return net, network_of(files[f'{kind} initial']).state_dict()
-    return net, farther_parent(net.state_dict(), *(network_of(files[k]).state_dict() for k in MODEL_KINDS[:2]))
+    return net, farther_parent(
+        net.state_dict(), *(network_of(files[k]).state_dict() for k in MODEL_KINDS[:2])
+    )
 
 # %% ../../nbs/80_bench/10_measure.ipynb #a703190a
 def measured_data(
@@ -143,11 +184,21 @@ def measure_models(
         net, initial = _pair(files[seed], kind)
         parents = [files[seed][k] for k in MODEL_KINDS[:2]]
         def parent(i): return network_of(parents[i - 1]).to(a.device)
-        subject = Subject(net.to(a.device), {k: t.to(a.device) for k, t in initial.items()}, data['train'], data['test'], a.seed, a.budget, a.batch_size, parent)
+        subject = Subject(
+            net.to(a.device),
+            {k: t.to(a.device) for k, t in initial.items()},
+            data['train'],
+            data['test'],
+            a.seed,
+            a.budget,
+            a.batch_size,
+            parent,
+        )
         facts = identity(content_hash(net.state_dict()), network_facts(net)), content_hash(initial), mark
         for group, names in groups_of(a.metrics).items():
             beside = [content_hash(parents[i]) for i in (0, 1) if group == f'beside_parent_{i + 1}']
-            for r in _group(a, seed, group, names, subject, (*facts, *beside)): yield dict(model=kind, seed=seed, **r)
+            for r in _group(a, seed, group, names, subject, (*facts, *beside)):
+                yield dict(model=kind, seed=seed, **r)
 
 # %% ../../nbs/80_bench/10_measure.ipynb #0f9d3abc
 def correlation_rows(
@@ -167,7 +218,15 @@ def correlation_rows(
             if space == 'prediction_space': continue
             for c in COEFFICIENTS:
                 found = correlation_with_chance(c, x, y, seed=seed, resamples=300)
-                out.append(dict(model=kind, space='correlation_space', metric=f'{c}_{m}', saturated=(m, space) in ends, **{k: found[k] for k in ('value', 'p', 'low', 'high', 'n')}))
+                out.append(
+                    dict(
+                        model=kind,
+                        space='correlation_space',
+                        metric=f'{c}_{m}',
+                        saturated=(m, space) in ends,
+                        **{k: found[k] for k in ('value', 'p', 'low', 'high', 'n')},
+                    )
+                )
     return out
 
 # %% ../../nbs/80_bench/10_measure.ipynb #99064b06
@@ -189,7 +248,11 @@ def _cell(found):
     values = [r['value'] for r in found]
     if not values: return ''
     error = stdev(values) if len(values) > 1 else found[0].get('error')
-    return f'{fmean(values):.4g}' + (f' ± {error:.2g}' if error is not None else '') + '*' * any(r.get('saturated') for r in found)
+    return (
+        f'{fmean(values):.4g}'
+        + (f' ± {error:.2g}' if error is not None else '')
+        + '*' * any(r.get('saturated') for r in found)
+    )
 
 # %% ../../nbs/80_bench/10_measure.ipynb #6a0c4733
 def measured_table(
@@ -197,7 +260,20 @@ def measured_table(
 ) -> tuple[list[str], list[list[str]]]: # head, lines
     "One line for each metric."
     metrics = list(dict.fromkeys((r['space'], r['metric']) for r in rows if 'seed' in r))
-    def line(space, metric): return [metric, *(_cell([r for r in rows if (r['space'], r['metric'], r['model']) == (space, metric, k) and 'seed' in r]) for k in MODEL_KINDS)]
+    def line(space, metric):
+        return [
+            metric,
+            *(
+                _cell(
+                    [
+                        r
+                        for r in rows
+                        if (r['space'], r['metric'], r['model']) == (space, metric, k) and 'seed' in r
+                    ]
+                )
+                for k in MODEL_KINDS
+            ),
+        ]
     return ['metric', *MODEL_KINDS], [line(*m) for m in metrics]
 
 # %% ../../nbs/80_bench/10_measure.ipynb #e5bc2426
@@ -218,6 +294,9 @@ def measure_command(
     notes = {k: str(v) for k, v in vars(a).items()} | dict(version=fusionbook.__version__, data_hash=mark)
     tidy = write_parquet(rows, file.with_suffix('.parquet'), notes)
     if a.json: print(json_text(results, 4), end='')
-    print_table(*measured_table(rows), title=f'{a.experiment_name}: {a.seeds} seed{"s" * (a.seeds > 1)}, {a.model_type} on {a.dataset_name}')
+    print_table(
+        *measured_table(rows),
+        title=f'{a.experiment_name}: {a.seeds} seed{"s" * (a.seeds > 1)}, {a.model_type} on {a.dataset_name}',
+    )
     print(f'table    {file}\ntidy     {tidy}')
     return file

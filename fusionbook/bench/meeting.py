@@ -20,7 +20,8 @@ def meeting(
     known:Mapping,  # task -> data set that was looked at
 ) -> dict[str, int]: # task -> how many of its examples are in any of the second
     "Test examples that were looked at."
-    def among(rows): return int(np.any([overlap(rows, k) for k in known.values()], axis=0).sum()) if known else 0
+    def among(rows):
+        return int(np.any([overlap(rows, k) for k in known.values()], axis=0).sum()) if known else 0
     return {t: among(rows) for t, rows in track(list(tested.items()), 'comparing data')}
 
 # %% ../../nbs/80_bench/02b_meeting.ipynb #09509828

@@ -15,8 +15,33 @@ from ..core.config import CONFIG
 from ..core.errors import FusionError, nearest
 
 # %% ../../nbs/80_bench/08a_mistakes.ipynb #aa1cd54f
-_OPTIONS = ('--help', '-h', '--version', '--debug', '--config-path', '-cp', '--config-name', '-cn', '--config-dir', '-cd', '--cfg', '-c', '--resolve', '--package', '-p',
-            '--info', '-i', '--multirun', '-m', '--run', '-r', '--hydra-help', '--shell-completion', '-sc', '--experimental-rerun')
+_OPTIONS = (
+    '--help',
+    '-h',
+    '--version',
+    '--debug',
+    '--config-path',
+    '-cp',
+    '--config-name',
+    '-cn',
+    '--config-dir',
+    '-cd',
+    '--cfg',
+    '-c',
+    '--resolve',
+    '--package',
+    '-p',
+    '--info',
+    '-i',
+    '--multirun',
+    '-m',
+    '--run',
+    '-r',
+    '--hydra-help',
+    '--shell-completion',
+    '-sc',
+    '--experimental-rerun',
+)
 
 def _close(word, names):
     "The nearest of some names, or None."
@@ -33,9 +58,15 @@ def check_options(
     for o in options:
         name = o.lstrip('-').replace('-', '_')
         if o in _OPTIONS: continue
-        if name in commands: raise FusionError(f'expected an option, got `{o}`; did you mean `{name}`, without dashes?')
-        if name.split('.')[0] in (*GROUPS.values(), *keys): raise FusionError(f'expected an option, got `{o}`; keys of a run are written `{name}=VALUE`, without dashes')
-        raise FusionError(f'expected an option, got `{o}`; {nearest(o, [w for w in _OPTIONS if w.startswith("--")])}')
+        if name in commands:
+            raise FusionError(f'expected an option, got `{o}`; did you mean `{name}`, without dashes?')
+        if name.split('.')[0] in (*GROUPS.values(), *keys):
+            raise FusionError(
+                f'expected an option, got `{o}`; keys of a run are written `{name}=VALUE`, without dashes'
+            )
+        raise FusionError(
+            f'expected an option, got `{o}`; {nearest(o, [w for w in _OPTIONS if w.startswith("--")])}'
+        )
 
 # %% ../../nbs/80_bench/08a_mistakes.ipynb #8fc2ac93
 def _halves(words):
@@ -44,8 +75,10 @@ def _halves(words):
         after = words[i + 1:]
         if after[:1] == ['='] and len(after) > 1: yield f'{w} = {after[1]}', f'{w}={after[1]}'
         elif w.endswith('=') and after and '=' not in after[0]: yield f'{w} {after[0]}', f'{w}{after[0]}'
-        elif '=' not in w and after and after[0].startswith('=') and len(after[0]) > 1: yield f'{w} {after[0]}', f'{w}{after[0]}'
-        elif w in GROUPS.values() and after and '=' not in after[0]: yield f'{w} {after[0]}', f'{w}={after[0]}'
+        elif '=' not in w and after and after[0].startswith('=') and len(after[0]) > 1:
+            yield f'{w} {after[0]}', f'{w}{after[0]}'
+        elif w in GROUPS.values() and after and '=' not in after[0]:
+            yield f'{w} {after[0]}', f'{w}={after[0]}'
 
 def _group_of(word, folders):
     "The group that has a configuration of this name, or None."
@@ -58,14 +91,24 @@ def check_bare(
     folders:Sequence,       # where configurations are looked up
 ) -> None:                  # raises `FusionError`
     "Refuse words that are no `key=value`."
-    for typed, meant in _halves(list(words)): raise FusionError(f'expected key=value without blanks, got `{typed}`; did you mean `{meant}`?')
+    for typed, meant in _halves(list(words)):
+        raise FusionError(f'expected key=value without blanks, got `{typed}`; did you mean `{meant}`?')
     for i, w in enumerate(words):
         if '=' in w or w.startswith('~'): continue
-        if w == 'run' and i == 0: raise FusionError(f'expected no word before a run, got `run`; did you mean `fusionbook {" ".join(words[1:])}`?')
-        if w in ('help', 'version'): raise FusionError(f'expected a command or key=value, got `{w}`; did you mean `--{w}`?')
-        if group := _group_of(w, folders): raise FusionError(f'expected key=value, got `{w}`; did you mean `{group}={w}`?')
-        if i == 0 and (near := _close(w, commands)): raise FusionError(f'expected a command, a file or key=value, got `{w}`; did you mean `{near}`?')
-        raise FusionError(f'expected a command, a file or key=value, got `{w}`; {nearest(w, [*commands, *GROUPS.values()], 12)}')
+        if w == 'run' and i == 0:
+            raise FusionError(
+                f'expected no word before a run, got `run`; did you mean `fusionbook {" ".join(words[1:])}`?'
+            )
+        if w in ('help', 'version'):
+            raise FusionError(f'expected a command or key=value, got `{w}`; did you mean `--{w}`?')
+        if group := _group_of(w, folders):
+            raise FusionError(f'expected key=value, got `{w}`; did you mean `{group}={w}`?')
+        if i == 0 and (near := _close(w, commands)):
+            raise FusionError(f'expected a command, a file or key=value, got `{w}`; did you mean `{near}`?')
+        raise FusionError(
+            f'expected a command, a file or key=value, got `{w}`; '
+            f'{nearest(w, [*commands, *GROUPS.values()], 12)}'
+        )
 
 # %% ../../nbs/80_bench/08a_mistakes.ipynb #b2a3a3fd
 _PLACES = 'save_report', 'merged_model_save_path' # a comma belongs to their names
@@ -86,21 +129,39 @@ def check_signs(
         key, sign, value = word.partition('=')
         name = key.lstrip('+')
         if not sign or key.startswith('~'): continue
-        if name in GROUPS.values() and not value: raise FusionError(f'expected a name after `{word}`, got none (`fusionbook list` shows all)')
+        if name in GROUPS.values() and not value:
+            raise FusionError(f'expected a name after `{word}`, got none (`fusionbook list` shows all)')
         if several or '/' in value or name in _PLACES or not _several(value): continue
-        if re.fullmatch(r'-?\d*,\d+', value): raise FusionError(f'expected a number with a point, got `{word}`; did you mean `{name}={value.replace(",", ".")}`?')
-        raise FusionError(f'expected one value, got `{word}`; several runs: add -m; a choice on validation: fusionbook sweep {word}')
+        if re.fullmatch(r'-?\d*,\d+', value):
+            raise FusionError(
+                f'expected a number with a point, got `{word}`; did you mean '
+                f'`{name}={value.replace(",", ".")}`?'
+            )
+        raise FusionError(
+            f'expected one value, got `{word}`; several runs: add -m; a choice on validation: fusionbook '
+            f'sweep {word}'
+        )
 
 # %% ../../nbs/80_bench/08a_mistakes.ipynb #3302057a
 def _chosen(group, overrides, folders):
     "The file of the configuration that a run has in a group, or None."
     default = {'method': 'task_arithmetic', 'modelpool': 'mini8', 'taskpool': 'mini8'}[group]
-    name = next((w.partition('=')[2] for w in reversed(overrides) if w.lstrip('+').startswith(f'{group}=')), default).removesuffix('.yaml')
+    name = next(
+        (w.partition('=')[2] for w in reversed(overrides) if w.lstrip('+').startswith(f'{group}=')), default
+    ).removesuffix('.yaml')
     return next((f for root in folders if (f := Path(root)/group/f'{name}.yaml').is_file()), None)
 
 def _keys(file):
     "Top keys of a YAML file."
-    return [k for k in re.findall(r'(?m)^(\w+):', Path(file).read_text(encoding='utf-8')) if not k.startswith('_') and k != 'defaults'] if file else []
+    return (
+        [
+            k
+            for k in re.findall(r'(?m)^(\w+):', Path(file).read_text(encoding='utf-8'))
+            if not k.startswith('_') and k != 'defaults'
+        ]
+        if file
+        else []
+    )
 
 # %% ../../nbs/80_bench/08a_mistakes.ipynb #e1f9a062
 def check_place(
@@ -113,13 +174,36 @@ def check_place(
     for word in overrides:
         name = re.split(r'[=@]', word.lstrip('+~'))[0]
         head, dot, rest = name.partition('.')
-        if head in (*groups, *keys, 'hydra', 'validation', 'allow_overlap') or '/' in head or head.startswith('hydra'): continue
+        if (
+            head in (*groups, *keys, 'hydra', 'validation', 'allow_overlap')
+            or '/' in head
+            or head.startswith('hydra')
+        ):
+            continue
         near = _close(head, [*keys, *groups])
-        full = next((f'{g}.{k}' for k in [head, *([] if near else filter(None, [_close(head, sum(ours.values(), []))]))] for g in groups if k in ours[g]), None)
-        if full: raise FusionError(f'expected a key of a run, got `{name}`; did you mean `{full}{dot}{rest}`?')
-        elsewhere = [m for m in catalogue('method', folders) if head in _keys(_chosen('method', [f'method={m}'], folders))]
-        if elsewhere: raise FusionError(f'expected a key of a run, got `{name}`; `method.{head}` is a key of method={" or ".join(elsewhere[:3])}')
-        if near: raise FusionError(f'expected a key of a run, got `{name}`; did you mean `{near}{dot}{rest}`?')
+        full = next(
+            (
+                f'{g}.{k}'
+                for k in [head, *([] if near else filter(None, [_close(head, sum(ours.values(), []))]))]
+                for g in groups
+                if k in ours[g]
+            ),
+            None,
+        )
+        if full:
+            raise FusionError(f'expected a key of a run, got `{name}`; did you mean `{full}{dot}{rest}`?')
+        elsewhere = [
+            m
+            for m in catalogue('method', folders)
+            if head in _keys(_chosen('method', [f'method={m}'], folders))
+        ]
+        if elsewhere:
+            raise FusionError(
+                f'expected a key of a run, got `{name}`; `method.{head}` is a key of '
+                f'method={" or ".join(elsewhere[:3])}'
+            )
+        if near:
+            raise FusionError(f'expected a key of a run, got `{name}`; did you mean `{near}{dot}{rest}`?')
 
 # %% ../../nbs/80_bench/08a_mistakes.ipynb #94efd274
 def check_words(
@@ -133,7 +217,8 @@ def check_words(
     check_bare(overrides, commands, search_folders(argv)) # a mistyped command before its flags
     check_options(options, commands, keys)
     check_signs(overrides, several or '-m' in options or '--multirun' in options)
-    outside = files or any(o in options for o in ('--config-path', '-cp', '--config-name', '-cn')) # its own keys are not known yet
+    # its own keys are not known yet
+    outside = files or any(o in options for o in ('--config-path', '-cp', '--config-name', '-cn'))
     if not outside: check_place(overrides, keys, search_folders(argv))
 
 # %% ../../nbs/80_bench/08a_mistakes.ipynb #e82b015d
@@ -145,5 +230,11 @@ def own_tasks(
     given = dict(w.lstrip('+').split('=', 1) for w in overrides if '=' in w)
     pool = given.get('modelpool', '').removesuffix('.yaml')
     outside = files or any(o in options for o in ('--config-path', '-cp', '--config-name', '-cn'))
-    if outside or 'method' not in given or 'taskpool' in given or pool not in catalogue('taskpool', search_folders(argv)): return []
+    if (
+        outside
+        or 'method' not in given
+        or 'taskpool' in given
+        or pool not in catalogue('taskpool', search_folders(argv))
+    ):
+        return []
     return [f'taskpool={pool}']

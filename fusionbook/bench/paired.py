@@ -20,7 +20,11 @@ def mcnemar(
     from scipy.stats import binomtest
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     first, second = int((a & ~b).sum()), int((b & ~a).sum())
-    return dict(only_first=first, only_second=second, p=float(binomtest(first, first + second).pvalue) if first + second else 1.)
+    return dict(
+        only_first=first,
+        only_second=second,
+        p=float(binomtest(first, first + second).pvalue) if first + second else 1.0,
+    )
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #e99ae191
 def _wider(count):
@@ -93,7 +97,9 @@ def paired(
     draws:int=10_000, seed:int=0,    # of the resampling
 ) -> dict[str, dict]:                # each task, and `average` -> difference, low, high
     "Second minus first, over examples and seeds."
-    if together and (bad := [(len(first[t]), len(second[t])) for t in first if len(first[t]) != len(second[t])]):
+    if together and (
+        bad := [(len(first[t]), len(second[t])) for t in first if len(first[t]) != len(second[t])]
+    ):
         raise FusionError('expected as many seeds of both, got {} and {}'.format(*bad[0]))
     luck = seed_part(first, second, together=together, draws=draws, seed=seed)
     d = {t: second[t].mean(0) - first[t].mean(0) for t in first}

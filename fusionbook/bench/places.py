@@ -22,12 +22,17 @@ def _writable(path, what):
     try:
         if not place.is_dir(): raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         with tempfile.TemporaryFile(dir=place): pass
-    except OSError as e: raise FusionError(f'expected `{what}` in a place that can be written, got `{path}`: {e.strerror}') from None
+    except OSError as e:
+        raise FusionError(
+            f'expected `{what}` in a place that can be written, got `{path}`: {e.strerror}'
+        ) from None
 
 def _downloaded(path):
     "Whether a place lies among the files that the hub's client keeps."
     from huggingface_hub.constants import HF_HUB_CACHE
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(HF_HUB_CACHE)) or Path(os.path.abspath(path)).is_relative_to(HF_HUB_CACHE)
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(HF_HUB_CACHE)) or Path(
+        os.path.abspath(path)
+    ).is_relative_to(HF_HUB_CACHE)
 
 # %% ../../nbs/80_bench/03c_places.ipynb #0b0726c1
 def check_output(
@@ -37,9 +42,11 @@ def check_output(
 ) -> Path:         # the path
     "Make sure that a file or folder can be written; makes nothing."
     path = Path(path).expanduser()
-    if path.is_dir() and not of_model: raise FusionError(f'expected `{what}` as a file, got the folder `{path}`')
+    if path.is_dir() and not of_model:
+        raise FusionError(f'expected `{what}` as a file, got the folder `{path}`')
     if of_model: check_replaceable(path)
-    if _downloaded(path): raise FusionError(f'expected `{what}` outside of the folder of downloaded models, got `{path}`')
+    if _downloaded(path):
+        raise FusionError(f'expected `{what}` outside of the folder of downloaded models, got `{path}`')
     _writable(path, what)
     return path
 
@@ -50,13 +57,21 @@ def check_report(
 ) -> list[Path]:   # the report, its answers and its picture
     "Make sure that a report, with what lies beside it, can be written and replaces an earlier one at most."
     path = check_output(path, what)
-    if path.suffix not in ('', '.json'): raise FusionError(f'expected `{what}` as a file that ends in `.json`, got `{path}`')
+    if path.suffix not in ('', '.json'):
+        raise FusionError(f'expected `{what}` as a file that ends in `.json`, got `{path}`')
     if path.exists():
         try: known = 'rows' in read_json(path)
         except (FusionError, OSError): known = False
-        if not known: raise FusionError(f'expected `{what}` as a new file or an earlier report, got `{path}` with other things in it')
+        if not known:
+            raise FusionError(
+                f'expected `{what}` as a new file or an earlier report, got `{path}` with other things in it'
+            )
     stem = 'predictions' if path.name == 'report.json' else f'{path.stem}.predictions'
-    return [path, check_output(path.with_name(f'{stem}.parquet'), what), check_output(path.with_suffix('.png'), what)]
+    return [
+        path,
+        check_output(path.with_name(f'{stem}.parquet'), what),
+        check_output(path.with_suffix('.png'), what),
+    ]
 
 # %% ../../nbs/80_bench/03c_places.ipynb #1ce19efe
 def _files(path):
@@ -76,13 +91,20 @@ def check_sources(
     *parts,                 # configurations whose texts may name what it reads
 ) -> None:                  # raises `FusionError`
     "Refuse to write over what a run reads."
-    sources = {Path(os.path.realpath(p)) for s in _strings(parts) if len(s) < 4096 and (p := Path(s).expanduser()).exists()}
+    sources = {
+        Path(os.path.realpath(p))
+        for s in _strings(parts)
+        if len(s) < 4096 and (p := Path(s).expanduser()).exists()
+    }
     for out in outputs:
         real = Path(os.path.realpath(out))
         for source in sources:
             among = real.parent == source and (real.exists() or real.suffix == '.safetensors')
             if real == source or among or source.parent == real or _files(real) & _files(source):
-                raise FusionError(f'expected a place for output that is no source of the run, got `{out}`, which is `{source}` or a file of it')
+                raise FusionError(
+                    f'expected a place for output that is no source of the run, got `{out}`, which is '
+                    f'`{source}` or a file of it'
+                )
 
 # %% ../../nbs/80_bench/03c_places.ipynb #543ee660
 def check_distinct(
@@ -94,7 +116,9 @@ def check_distinct(
         real = Path(os.path.realpath(out))
         for other, was in seen.items():
             if real == other or real.is_relative_to(other) or other.is_relative_to(real):
-                raise FusionError(f'expected different places for the outputs of a run, got `{was}` and `{out}`')
+                raise FusionError(
+                    f'expected different places for the outputs of a run, got `{was}` and `{out}`'
+                )
         seen[real] = out
 
 # %% ../../nbs/80_bench/03c_places.ipynb #79c26ccc
@@ -126,7 +150,10 @@ def new_folder(
     "Make a folder; what a refused or interrupted run leaves in it stays only where there is more than its configuration and log."
     existed = folder.exists()
     try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise FusionError(f'expected the folder of the run in a place that can be written, got `{folder}`: {e.strerror}') from None
+    except OSError as e:
+        raise FusionError(
+            f'expected the folder of the run in a place that can be written, got `{folder}`: {e.strerror}'
+        ) from None
     try: yield not existed
     except (FusionError, OSError, KeyboardInterrupt):
         if not existed: _drop(folder)

@@ -16,11 +16,16 @@ import fusionbook
 # %% ../../nbs/80_bench/02_provenance.ipynb #726f1228
 def git_commit() -> str|None: # hash of the commit, with `+` when files were changed since; None outside a repository
     "The state of the book's own repository."
-    def git(*args): return subprocess.run(['git', '-C', Path(fusionbook.__file__).parent, *args], capture_output=True, text=True, timeout=10)
+    def git(*args):
+        return subprocess.run(
+            ['git', '-C', Path(fusionbook.__file__).parent, *args], capture_output=True, text=True, timeout=10
+        )
     try: head = git('rev-parse', 'HEAD')
     except (OSError, subprocess.TimeoutExpired): return None
     if head.returncode: return None
-    return head.stdout.strip() + ('+' if git('status', '--porcelain', '--untracked-files=no').stdout.strip() else '')
+    return head.stdout.strip() + (
+        '+' if git('status', '--porcelain', '--untracked-files=no').stdout.strip() else ''
+    )
 
 # %% ../../nbs/80_bench/02_provenance.ipynb #4b871b5b
 def versions() -> dict[str, str]:
@@ -29,8 +34,11 @@ def versions() -> dict[str, str]:
         try: return version(name)
         except PackageNotFoundError: return None
     found = {n: one(n) for n in ('torch', 'transformers', 'datasets', 'safetensors', 'numpy')}
-    return {'fusionbook': fusionbook.__version__, 'python': platform.python_version()} | {k: v for k, v in found.items() if v} | {
-        'platform': platform.platform(terse=True), 'threads': str(torch.get_num_threads())}
+    return (
+        {'fusionbook': fusionbook.__version__, 'python': platform.python_version()}
+        | {k: v for k, v in found.items() if v}
+        | {'platform': platform.platform(terse=True), 'threads': str(torch.get_num_threads())}
+    )
 
 # %% ../../nbs/80_bench/02_provenance.ipynb #9e13505b
 def peak_memory(
@@ -42,7 +50,9 @@ def peak_memory(
         lines = Path('/proc/self/status').read_text().splitlines()
         return int(next(l for l in lines if l.startswith('VmHWM')).split()[1]) / 1e3
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if platform.system() == 'Darwin' else 1e3)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            1e6 if platform.system() == 'Darwin' else 1e3
+        )
 
 # %% ../../nbs/80_bench/02_provenance.ipynb #ea2908bd
 @contextmanager
@@ -56,5 +66,8 @@ def measured(
     try: yield
     finally:
         old = cost.get(phase, dict(seconds=0., cpu_seconds=0., peak_mb=0.))
-        cost[phase] = dict(seconds=round(old['seconds'] + time.perf_counter() - wall, 3), peak_mb=round(max(old['peak_mb'], peak_memory()), 1),
-                           cpu_seconds=round(old['cpu_seconds'] + time.process_time() - cpu, 3))
+        cost[phase] = dict(
+            seconds=round(old['seconds'] + time.perf_counter() - wall, 3),
+            peak_mb=round(max(old['peak_mb'], peak_memory()), 1),
+            cpu_seconds=round(old['cpu_seconds'] + time.process_time() - cpu, 3),
+        )

@@ -13,15 +13,21 @@ from ..core.errors import FusionError
 from ..core.hub import named_sources
 
 # %% ../../nbs/80_bench/03d_rehearsal.ipynb #f6cd1068
-_ABOUT = ('classnames', 'templates', 'template', 'sentences', 'image', 'label', 'text', 'clusters') # what an entry says of its task, not of its loader
+# what an entry says of its task, not of its loader
+_ABOUT = ('classnames', 'templates', 'template', 'sentences', 'image', 'label', 'text', 'clusters')
 
 def _loaders(part) -> Iterator[Mapping]:
     "Configurations of models and data sets in a pool."
     for key, table in part.items():
-        entries = table.values() if isinstance(table, Mapping) and (key == 'models' or key.endswith('_datasets')) else ()
+        entries = (
+            table.values()
+            if isinstance(table, Mapping) and (key == 'models' or key.endswith('_datasets'))
+            else ()
+        )
         for entry in entries:
             entry = entry.get('dataset', entry) if isinstance(entry, Mapping) else entry
-            if isinstance(entry, Mapping) and '_target_' in entry: yield {k: v for k, v in entry.items() if k not in _ABOUT}
+            if isinstance(entry, Mapping) and '_target_' in entry:
+                yield {k: v for k, v in entry.items() if k not in _ABOUT}
 
 # %% ../../nbs/80_bench/03d_rehearsal.ipynb #d0f435c9
 def check_named(
@@ -33,4 +39,7 @@ def check_named(
     for loader in _loaders(part): check_keys(loader, allow)
     for key, name in named_sources(part, kind):
         if name.startswith(('/', './', '../', '~')) and not Path(name).expanduser().exists():
-            raise FusionError(f'expected `{key}` as a file, a folder or a name of the hub, got `{name}`, which does not exist')
+            raise FusionError(
+                f'expected `{key}` as a file, a folder or a name of the hub, got `{name}`, which does not '
+                f'exist'
+            )

@@ -36,8 +36,12 @@ def pooled(
     "Average the models of a role: the seeds of a method, or whatever else it made several of."
     by, keys = {}, ('accuracy', 'loss', 'normalised_accuracy')
     for r in rows: by.setdefault(r['task'], []).append(r)
-    def mean(rs): return {k: math.fsum(r[k] for r in rs) / len(rs) for k in keys if all(r.get(k) is not None for r in rs)}
-    def span(rs): return dict(low=min(r['accuracy'] for r in rs), high=max(r['accuracy'] for r in rs), models=len(rs))
+    def mean(rs):
+        return {
+            k: math.fsum(r[k] for r in rs) / len(rs) for k in keys if all(r.get(k) is not None for r in rs)
+        }
+    def span(rs):
+        return dict(low=min(r['accuracy'] for r in rs), high=max(r['accuracy'] for r in rs), models=len(rs))
     return [dict(rs[0]) if len(rs) == 1 else {**rs[0], **mean(rs), **span(rs)} for rs in by.values()]
 
 def averages(
@@ -61,15 +65,45 @@ def spread(
     rows:Sequence[Mapping], # merged rows, one model a seed
 ) -> dict[str, dict]:       # average and each task -> mean, sd (None for one seed), min, max
     "How the accuracy varies between the models of a method."
-    def of(values): return dict(mean=math.fsum(values) / len(values), sd=statistics.stdev(values) if len(values) > 1 else None, min=min(values), max=max(values))
+    def of(values):
+        return dict(
+            mean=math.fsum(values) / len(values),
+            sd=statistics.stdev(values) if len(values) > 1 else None,
+            min=min(values),
+            max=max(values),
+        )
     models = {}
     for r in rows: models.setdefault(r['model'], []).append(r)
     tasks = dict.fromkeys(r['task'] for r in rows)
-    return {'average': of([averages(rs)['accuracy'] for rs in models.values()])} | {t: of([r['accuracy'] for r in rows if r['task'] == t]) for t in tasks} if rows else {}
+    return (
+        {'average': of([averages(rs)['accuracy'] for rs in models.values()])}
+        | {t: of([r['accuracy'] for r in rows if r['task'] == t]) for t in tasks}
+        if rows
+        else {}
+    )
 
 # %% ../../nbs/80_bench/01_report.ipynb #510ee987
-_OWN = ('rows', 'config', 'method', 'uses', 'seed', 'versions', 'git_commit', 'hashes', 'cost', 'interrupted', 'model_info', 'average', 'created', 'seeds', 'sweep',
-        'adaptation', 'tuned_on', 'meets', 'returned')
+_OWN = (
+    'rows',
+    'config',
+    'method',
+    'uses',
+    'seed',
+    'versions',
+    'git_commit',
+    'hashes',
+    'cost',
+    'interrupted',
+    'model_info',
+    'average',
+    'created',
+    'seeds',
+    'sweep',
+    'adaptation',
+    'tuned_on',
+    'meets',
+    'returned',
+)
 
 # %% ../../nbs/80_bench/01_report.ipynb #e47d4b58
 class Report(Mapping):
@@ -79,11 +113,15 @@ class Report(Mapping):
         data:Mapping, # at least `rows`; see `keys()` of any report
     ):
         self.data = dict(data)
-        if not isinstance(self.data.get('rows'), list): raise FusionError(f'expected a report with `rows`, got the keys {sorted(self.data)}')
+        if not isinstance(self.data.get('rows'), list):
+            raise FusionError(f'expected a report with `rows`, got the keys {sorted(self.data)}')
         self.data['rows'] = with_normalised(self.data['rows'])
         merged = pooled(self.rows('merged'))
-        self.data |= {r['task']: {k: r[k] for k in ('accuracy', 'loss')} for r in merged} | ({'average': averages(merged)} if merged else {})
-        if merged and not any('models' in r for r in merged): self.data['average'] |= dict(zip(('low', 'high'), average_interval(merged)))
+        self.data |= {r['task']: {k: r[k] for k in ('accuracy', 'loss')} for r in merged} | (
+            {'average': averages(merged)} if merged else {}
+        )
+        if merged and not any('models' in r for r in merged):
+            self.data['average'] |= dict(zip(('low', 'high'), average_interval(merged)))
     def __getitem__(self, key): return self.data[key]
     def __iter__(self): return iter(self.data)
     def __len__(self): return len(self.data)
@@ -118,13 +156,16 @@ def read_report(
         raise FusionError(f'expected a report with `rows`, a list of results, in `{path}`, got another value')
     try: return Report(data)
     except (TypeError, ValueError, LookupError, AttributeError) as e:
-        raise FusionError(f'expected a report in `{path}`, got one whose values do not fit: {" ".join(str(e).split()):.120}') from None
+        raise FusionError(
+            f'expected a report in `{path}`, got one whose values do not fit: {" ".join(str(e).split()):.120}'
+        ) from None
 
 def check_task_names(
     names:Sequence[str], # the tasks of a run
 ) -> None:
     "Refuse a task whose name is a key of the report."
-    if bad := [n for n in names if n in _OWN]: raise FusionError(f'expected task names other than the keys of a report, got `{bad[0]}`')
+    if bad := [n for n in names if n in _OWN]:
+        raise FusionError(f'expected task names other than the keys of a report, got `{bad[0]}`')
 
 # %% ../../nbs/80_bench/01_report.ipynb #8ecf27e7
 _NAMES, _NUMBERS = ('model', 'role', 'task'), dict(labels='label', predictions='prediction', losses='loss')
@@ -135,7 +176,9 @@ def predictions_path(
 ) -> Path:           # `predictions.parquet` beside `report.json`, `x.predictions.parquet` beside `x.json`
     "Where the answers behind a report lie."
     report = Path(report)
-    return report.with_name('predictions.parquet' if report.name == 'report.json' else f'{report.stem}.predictions.parquet')
+    return report.with_name(
+        'predictions.parquet' if report.name == 'report.json' else f'{report.stem}.predictions.parquet'
+    )
 
 def save_predictions(
     answers:Sequence[Mapping], # model, role, task, and vectors (N,): labels, predictions, losses, perhaps clusters
@@ -144,15 +187,31 @@ def save_predictions(
     "Write answers, atomically; one line an example."
     import numpy as np, pyarrow as pa
     from pyarrow import parquet
-    def names(k): return pa.concat_arrays([pa.array([a[k]] * len(a['labels']), pa.string()) for a in answers] or [pa.array([], pa.string())])
-    def numbers(k, kind): return pa.array(np.concatenate([np.zeros(0, kind), *(np.asarray(a[k], kind) for a in answers)]))
+    def names(k):
+        return pa.concat_arrays(
+            [pa.array([a[k]] * len(a['labels']), pa.string()) for a in answers] or [pa.array([], pa.string())]
+        )
+    def numbers(k, kind):
+        return pa.array(np.concatenate([np.zeros(0, kind), *(np.asarray(a[k], kind) for a in answers)]))
     answers = [{**a, 'index': np.arange(len(a['labels']))} for a in answers]
     columns = {k: names(k).dictionary_encode() for k in _NAMES} | {'index': numbers('index', 'int32')}
     columns |= {new: numbers(old, 'float32' if old == 'losses' else 'int32') for old, new in _NUMBERS.items()}
-    def sources(a): return pa.array(np.asarray(a['clusters']), pa.int64()) if a.get('clusters') is not None else pa.nulls(len(a['labels']), pa.int64())
-    if any(a.get('clusters') is not None for a in answers): columns['cluster'] = pa.concat_arrays([sources(a) for a in answers])
-    with atomic(path) as new: parquet.write_table(pa.table(columns), new, compression='zstd', use_dictionary=[*_NAMES, 'label', 'prediction'],
-                                                  column_encoding={'index': 'DELTA_BINARY_PACKED', 'loss': 'BYTE_STREAM_SPLIT'})
+    def sources(a):
+        return (
+            pa.array(np.asarray(a['clusters']), pa.int64())
+            if a.get('clusters') is not None
+            else pa.nulls(len(a['labels']), pa.int64())
+        )
+    if any(a.get('clusters') is not None for a in answers):
+        columns['cluster'] = pa.concat_arrays([sources(a) for a in answers])
+    with atomic(path) as new:
+        parquet.write_table(
+            pa.table(columns),
+            new,
+            compression='zstd',
+            use_dictionary=[*_NAMES, 'label', 'prediction'],
+            column_encoding={'index': 'DELTA_BINARY_PACKED', 'loss': 'BYTE_STREAM_SPLIT'},
+        )
     return Path(path)
 
 # %% ../../nbs/80_bench/01_report.ipynb #2eeb57db
@@ -162,19 +221,29 @@ def read_predictions(
     "Read answers."
     import numpy as np
     from pyarrow import ArrowInvalid, parquet
-    if not Path(path).exists(): raise FusionError(f'expected the answers behind a report, got no file `{path}`; run the report again to make them')
+    if not Path(path).exists():
+        raise FusionError(
+            f'expected the answers behind a report, got no file `{path}`; run the report again to make them'
+        )
     try: table = parquet.read_table(path)
-    except (ArrowInvalid, OSError) as e: raise FusionError(f'expected answers in Parquet, got `{path}` ({str(e).splitlines()[0]})') from None
+    except (ArrowInvalid, OSError) as e:
+        raise FusionError(f'expected answers in Parquet, got `{path}` ({str(e).splitlines()[0]})') from None
     columns = {k: table[k].to_numpy() for k in (*_NAMES, 'index', *_NUMBERS.values())}
     starts = np.flatnonzero(columns['index'] == 0).tolist()
     def sources(i, j):
         part = table['cluster'].slice(i, j - i) if 'cluster' in table.column_names else None
         return {} if part is None or part.null_count else dict(clusters=part.to_numpy())
-    def one(i, j): return {k: columns[k][i] for k in _NAMES} | {old: columns[new][i:j] for old, new in _NUMBERS.items()} | sources(i, j)
+    def one(i, j):
+        return (
+            {k: columns[k][i] for k in _NAMES}
+            | {old: columns[new][i:j] for old, new in _NUMBERS.items()}
+            | sources(i, j)
+        )
     return [one(i, j) for i, j in zip(starts, [*starts[1:], len(table)])]
 
 # %% ../../nbs/80_bench/01_report.ipynb #a1187d98
-def _interval(found): return '[no interval]' if None in found else f'[{100 * found[0]:.1f}, {100 * found[1]:.1f}]'
+def _interval(found):
+    return '[no interval]' if None in found else f'[{100 * found[0]:.1f}, {100 * found[1]:.1f}]'
 
 def _cell(r, interval=False):
     if r is None: return ''
@@ -186,8 +255,17 @@ def _line(report, task):
     share, any_of = (by['merged'] or {}).get('normalised_accuracy'), next(r for r in by.values() if r)
     sources = f'{any_of["clusters"]:,}' if 'clusters' in any_of else ''
     shares = '' if share is None else f'{100 * share:.1f}'
-    return [task, f'{any_of["n"]:,}', sources, _cell(by['pretrained']), _cell(by['expert']), _cell(by['merged'], True), shares]
+    return [
+        task,
+        f'{any_of["n"]:,}',
+        sources,
+        _cell(by['pretrained']),
+        _cell(by['expert']),
+        _cell(by['merged'], True),
+        shares,
+    ]
 
+# %% ../../nbs/80_bench/01_report.ipynb #5529ce5f
 def _last(report):
     "The means over tasks, with the interval of the merged model's or, for several models, their range."
     means = {role: averages(report.rows(role)) for role in ROLES}
@@ -196,7 +274,15 @@ def _last(report):
     ends = average_interval(rows) if rows else (None, None)
     if any('models' in r for r in pooled(rows)): ends = [spread(rows)['average'][k] for k in ('min', 'max')]
     merged = f'{mean("merged")} {_interval(ends)}' if rows else ''
-    return ['average', '', '', mean('pretrained'), mean('expert'), merged, mean('merged', 'normalised_accuracy')]
+    return [
+        'average',
+        '',
+        '',
+        mean('pretrained'),
+        mean('expert'),
+        merged,
+        mean('merged', 'normalised_accuracy'),
+    ]
 
 # %% ../../nbs/80_bench/01_report.ipynb #35ad4ec4
 @patch
@@ -204,17 +290,23 @@ def table(self:Report) -> tuple[list[str], list[list[str]]]:
     "Header and lines of the table; the last line is the average over tasks."
     several = max((r.get('models', 1) for r in pooled(self.rows('merged'))), default=1)
     merged = 'merged [95 %]' if several == 1 else f'mean of {several} [range]'
-    head, lines = ['task', 'n', 'sources', 'pretrained', 'expert', merged, 'normalised'], [_line(self, t) for t in self.tasks]
+    head = ['task', 'n', 'sources', 'pretrained', 'expert', merged, 'normalised']
+    lines = [_line(self, t) for t in self.tasks]
     if lines: lines.append(_last(self))
     if any(line[2] for line in lines): return head, lines
-    return [c for i, c in enumerate(head) if i != 2], [[c for i, c in enumerate(line) if i != 2] for line in lines]
+    return [c for i, c in enumerate(head) if i != 2], [
+        [c for i, c in enumerate(line) if i != 2] for line in lines
+    ]
 
 # %% ../../nbs/80_bench/01_report.ipynb #d91ee3e7
 def data_read(
     report:Report, # any
 ) -> str:          # such as `train, labels`; `no data`
     "What a method read besides the models."
-    return ', '.join(u for u in report.get('uses') or () if u not in ('pretrained', 'experts', 'spec')) or 'no data'
+    return (
+        ', '.join(u for u in report.get('uses') or () if u not in ('pretrained', 'experts', 'spec'))
+        or 'no data'
+    )
 
 def tuned_on(
     report:Report, # any
@@ -225,8 +317,16 @@ def tuned_on(
 # %% ../../nbs/80_bench/01_report.ipynb #5a7057fe
 def _met(report):
     "Which data the method read, or was tuned on, that are test data."
-    found = {part: {t: n for t, n in by.items() if n} for part, by in (report.get('meets') or {}).items() if part != 'unlabeled_test'}
-    return [f'{n:,} test examples of {t} are in the {part} data' for part, by in found.items() for t, n in by.items()]
+    found = {
+        part: {t: n for t, n in by.items() if n}
+        for part, by in (report.get('meets') or {}).items()
+        if part != 'unlabeled_test'
+    }
+    return [
+        f'{n:,} test examples of {t} are in the {part} data'
+        for part, by in found.items()
+        for t, n in by.items()
+    ]
 
 def _given(report):
     "Tasks without an interval of their own."
@@ -237,29 +337,49 @@ def _given(report):
 @patch
 def remarks(self:Report) -> str:
     "What the reader of the table must know: an interruption, the data that were read, what was chosen on what, the spread over seeds."
-    found, seeds, sweep = ['interrupted'] if self.get('interrupted') else [], self.get('seeds') or {}, self.get('sweep') or {}
+    found = ['interrupted'] if self.get('interrupted') else []
+    seeds = self.get('seeds') or {}
+    sweep = self.get('sweep') or {}
     if data_read(self) != 'no data': found.append(f'read {data_read(self)}')
-    if (on := tuned_on(self)) != 'nothing': found.append(f'hyper-parameters chosen on {"the test data" if on == "test" else on}')
+    if (on := tuned_on(self)) != 'nothing':
+        found.append(f'hyper-parameters chosen on {"the test data" if on == "test" else on}')
     if sweep.get('edge'): found.append(f'at the edge of the grid of {", ".join(sweep["edge"])}')
     found += _met(self) + _given(self)
     a = seeds.get('accuracy', {}).get('average')
-    if a: found.append(f'{len(seeds["values"])} seeds: {100 * a["mean"]:.1f} ± {100 * (a["sd"] or 0):.1f} %, {100 * a["min"]:.1f} to {100 * a["max"]:.1f}')
+    if a:
+        found.append(
+            f'{len(seeds["values"])} seeds: {100 * a["mean"]:.1f} ± {100 * (a["sd"] or 0):.1f} %, '
+            f'{100 * a["min"]:.1f} to {100 * a["max"]:.1f}'
+        )
     elif seeds: found.append(f'run once: {seeds["note"]}')
     return f' ({"; ".join(found)})' if found else ''
 
 @patch
-def _repr_markdown_(self:Report): return f'**{self.get("method", "report")}**{self.remarks()}\n\n{markdown_table(*self.table())}'
+def _repr_markdown_(self:Report):
+    return f'**{self.get("method", "report")}**{self.remarks()}\n\n{markdown_table(*self.table())}'
 
 # %% ../../nbs/80_bench/01_report.ipynb #3a4ba50b
 @patch
 def figure(self:Report):
     "Accuracy by task of the base, the merged model and the experts, with 95 % intervals."
     from fusionbook.core.plot import bars
-    shown = {role: {r['task']: r for r in pooled(self.rows(role))} for role in ('pretrained', 'merged', 'expert') if self.rows(role)}
-    def label(role): return role if role != 'merged' or (seen := data_read(self)) == 'no data' else f'merged, which read {seen}'
+    shown = {
+        role: {r['task']: r for r in pooled(self.rows(role))}
+        for role in ('pretrained', 'merged', 'expert')
+        if self.rows(role)
+    }
+    def label(role):
+        return (
+            role
+            if role != 'merged' or (seen := data_read(self)) == 'no data'
+            else f'merged, which read {seen}'
+        )
     values = {label(role): {t: 100 * r['accuracy'] for t, r in by.items()} for role, by in shown.items()}
     known = {role: {t: r for t, r in by.items() if r['low'] is not None} for role, by in shown.items()}
-    intervals = {label(role): {t: (100 * r['low'], 100 * r['high']) for t, r in by.items()} for role, by in known.items()}
+    intervals = {
+        label(role): {t: (100 * r['low'], 100 * r['high']) for t, r in by.items()}
+        for role, by in known.items()
+    }
     chosen = ', chosen on test data' if tuned_on(self) == 'test' else ''
     return bars(values, intervals, ylabel=f'accuracy in %{chosen}')
 
@@ -273,21 +393,27 @@ def _seen(r): return [data_read(r), tuned_on(r)]
 def _over(rows):
     "How the average varies between models."
     count, a = max(r.get('models', 1) for r in pooled(rows)), spread(rows)['average']
-    return '' if count == 1 else f'{count}: sd {100 * a["sd"]:.1f}, {100 * a["min"]:.1f} to {100 * a["max"]:.1f}'
+    return (
+        '' if count == 1 else f'{count}: sd {100 * a["sd"]:.1f}, {100 * a["min"]:.1f} to {100 * a["max"]:.1f}'
+    )
 
+# %% ../../nbs/80_bench/01_report.ipynb #59a5b314
 def comparison(
     reports:Mapping[str, Report], # name -> report, measured on the same tasks
 ) -> tuple[list[str], list[list[str]]]:
     "Header and lines of a table of methods: one line for the base, one per report, one for the experts."
     first = next(iter(reports.values()))
     for name, r in reports.items():
-        if r.get('hashes', {}).get('data') != first.get('hashes', {}).get('data'): raise FusionError(f'expected reports of the same data, got `{name}` of other data')
+        if r.get('hashes', {}).get('data') != first.get('hashes', {}).get('data'):
+            raise FusionError(f'expected reports of the same data, got `{name}` of other data')
     def line(name, rows, seen):
         by, m, over = {r['task']: r for r in pooled(rows)}, averages(rows), _over(rows)
         share = f'{100 * m["normalised_accuracy"]:.1f}' if 'normalised_accuracy' in m else ''
         mean = f'{100 * m["accuracy"]:.1f}' if over else around(m['accuracy'], *average_interval(rows))
         return [name, *(_one(by.get(t)) for t in first.tasks), mean, over, share, *seen]
-    named = [('pretrained', first.rows('pretrained'), ['', ''])] + [(n, r.rows('merged'), _seen(r)) for n, r in reports.items()]
+    named = [('pretrained', first.rows('pretrained'), ['', ''])] + [
+        (n, r.rows('merged'), _seen(r)) for n, r in reports.items()
+    ]
     head = ['', *first.tasks, 'average', 'over seeds', 'normalised', 'read', 'tuned on']
     lines = [line(*x) for x in [*named, ('experts', first.rows('expert'), ['', ''])] if x[1]]
     keep = [i for i, c in enumerate(head) if c != 'over seeds' or any(l[i] for l in lines)]
@@ -298,9 +424,14 @@ def cost_table(
     reports:Mapping[str, Report], # name -> report
 ) -> tuple[list[str], list[list[str]]]:
     "Header and lines: seconds and peak memory of each phase, and what each method saw."
-    def cells(r, phase): c = r['cost'].get(phase, {}); return [f'{c["seconds"]:.2f}', f'{c["peak_mb"]:,.0f}'] if c else ['', '']
+    def cells(r, phase):
+        c = r['cost'].get(phase, {})
+        return [f'{c["seconds"]:.2f}', f'{c["peak_mb"]:,.0f}'] if c else ['', '']
     head = ['', 'read', 'loading s', 'peak MB', 'merging s', 'peak MB', 'evaluation s', 'peak MB']
-    return head, [[n, data_read(r), *cells(r, 'loading'), *cells(r, 'merging'), *cells(r, 'evaluation')] for n, r in reports.items()]
+    return head, [
+        [n, data_read(r), *cells(r, 'loading'), *cells(r, 'merging'), *cells(r, 'evaluation')]
+        for n, r in reports.items()
+    ]
 
 # %% ../../nbs/80_bench/01_report.ipynb #e118826f
 def show(
@@ -309,5 +440,12 @@ def show(
 ) -> None:
     "Print a report as a table."
     head, lines = report.table()
-    if lines: print_table(head, lines, title=f'{report.get("method", "")}{report.remarks()}', bold=[len(lines) - 1], console=console)
+    if lines:
+        print_table(
+            head,
+            lines,
+            title=f'{report.get("method", "")}{report.remarks()}',
+            bold=[len(lines) - 1],
+            console=console,
+        )
     else: print('no tasks were evaluated')

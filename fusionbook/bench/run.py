@@ -44,7 +44,13 @@ def cached_predictions(
     device:str='cpu',     # where it is evaluated
 ) -> dict:                # labels, predictions, losses: numpy vectors (N,)
     "Answers of a model to a task, from the cache where they are known."
-    key = dict(model=model_hash, task=pool.fingerprint(task), device=torch.device(device).type, code=code_hash(type(pool)), versions=_environment())
+    key = dict(
+        model=model_hash,
+        task=pool.fingerprint(task),
+        device=torch.device(device).type,
+        code=code_hash(type(pool)),
+        versions=_environment(),
+    )
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     def compute(): return {k: torch.from_numpy(v) for k, v in pool.predict(model(), task).items()}
     found = remembered(cache_folder()/'answers'/f'{name}.safetensors', compute, kind='answers', key=key)
@@ -59,15 +65,32 @@ def _checked(method, pool):
 
 def _notes(lineage, shard_size):
     "How a merged model is written: shards, card, lineage, a progress bar."
-    return dict(shard_size=shard_size, extras={'README.md': model_card(lineage)} if lineage else {}, track=lambda names: track(names, 'merging'),
-                metadata={'lineage': json.dumps(lineage, default=str)})
+    return dict(
+        shard_size=shard_size,
+        extras={'README.md': model_card(lineage)} if lineage else {},
+        track=lambda names: track(names, 'merging'),
+        metadata={'lineage': json.dumps(lineage, default=str)},
+    )
 
 # %% ../../nbs/80_bench/03_run.ipynb #3cf815f0
 def _single(result):
     "The one network of a result that is to be saved."
-    found = {'model': result} if isinstance(result, nn.Module) or not isinstance(result, (Mapping, list, tuple)) else _models(result)
-    if isinstance(result, Mapping) and not found and all(isinstance(v, torch.Tensor) for v in result.values()): return result # a state dict
-    if len(found) != 1: raise FusionError(f'expected one model to be saved, got {len(found)} from the method ({", ".join(found) or type(result).__name__})')
+    found = (
+        {'model': result}
+        if isinstance(result, nn.Module) or not isinstance(result, (Mapping, list, tuple))
+        else _models(result)
+    )
+    if (
+        isinstance(result, Mapping)
+        and not found
+        and all(isinstance(v, torch.Tensor) for v in result.values())
+    ):
+        return result # a state dict
+    if len(found) != 1:
+        raise FusionError(
+            f'expected one model to be saved, got {len(found)} from the method '
+            f'({", ".join(found) or type(result).__name__})'
+        )
     return next(iter(found.values()))
 
 # %% ../../nbs/80_bench/03_run.ipynb #fdd1fd16
@@ -105,7 +128,9 @@ def _reference_rows(pool, taskpool, device, hashes) -> Iterator[dict]:
     held = {}
     for role, name, task in track(asked, 'base and experts'):
         def network():
-            if name not in held: held.clear(); held[name] = pool.load_model(name).to(device)
+            if name not in held:
+                held.clear()
+                held[name] = pool.load_model(name).to(device)
             return held[name]
         found = cached_predictions(taskpool, network, task, model_hash=hashes[name], device=device)
         yield dict(model=name, role=role, task=task), found
@@ -114,9 +139,17 @@ def _reference_rows(pool, taskpool, device, hashes) -> Iterator[dict]:
 def _models(result, suffix='') -> dict[str, nn.Module]:
     "What a method made, by name."
     if isinstance(result, nn.Module): return {f'merged{suffix}': result}
-    items = dict(result) if isinstance(result, Mapping) else dict(enumerate(result)) if isinstance(result, (list, tuple)) else {}
+    items = (
+        dict(result)
+        if isinstance(result, Mapping)
+        else dict(enumerate(result))
+        if isinstance(result, (list, tuple))
+        else {}
+    )
     named = {'merged' if k == 'model' else k: m for k, m in items.items() if isinstance(m, nn.Module)}
-    inner = _models(items['models'], suffix) if isinstance(items.get('models'), (Mapping, list, tuple)) else {}
+    inner = (
+        _models(items['models'], suffix) if isinstance(items.get('models'), (Mapping, list, tuple)) else {}
+    )
     return {f'{k}{suffix}': m for k, m in named.items()} | inner
 
 def _returned(result) -> dict:
@@ -139,7 +172,8 @@ def merged_rows(
 # %% ../../nbs/80_bench/03_run.ipynb #2278099a
 def _readable(x):
     "A configuration with objects replaced by a word about them."
-    if isinstance(x, Mapping) and any(isinstance(v, torch.Tensor) for v in x.values()): return f'<state dict of {len(x)} tensors>'
+    if isinstance(x, Mapping) and any(isinstance(v, torch.Tensor) for v in x.values()):
+        return f'<state dict of {len(x)} tensors>'
     if isinstance(x, Mapping): return {str(k): _readable(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)): return [_readable(v) for v in x]
     return x if x is None or isinstance(x, (str, int, float, bool)) else f'<{type(x).__name__}>'
@@ -191,7 +225,12 @@ def load(self:Run):
 def merge(self:Run) -> Iterator[tuple[str, object]]:
     "The models of the method, one a seed, merged when asked for: what is added to its name, and the model."
     s = self.settings
-    how = dict(shard_size=s.get('shard_size'), max_memory=s.get('max_memory'), dtype=self.dtype, later=not self.taskpool.task_names)
+    how = dict(
+        shard_size=s.get('shard_size'),
+        max_memory=s.get('max_memory'),
+        dtype=self.dtype,
+        later=not self.taskpool.task_names,
+    )
     for suffix, method in seeded(self.method, self.seeds).items():
         with measured(self.cost, 'merging'):
             own = self.lineage | dict(hyperparameters=_hyper(method))
@@ -205,11 +244,28 @@ def merge(self:Run) -> Iterator[tuple[str, object]]:
 def _head(self:Run, result):
     "Everything of a report but its rows; `config` is a run that can be repeated."
     sources, keys = self.lineage['sources'], {k: self.lineage[k] for k in ('method', 'versions')}
-    config = dict(method=self.method.config, modelpool=self.pool.config, taskpool=self.taskpool.config) | self.settings
-    more = dict(meets=run_meets(self.pool, self.taskpool), returned=_returned(result), adaptation=self.learned)
-    return keys | dict(created=time.strftime('%Y-%m-%dT%H:%M:%S%z'), uses=sorted(self.pool.seen), git_commit=git_commit(),
-                       model_info=_info(result), config=_readable(config), seed=self.settings.get('seed', 0), rows=[], cost=self.cost,
-                       hashes=dict(models={name: s['hash'] for name, s in sources.items()})) | {k: v for k, v in more.items() if v}
+    config = (
+        dict(method=self.method.config, modelpool=self.pool.config, taskpool=self.taskpool.config)
+        | self.settings
+    )
+    more = dict(
+        meets=run_meets(self.pool, self.taskpool), returned=_returned(result), adaptation=self.learned
+    )
+    return (
+        keys
+        | dict(
+            created=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+            uses=sorted(self.pool.seen),
+            git_commit=git_commit(),
+            model_info=_info(result),
+            config=_readable(config),
+            seed=self.settings.get('seed', 0),
+            rows=[],
+            cost=self.cost,
+            hashes=dict(models={name: s['hash'] for name, s in sources.items()}),
+        )
+        | {k: v for k, v in more.items() if v}
+    )
 
 # %% ../../nbs/80_bench/03_run.ipynb #d936cc19
 @patch
@@ -227,7 +283,9 @@ def evaluate(self:Run, results:Iterator):
     device, self.data = self.settings.get('device', 'cpu'), self._head(result)
     hashes = self.data['hashes']
     with measured(self.cost, 'evaluation'):
-        hashes['data'] = {t: self.taskpool.fingerprint(t) for t in track(self.taskpool.task_names, 'reading data')}
+        hashes['data'] = {
+            t: self.taskpool.fingerprint(t) for t in track(self.taskpool.task_names, 'reading data')
+        }
     if self.settings.get('references', True):
         with measured(self.cost, 'references'):
             self._add(_reference_rows(self.pool, self.taskpool, device, hashes['models']))
@@ -282,6 +340,14 @@ def fusion(
     keep:Callable[[Report], None]=lambda report: None, # receives the report, also an unfinished one
 ) -> Report:                     # with the merged network as `model` (the last seed's), and the `answers` behind its rows
     "Load, merge, evaluate, report."
-    settings = dict(seed=seed, seeds=seeds, device=device, dtype=dtype, references=references, shard_size=shard_size,
-                    max_memory=max_memory, merged_model_save_path=save_path and str(save_path))
+    settings = dict(
+        seed=seed,
+        seeds=seeds,
+        device=device,
+        dtype=dtype,
+        references=references,
+        shard_size=shard_size,
+        max_memory=max_memory,
+        merged_model_save_path=save_path and str(save_path),
+    )
     return Run(method, pool, taskpool or DummyTaskPool(), settings).complete(keep)

@@ -18,9 +18,19 @@ def check_seeds(
     seeds,        # a list of whole numbers, or None
 ) -> list[int]:   # the list; empty for None
     "Refuse what is no list of different seeds."
-    found = [] if seeds is None else list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else [None]
-    if any(not isinstance(k, int) or isinstance(k, bool) or k < 0 for k in found) or len(set(found)) < len(found):
-        raise FusionError(f'expected `seeds` as a list of different whole numbers, such as [0, 1, 2], got {seeds}')
+    found = (
+        []
+        if seeds is None
+        else list(seeds)
+        if isinstance(seeds, Sequence) and not isinstance(seeds, str)
+        else [None]
+    )
+    if any(not isinstance(k, int) or isinstance(k, bool) or k < 0 for k in found) or len(set(found)) < len(
+        found
+    ):
+        raise FusionError(
+            f'expected `seeds` as a list of different whole numbers, such as [0, 1, 2], got {seeds}'
+        )
     return found
 
 def seeded(
@@ -28,7 +38,8 @@ def seeded(
     seeds:Sequence[int],  # none: the method as it is
 ) -> dict[str, BaseAlgorithm]: # what is added to the name of its model -> method
     "The method once for each seed; once where it has no `seed`."
-    if not seeds or not (is_dataclass(method) and 'seed' in {f.name for f in fields(method)}): return {'': method}
+    if not seeds or not (is_dataclass(method) and 'seed' in {f.name for f in fields(method)}):
+        return {'': method}
     def one(k):
         m = copy(method)
         m.seed = k
@@ -41,4 +52,8 @@ def seed_path(
     suffix:str,         # a key of `seeded`
 ) -> Path|None:         # `model_seed_0` for `model`
     "Where the model of one seed is written."
-    return Path(path).with_stem(Path(path).stem + suffix.replace(', ', '_').replace(' ', '_')) if path and suffix else path
+    return (
+        Path(path).with_stem(Path(path).stem + suffix.replace(', ', '_').replace(' ', '_'))
+        if path and suffix
+        else path
+    )

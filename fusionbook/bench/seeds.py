@@ -25,7 +25,11 @@ def all_rows(
 ) -> dict[str, list[dict]]:       # `pretrained`, the names, `experts` -> rows
     "The rows of every method of one seed, between those of the base and of the experts."
     first = next(iter(reports.values()))
-    found = {'pretrained': first.rows('pretrained')} | {n: r.rows('merged') for n, r in reports.items()} | {'experts': first.rows('expert')}
+    found = (
+        {'pretrained': first.rows('pretrained')}
+        | {n: r.rows('merged') for n, r in reports.items()}
+        | {'experts': first.rows('expert')}
+    )
     return {n: rows for n, rows in found.items() if rows}
 
 # %% ../../nbs/80_bench/07b_seeds.ipynb #8a091d75
@@ -36,7 +40,8 @@ def over_seeds(
 ) -> np.ndarray:          # (S,), accuracies in %
     "The mean over tasks in every seed."
     names = list(next(iter(results.values()), ()))
-    if name not in names: raise FusionError(f'expected a name of the results, got `{name}`; {nearest(name, names)}')
+    if name not in names:
+        raise FusionError(f'expected a name of the results, got `{name}`; {nearest(name, names)}')
     return np.array([averages(by[name])[value] for by in results.values()]) * (1 if value == 'loss' else 100)
 
 # %% ../../nbs/80_bench/07b_seeds.ipynb #9286a7b6
@@ -48,7 +53,8 @@ def seed_table(
     def line(n):
         x, sd, share = over_seeds(results, n), '', ''
         if len(x) > 1: sd = f'{x.std(ddof=1):.1f}'
-        if 'normalised_accuracy' in averages(first[n]): share = f'{over_seeds(results, n, "normalised_accuracy").mean():.1f}'
+        if 'normalised_accuracy' in averages(first[n]):
+            share = f'{over_seeds(results, n, "normalised_accuracy").mean():.1f}'
         low, high = (f'{100 * v:.1f}' for v in average_interval(first[n]))
         return [n, *(f'{v:.1f}' for v in x), f'{x.mean():.1f}', sd, f'{low} to {high}', share]
     own = f'seed {next(iter(results))}, 95 % by examples'
@@ -62,7 +68,10 @@ def seed_figure(
     "The average over tasks of every method, with the range over seeds."
     from fusionbook.core.plot import bars
     found = {n: over_seeds(results, n) for n in next(iter(results.values()))}
-    heights, reach = ({n: {'average over tasks': f(x)} for n, x in found.items()} for f in (np.mean, lambda x: (x.min(), x.max())))
+    heights, reach = (
+        {n: {'average over tasks': f(x)} for n, x in found.items()}
+        for f in (np.mean, lambda x: (x.min(), x.max()))
+    )
     return bars(heights, reach, ylabel='test accuracy in %')
 
 # %% ../../nbs/80_bench/07b_seeds.ipynb #15476cf7
@@ -74,7 +83,8 @@ def right_answers(
     def of(by):
         if name in by: return correct(by[name])
         role = {'pretrained': 'pretrained', 'experts': 'expert'}.get(name)
-        if role is None: raise FusionError(f'expected a name of the reports, got `{name}`; {nearest(name, by)}')
+        if role is None:
+            raise FusionError(f'expected a name of the reports, got `{name}`; {nearest(name, by)}')
         return correct(next(iter(by.values())), role)
     seeds = [of(by) for by in reports.values()]
     if bad := [t for found in seeds for t, x in found.items() if len(x) != 1]:
@@ -126,10 +136,14 @@ def scale_sweep(
     *, device:str='cpu',    # where networks are evaluated
 ) -> list[list[dict]]:      # one list of rows per scale
     "Measure a method at many scaling factors; it merges once."
-    if not hasattr(method, 'scaling_factor'): raise FusionError(f'expected a method with a `scaling_factor`, got {type(method).__name__}')
-    method = copy(method); method.scaling_factor = 1.
+    if not hasattr(method, 'scaling_factor'):
+        raise FusionError(f'expected a method with a `scaling_factor`, got {type(method).__name__}')
+    method = copy(method)
+    method.scaling_factor = 1.
     end, found = dict(method.merge(pool)), []
     for s in scales:
-        report = taskpool.evaluate(pool.load(task_arithmetic(pool.pretrained(), [end], weights=[s])).to(device))
+        report = taskpool.evaluate(
+            pool.load(task_arithmetic(pool.pretrained(), [end], weights=[s])).to(device)
+        )
         found.append([dict(report[t], task=t) for t in taskpool.task_names])
     return found

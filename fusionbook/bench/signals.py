@@ -22,7 +22,10 @@ def terminable():
         if Came.status == 143: return
         Came.status = 143
         raise KeyboardInterrupt
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) in (
+        signal.SIG_DFL,
+        None,
+    )
     before = signal.signal(signal.SIGTERM, handler) if ours else None
     try: yield Came
     finally:

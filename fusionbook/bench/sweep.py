@@ -44,8 +44,12 @@ def span(
     m = re.fullmatch(f'({_N}):({_N}):({_N})', text)
     if not m: raise FusionError(f'expected a range as start:stop:step, such as 0:1:0.1, got `{text}`')
     start, stop, step = map(Decimal, m.groups())
-    if not step or (stop - start) / step < 0: raise FusionError(f'expected a range with a step that leads from start to stop, got `{text}`, which is empty')
-    if (count := int((stop - start) / step) + 1) > MAX_POINTS: raise FusionError(f'expected at most {MAX_POINTS:,} points, got `{text}` with {count:,}')
+    if not step or (stop - start) / step < 0:
+        raise FusionError(
+            f'expected a range with a step that leads from start to stop, got `{text}`, which is empty'
+        )
+    if (count := int((stop - start) / step) + 1) > MAX_POINTS:
+        raise FusionError(f'expected at most {MAX_POINTS:,} points, got `{text}` with {count:,}')
     return [f'{start + i * step:f}' for i in range(count)]
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #15e3fbae
@@ -53,7 +57,9 @@ def axis(
     text:str, # what was typed after `key=`
 ) -> list[str]|None: # its values; None where it is one plain value
     "The values of one key of a grid."
-    parts = re.findall(r'''((?:[^,\[\](){}"']|\[[^\]]*\]|\([^)]*\)|\{[^}]*\}|"[^"]*"|'[^']*')*)(?:,|$)''', text)[:-1 if text else None]
+    parts = re.findall(
+        r'''((?:[^,\[\](){}"']|\[[^\]]*\]|\([^)]*\)|\{[^}]*\}|"[^"]*"|'[^']*')*)(?:,|$)''', text
+    )[: -1 if text else None]
     ranges = [bool(re.fullmatch(rf'{_N}(:{_N})+', p)) for p in parts]
     if len(parts) < 2 and not any(ranges): return None
     if not all(parts): raise FusionError(f'expected values between commas, got `{text}`')
@@ -64,9 +70,17 @@ def points(
     grid:Mapping[str, Sequence[str]], # key -> values
 ) -> list[dict[str, str]]:            # every combination; the last key varies fastest
     "The points of a grid."
-    if not grid or not all(grid.values()): raise FusionError('expected a grid: at least one key with a range or a list, such as method.scaling_factor=0:1:0.1, got none')
+    if not grid or not all(grid.values()):
+        raise FusionError(
+            'expected a grid: at least one key with a range or a list, such as '
+            'method.scaling_factor=0:1:0.1, got none'
+        )
     count = math.prod(map(len, grid.values()))
-    if count > MAX_POINTS: raise FusionError(f'expected at most {MAX_POINTS:,} points, got {" × ".join(str(len(v)) for v in grid.values())} = {count:,}')
+    if count > MAX_POINTS:
+        raise FusionError(
+            f'expected at most {MAX_POINTS:,} points, got {" × ".join(str(len(v)) for v in grid.values())} = '
+            f'{count:,}'
+        )
     return [dict(zip(grid, values)) for values in product(*grid.values())]
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #61f7613c
@@ -86,7 +100,10 @@ def _set(cfg, key, text):
     node = cfg
     for p in parents: node = node.get(p) if OmegaConf.is_dict(node) else None
     if not OmegaConf.is_dict(node) or last not in node and (parents or last not in root_defaults()):
-        raise FusionError(f'expected a key of {".".join(parents) or "a run"}, got `{last}`; {nearest(last, node if OmegaConf.is_dict(node) else ())}')
+        raise FusionError(
+            f'expected a key of {".".join(parents) or "a run"}, got `{last}`; '
+            f'{nearest(last, node if OmegaConf.is_dict(node) else ())}'
+        )
     OmegaConf.update(cfg, key, parsed(text), force_add=True)
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #5f7985f8
@@ -108,7 +125,11 @@ def edges(
 ) -> list[str]:                       # keys
     "The numeric keys of which the chosen value is the smallest or the largest."
     numbers = {k: [_number(v) for v in vs] for k, vs in grid.items()}
-    return [k for k, vs in numbers.items() if len(vs) > 1 and None not in vs and _number(point[k]) in (min(vs), max(vs))]
+    return [
+        k
+        for k, vs in numbers.items()
+        if len(vs) > 1 and None not in vs and _number(point[k]) in (min(vs), max(vs))
+    ]
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #5d113045
 def edge_note(
@@ -134,7 +155,13 @@ def _map(grid, pts, scores, best, edge):
     cells = [[max(s for p, s in zip(pts, scores) if (p[a], p[b]) == (r, c)) for c in columns] for r in rows]
     fig = heatmap(cells, list(rows), list(columns), '.1f')
     ax, (x, y) = fig.axes[0], (list(columns).index(best[b]), list(rows).index(best[a]))
-    ax.plot([x - .5, x + .5, x + .5, x - .5, x - .5], [y - .5, y - .5, y + .5, y + .5, y - .5], color=theme['colors'][1], lw=2.5, clip_on=False)
+    ax.plot(
+        [x - 0.5, x + 0.5, x + 0.5, x - 0.5, x - 0.5],
+        [y - 0.5, y - 0.5, y + 0.5, y + 0.5, y - 0.5],
+        color=theme['colors'][1],
+        lw=2.5,
+        clip_on=False,
+    )
     def words(key): return key + (', chosen at the edge' if key in edge else '')
     ax.set_xlabel(words(b), fontsize=theme['font'])
     ax.set_ylabel(words(a), fontsize=theme['font'])
@@ -150,13 +177,26 @@ def sweep_figure(
     "Draw the scores of a sweep, in per cent."
     from fusionbook.core.plot import bars, theme
     pts, (key, values), best = points(grid), next(iter(grid.items())), choose(scores)
-    y, ends, label = [100 * s for s in scores], [(100 * a, 100 * b) for a, b in reach], f'accuracy on {label} in %'
+    y = [100 * s for s in scores]
+    ends = [(100 * a, 100 * b) for a, b in reach]
+    label = f'accuracy on {label} in %'
     edge = edges(grid, pts[best])
     if len(grid) > 1: return _map(grid, pts, y, pts[best], edge)
-    if None in map(_number, values): return bars({'mean over tasks': dict(zip(values, y))}, {'mean over tasks': dict(zip(values, ends))}, ylabel=label)
+    if None in map(_number, values):
+        return bars(
+            {'mean over tasks': dict(zip(values, y))},
+            {'mean over tasks': dict(zip(values, ends))},
+            ylabel=label,
+        )
     fig = _curve(key, values, y, ends, label)
     fig.axes[0].axvline(float(values[best]), color=theme['ink'], lw=.8, ls=(0, (4, 3)), zorder=1)
-    fig.axes[0].annotate(f'chosen: {values[best]}' + (', at the edge' if edge else ''), (float(values[best]), 1.01), xycoords=('data', 'axes fraction'), ha='center', fontsize=theme['font'] - 1)
+    fig.axes[0].annotate(
+        f'chosen: {values[best]}' + (', at the edge' if edge else ''),
+        (float(values[best]), 1.01),
+        xycoords=('data', 'axes fraction'),
+        ha='center',
+        fontsize=theme['font'] - 1,
+    )
     return fig
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #f5db53ef
@@ -173,7 +213,10 @@ def _text(x): return json.dumps(x, sort_keys=True, default=str)
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #1749fbc0
 def _hashes(pool, taskpool):
-    return dict(models={n: pool.hash(n) for n in pool.all_model_names}, data={t: taskpool.fingerprint(t) for t in taskpool.task_names})
+    return dict(
+        models={n: pool.hash(n) for n in pool.all_model_names},
+        data={t: taskpool.fingerprint(t) for t in taskpool.task_names},
+    )
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #fe2af7b4
 def _known(file, point, hashes):
@@ -193,19 +236,35 @@ def score(
     for suffix, method in seeded(made(cfg, 'method'), cfg['seeds']).items():
         if directions: directions.lend(method, pool)
         model = merged_model(method, pool.attach(taskpool), dtype=kind)
-        rows += [head | row(found) for head, found in merged_rows(model, taskpool, device=cfg['device'], suffix=suffix)]
-    if not rows: raise FusionError('expected a validation task pool with tasks and a method that makes a network, got nothing to score')
+        rows += [
+            head | row(found)
+            for head, found in merged_rows(model, taskpool, device=cfg['device'], suffix=suffix)
+        ]
+    if not rows:
+        raise FusionError(
+            'expected a validation task pool with tasks and a method that makes a network, got nothing to '
+            'score'
+        )
     return averages(rows) | dict(zip(('low', 'high'), average_interval(rows))) | dict(rows=rows)
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #9574e394
-_OUTPUTS = ('save_report', 'merged_model_save_path', 'shard_size', 'print_config', 'dry_run', 'threads', 'references')
+_OUTPUTS = (
+    'save_report',
+    'merged_model_save_path',
+    'shard_size',
+    'print_config',
+    'dry_run',
+    'threads',
+    'references',
+)
 
 def _split(cfg, validation):
     "The completed run of a point, and the same with the validation tasks."
     cfg = plain(cfg)
     other = cfg.pop('validation', None)
     run = complete(cfg)
-    if validation != 'test' and other is None: raise FusionError('expected a run with a task pool `validation` to choose on, got none')
+    if validation != 'test' and other is None:
+        raise FusionError('expected a run with a task pool `validation` to choose on, got none')
     return run, run if validation == 'test' else complete({**cfg, 'taskpool': other})
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #9b158e81
@@ -215,7 +274,11 @@ def sweep_folder(
     root:str|Path='_runs',            # where runs are kept
 ) -> Path:
     "The folder of a sweep, such as `_runs/sweep_1f0e9a6bc2d4`."
-    facts = [fusionbook.__version__, list(grid.items()), [{k: v for k, v in r.items() if k not in _OUTPUTS} for r in runs]]
+    facts = [
+        fusionbook.__version__,
+        list(grid.items()),
+        [{k: v for k, v in r.items() if k not in _OUTPUTS} for r in runs],
+    ]
     return Path(root)/f'sweep_{hashlib.sha256(_text(facts).encode()).hexdigest()[:12]}'
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #059f3afe
@@ -237,36 +300,69 @@ def _walk(runs, pts, folder, pools):
                 old += 1
                 continue
             scored = score(runs[i], pool, taskpool, directions)
-            found[i] = dict(point=pts[i], hashes=hashes) | scored | dict(seconds=round(time.perf_counter() - start, 3))
+            found[i] = (
+                dict(point=pts[i], hashes=hashes)
+                | scored
+                | dict(seconds=round(time.perf_counter() - start, 3))
+            )
             write_record(file, found[i], kind='sweep point', key=[pts[i], hashes])
     return [found[i] for i in range(len(runs))], old
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #7bc048e8
 def _announce(pts, grid, validation, folder):
-    sizes = ', '.join(f'{k} ({len(v)}: {v[0]} … {v[-1]})' if len(v) > 4 else f'{k} ({", ".join(v)})' for k, v in grid.items())
+    sizes = ', '.join(
+        f'{k} ({len(v)}: {v[0]} … {v[-1]})' if len(v) > 4 else f'{k} ({", ".join(v)})'
+        for k, v in grid.items()
+    )
     marked = 'the TEST data, and the report says so' if validation == 'test' else validation
     print(f'sweep    {len(pts)} points: {sizes}\nchooses  on {marked}\nfolder   {folder}', flush=True)
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #4aa4611b
 def _list(grid, results, best, validation):
     "Print the points; of more than forty the best."
-    order = range(len(results)) if len(results) <= 40 else sorted(sorted(range(len(results)), key=lambda i: -results[i]['accuracy'])[:40])
-    def line(i): r = results[i]; return [*r['point'].values(), f'{100 * r["accuracy"]:.2f}', f'[{100 * r["low"]:.2f}, {100 * r["high"]:.2f}]', f'{r["loss"]:.4f}']
-    print_table([*grid, 'accuracy', '[95 %]', 'loss'], [line(i) for i in order], title=f'on {validation}', bold=[list(order).index(best)])
+    order = (
+        range(len(results))
+        if len(results) <= 40
+        else sorted(sorted(range(len(results)), key=lambda i: -results[i]['accuracy'])[:40])
+    )
+    def line(i):
+        r = results[i]
+        return [
+            *r['point'].values(),
+            f'{100 * r["accuracy"]:.2f}',
+            f'[{100 * r["low"]:.2f}, {100 * r["high"]:.2f}]',
+            f'{r["loss"]:.4f}',
+        ]
+    print_table(
+        [*grid, 'accuracy', '[95 %]', 'loss'],
+        [line(i) for i in order],
+        title=f'on {validation}',
+        bold=[list(order).index(best)],
+    )
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #81bd4557
 def _outcome(grid, results, validation, met):
     "What `sweep.json` and the report say of the choice."
     best = choose([r['accuracy'] for r in results])
     on = 'test' if validation == 'test' else 'validation, partly test' if any(met.values()) else 'validation'
-    return best, dict(grid={k: list(v) for k, v in grid.items()}, chosen=results[best]['point'], chosen_on=on, validation=validation, meets=met,
-                      edge=edges(grid, results[best]['point']), **{k: results[best][k] for k in ('accuracy', 'low', 'high')})
+    return best, dict(
+        grid={k: list(v) for k, v in grid.items()},
+        chosen=results[best]['point'],
+        chosen_on=on,
+        validation=validation,
+        meets=met,
+        edge=edges(grid, results[best]['point']),
+        **{k: results[best][k] for k in ('accuracy', 'low', 'high')},
+    )
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #9e69486c
 def _apart(tests, runs, validation, allowed, pools):
     "How many test examples lie in the data to choose on, at most over the points: refused unless allowed."
     pairs = {_text([a['taskpool'], b['taskpool']]): (a, b) for a, b in zip(tests, runs)}
-    found = [check_apart(pools(a, 'taskpool'), pools(b, 'taskpool'), validation, allowed=allowed) for a, b in pairs.values()]
+    found = [
+        check_apart(pools(a, 'taskpool'), pools(b, 'taskpool'), validation, allowed=allowed)
+        for a, b in pairs.values()
+    ]
     return {t: max(f.get(t, 0) for f in found) for t in dict.fromkeys(t for f in found for t in f)}
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #0f552620
@@ -307,7 +403,12 @@ def _tell(folder, grid, results, best, facts):
 # %% ../../nbs/80_bench/06_sweep.ipynb #91ec1979
 def _choice(facts):
     chosen = ', '.join(f'{k}={v}' for k, v in facts['chosen'].items())
-    beyond = f'; at the edge of the grid of {", ".join(facts["edge"])}: a better one may lie beyond' if facts['edge'] else ''
+    beyond = (
+        f'; at the edge of the grid of {", ".join(facts["edge"])}: a better one may lie beyond'
+        if facts['edge']
+        else ''
+    )
     met = ', '.join(f'{n:,} of {t}' for t, n in facts['meets'].items() if n)
     test = f'; test examples among those to choose on: {met}' if met else ''
-    return f'chosen   {chosen} with {100 * facts["accuracy"]:.2f} [{100 * facts["low"]:.2f}, {100 * facts["high"]:.2f}] % on {facts["validation"]}{beyond}{test}'
+    return (f'chosen   {chosen} with {100 * facts["accuracy"]:.2f} [{100 * facts["low"]:.2f}, '
+            f'{100 * facts["high"]:.2f}] % on {facts["validation"]}{beyond}{test}')

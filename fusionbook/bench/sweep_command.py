@@ -19,10 +19,16 @@ def validation_name(
 ) -> str:
     "The task pool to choose on; `test` is the run's own."
     if asked == 'test' or asked in known: return asked
-    if asked: raise FusionError(f'expected a taskpool as `validation`, got `{asked}`; {nearest(asked, [*known, "test"])}')
+    if asked:
+        raise FusionError(
+            f'expected a taskpool as `validation`, got `{asked}`; {nearest(asked, [*known, "test"])}'
+        )
     if own and f'{own}_validation' in known: return f'{own}_validation'
-    raise FusionError(f'expected a taskpool to choose on, got none and no `{own or "taskpool"}_validation`; add validation=NAME (`fusionbook list taskpools`), '
-                      'or validation=test, which chooses on the test data, and the report says so')
+    raise FusionError(
+        f'expected a taskpool to choose on, got none and no `{own or "taskpool"}_validation`; add '
+        f'validation=NAME (`fusionbook list taskpools`), '
+        'or validation=test, which chooses on the test data, and the report says so'
+    )
 
 # %% ../../nbs/80_bench/08b_sweep_command.ipynb #e9171937
 def _other(name, fixed, folders):
@@ -30,7 +36,8 @@ def _other(name, fixed, folders):
     words = [f'taskpool={name}', *(w for w in fixed if w.lstrip('+~').startswith('taskpool.'))]
     try: return composed(*words, folders=[CONFIG, *folders])['taskpool']
     except Exception as e:
-        if type(e).__module__.startswith(('hydra', 'omegaconf')): raise FusionError(explain(e, words, [CONFIG, *folders])) from e
+        if type(e).__module__.startswith(('hydra', 'omegaconf')):
+            raise FusionError(explain(e, words, [CONFIG, *folders])) from e
         raise
 
 # %% ../../nbs/80_bench/08b_sweep_command.ipynb #72e3025f
@@ -38,7 +45,8 @@ def _read_sweep(argv):
     "The grid, the words as typed before `=`, what is fixed, and what is asked of the sweep itself."
     from fusionbook.bench.sweep import axis, points
     options, overrides, files = split_words(argv)
-    if bad := [o for o in options if o in ('-m', '--multirun')]: raise FusionError(f'expected a sweep without `{bad[0]}`, which starts a run for every point')
+    if bad := [o for o in options if o in ('-m', '--multirun')]:
+        raise FusionError(f'expected a sweep without `{bad[0]}`, which starts a run for every point')
     grid, typed, fixed, asked = {}, {}, [], {}
     for word in overrides:
         key, _, text = word.partition('=')
@@ -47,7 +55,13 @@ def _read_sweep(argv):
         elif values: grid[name], typed[name] = values, key
         else: fixed.append(word)
     points(grid) # refuses an empty grid and one too large
-    return grid, typed, fixed, asked, [w for k, v in options.items() for w in ([k] if v is None else [k, v])] + files
+    return (
+        grid,
+        typed,
+        fixed,
+        asked,
+        [w for k, v in options.items() for w in ([k] if v is None else [k, v])] + files,
+    )
 
 # %% ../../nbs/80_bench/08b_sweep_command.ipynb #3b04d7a9
 def _composer(words, grid, typed, other):
@@ -56,8 +70,12 @@ def _composer(words, grid, typed, other):
     groups, held = [k for k in grid if k in GROUPS.values() or '/' in k], {}
     def compose(point):
         key = tuple(point[g] for g in groups)
-        if key not in held: held[key] = composition(words + [f'{typed[k]}={point[k] if k in groups else grid[k][0]}' for k in grid])
-        cfg, below = at(held[key], {k: v for k, v in point.items() if k not in groups}), {k: v for k, v in point.items() if k.startswith('taskpool.')}
+        if key not in held:
+            held[key] = composition(
+                words + [f'{typed[k]}={point[k] if k in groups else grid[k][0]}' for k in grid]
+            )
+        cfg = at(held[key], {k: v for k, v in point.items() if k not in groups})
+        below = {k: v for k, v in point.items() if k.startswith('taskpool.')}
         return cfg | ({'validation': at({'taskpool': other}, below)['taskpool']} if other else {})
     return compose
 
@@ -69,11 +87,19 @@ def sweep_command(
     from fusionbook.bench.sweep import run_sweep
     grid, typed, fixed, asked, rest = _read_sweep(argv)
     chosen = {w.split('=')[0].lstrip('+'): w.split('=', 1)[1] for w in fixed if '=' in w}
-    outside = any(w.split('=')[0] in ('--config-path', '-cp', '--config-name', '-cn') or w.endswith(('.yaml', '.yml')) for w in rest)
-    own = None if outside or 'taskpool' in grid else chosen.get('taskpool', 'dummy' if 'modelpool' in chosen else 'mini8').removesuffix('.yaml')
+    outside = any(
+        w.split('=')[0] in ('--config-path', '-cp', '--config-name', '-cn') or w.endswith(('.yaml', '.yml'))
+        for w in rest
+    )
+    own = (
+        None
+        if outside or 'taskpool' in grid
+        else chosen.get('taskpool', 'dummy' if 'modelpool' in chosen else 'mini8').removesuffix('.yaml')
+    )
     folders = search_folders(rest)
     allowed = asked.get('allow_overlap', 'false').lower()
-    if allowed not in ('true', 'false'): raise FusionError(f'expected `allow_overlap` as true or false, got `{allowed}`')
+    if allowed not in ('true', 'false'):
+        raise FusionError(f'expected `allow_overlap` as true or false, got `{allowed}`')
     wanted = asked.get('validation', '').removesuffix('.yaml') or None
     name = validation_name(wanted, own, catalogue('taskpool', folders))
     other = _other(name, fixed, folders[1:]) if name != 'test' else None

@@ -20,7 +20,9 @@ def markdown_table(
     lines:Sequence[Sequence[str]], # cells
 ) -> str:
     "A table in Markdown, as notebooks and pages show it; a name keeps its letters."
-    return '\n'.join('|'.join(['', *map(_cell, row), '']) for row in [head, ['---'] + ['---:'] * (len(head) - 1), *lines])
+    return '\n'.join(
+        '|'.join(['', *map(_cell, row), '']) for row in [head, ['---'] + ['---:'] * (len(head) - 1), *lines]
+    )
 
 # %% ../../nbs/80_bench/00_tables.ipynb #eb5ff072
 def around(
@@ -45,13 +47,21 @@ def pages(
         used += w + 2
     return found
 
+# %% ../../nbs/80_bench/00_tables.ipynb #cae93f05
 def _printed(head, lines, columns, first, bold):
     "One page of a table."
     from rich import box
     from rich.table import Table
     from rich.text import Text
-    out, last = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False), len(lines) - 1
-    for i in columns: out.add_column(Text(str(head[i])), justify='left' if i == 0 else 'right', overflow='fold', max_width=None if i else first)
+    out = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
+    last = len(lines) - 1
+    for i in columns:
+        out.add_column(
+            Text(str(head[i])),
+            justify='left' if i == 0 else 'right',
+            overflow='fold',
+            max_width=None if i else first,
+        )
     for i, line in enumerate(lines):
         if i == last and i in bold: out.add_section()
         out.add_row(*(Text(str(line[c])) for c in columns), style='bold' if i in bold else None)

@@ -24,7 +24,14 @@ from ..core.plot import curves, save_figure
 from ..core.progress import track
 from ..core.state_dict import generator
 from ..data.datasets import Images, data_fingerprint, opened, split_off
-from ..data.images import DATASETS, Normalise, as_images, crop_and_flip, dataset_source, known_dataset
+from fusionbook.data.images import (
+    DATASETS,
+    Normalise,
+    as_images,
+    crop_and_flip,
+    dataset_source,
+    known_dataset,
+)
 from ..modelpool.experiment import MODEL_KINDS, kind_file, write_kind
 from ..models.epochs import best_epoch, train_epochs
 from ..models.named import MODEL_TYPES, model_type
@@ -33,15 +40,43 @@ from ..taskpool.base import evaluating, predict_batches, row
 # %% ../../nbs/80_bench/09_train.ipynb #35a405cb
 def _parser():
     "Flags, with the recipe of the original as defaults."
-    p = Flags('train', 'fusionbook train --experiment_name NAME --model_type TYPE --dataset_name NAME [options]')
-    for name, help in dict(experiment_name='folder below --out', model_type=', '.join(MODEL_TYPES), dataset_name=', '.join(DATASETS)).items(): p.add_argument(f'--{name}', required=True, help=help)
-    flags = dict(seeds=(str, '1', 'how many, or which: 3 or 2,5'), device=(str, 'cpu', 'cpu, cuda, mps'), epochs=(int, 30, 'passes over the data'), batch_size=(int, 64, 'images per step'),
-        learning_rate=(float, .05, 'its first value'), momentum=(float, .9, 'of SGD'), validation=(float, .1, 'share of the training images that is set aside'),
-        selection=(str, 'validation', 'where the best pass is chosen: validation, last, test (the original; reported numbers are then too good)'),
-        precision=(str, 'float32', 'float32 or bfloat16'), width=(Fraction, Fraction(1), 'factor of the channels: 1/4'), rows=(int, 0, 'training images; 0 for all'),
-        data=(str, None, 'folder or hub id of the data; FUSIONBOOK_DATA or the hub when left out'), out=(str, 'experiments', 'where experiments are'))
-    for name, (kind, default, help) in flags.items(): p.add_argument(f'--{name}', type=kind, default=default, help=help)
-    for name, help in dict(augment='cut and mirror the images', cosine='let the rate fall along a cosine', slim='keep no file for each pass').items(): p.add_argument(f'--{name}', action='store_true', help=help)
+    p = Flags(
+        'train', 'fusionbook train --experiment_name NAME --model_type TYPE --dataset_name NAME [options]'
+    )
+    for name, help in dict(
+        experiment_name='folder below --out',
+        model_type=', '.join(MODEL_TYPES),
+        dataset_name=', '.join(DATASETS),
+    ).items():
+        p.add_argument(f'--{name}', required=True, help=help)
+    flags = dict(
+        seeds=(str, '1', 'how many, or which: 3 or 2,5'),
+        device=(str, 'cpu', 'cpu, cuda, mps'),
+        epochs=(int, 30, 'passes over the data'),
+        batch_size=(int, 64, 'images per step'),
+        learning_rate=(float, 0.05, 'its first value'),
+        momentum=(float, 0.9, 'of SGD'),
+        validation=(float, 0.1, 'share of the training images that is set aside'),
+        selection=(
+            str,
+            'validation',
+            'where the best pass is chosen: validation, last, test (the original; reported numbers are then '
+            'too good)',
+        ),
+        precision=(str, 'float32', 'float32 or bfloat16'),
+        width=(Fraction, Fraction(1), 'factor of the channels: 1/4'),
+        rows=(int, 0, 'training images; 0 for all'),
+        data=(str, None, 'folder or hub id of the data; FUSIONBOOK_DATA or the hub when left out'),
+        out=(str, 'experiments', 'where experiments are'),
+    )
+    for name, (kind, default, help) in flags.items():
+        p.add_argument(f'--{name}', type=kind, default=default, help=help)
+    for name, help in dict(
+        augment='cut and mirror the images',
+        cosine='let the rate fall along a cosine',
+        slim='keep no file for each pass',
+    ).items():
+        p.add_argument(f'--{name}', action='store_true', help=help)
     return p
 
 # %% ../../nbs/80_bench/09_train.ipynb #39b1f652
@@ -49,7 +84,8 @@ def _seeds(text):
     "`3` is 1, 2, 3; `2,5` is 2 and 5."
     try: found = [int(s) for s in text.split(',') if s]
     except ValueError: found = []
-    if not found or min(found) < 1: raise FusionError(f'expected `seeds` as a number such as 3, or a list such as 2,5, got `{text}`')
+    if not found or min(found) < 1:
+        raise FusionError(f'expected `seeds` as a number such as 3, or a list such as 2,5, got `{text}`')
     return found if ',' in text else list(range(1, found[0] + 1))
 
 # %% ../../nbs/80_bench/09_train.ipynb #378cc703
@@ -58,13 +94,20 @@ def train_arguments(
 ) -> argparse.Namespace:   # every flag; `seeds` as a list
     "Read and check the command line."
     args = read_flags(_parser(), argv)
-    check_choice(args.model_type, MODEL_TYPES, 'a model type'); check_choice(args.dataset_name, DATASETS, 'a data set')
-    check_choice(args.selection, ('validation', 'last', 'test'), 'a selection'); check_choice(args.precision, ('float32', 'bfloat16'), 'a precision')
+    check_choice(args.model_type, MODEL_TYPES, 'a model type')
+    check_choice(args.dataset_name, DATASETS, 'a data set')
+    check_choice(args.selection, ('validation', 'last', 'test'), 'a selection')
+    check_choice(args.precision, ('float32', 'bfloat16'), 'a precision')
     check_folder_name(args.experiment_name, 'experiment_name')
     for name in ('epochs', 'batch_size', 'learning_rate', 'width'):
-        if not getattr(args, name) > 0: raise FusionError(f'expected a positive {name}, got {getattr(args, name)}')
-    if not 0 < args.validation < 1: raise FusionError(f'expected validation in (0, 1), got {args.validation}; to keep all images, --selection last')
-    if args.rows < 0 or not 0 <= args.momentum < 1: raise FusionError(f'expected rows >= 0 and momentum in [0, 1), got {args.rows} and {args.momentum}')
+        if not getattr(args, name) > 0:
+            raise FusionError(f'expected a positive {name}, got {getattr(args, name)}')
+    if not 0 < args.validation < 1:
+        raise FusionError(
+            f'expected validation in (0, 1), got {args.validation}; to keep all images, --selection last'
+        )
+    if args.rows < 0 or not 0 <= args.momentum < 1:
+        raise FusionError(f'expected rows >= 0 and momentum in [0, 1), got {args.rows} and {args.momentum}')
     check_device(args.device)
     args.seeds, args.width = _seeds(args.seeds), float(args.width)
     return args
@@ -77,7 +120,9 @@ def training_data(
     def split(name): return opened(dataset_source(args.dataset_name, name, args.data))
     train, test = split('train'), split('test')
     if args.rows and args.rows < len(train): train = split_off(train, args.rows / len(train), seed=0)[1]
-    train, held_out = split_off(train, args.validation, seed=0) if args.selection == 'validation' else (train, None)
+    train, held_out = (
+        split_off(train, args.validation, seed=0) if args.selection == 'validation' else (train, None)
+    )
     parts = {'train': train, 'held_out': test if args.selection == 'test' else held_out, 'test': test}
     return {k: as_images(v) if v is not None and len(v) else None for k, v in parts.items()}
 
@@ -103,20 +148,37 @@ def scorer(
 ) -> Callable:          # network -> accuracy, 95 % interval low..high, loss, n
     "Score networks on a data set."
     def score(net):
-        with evaluating(net) as device: return row(predict_batches(net, images, prepare=prepare, task=label, batch_size=500, device=device))
+        with evaluating(net) as device:
+            return row(
+                predict_batches(net, images, prepare=prepare, task=label, batch_size=500, device=device)
+            )
     return score
 
 # %% ../../nbs/80_bench/09_train.ipynb #dc5f48f4
 def _facts(args, seed, parent, data):
     "What the result depends on besides the recipe of `train_epochs`."
-    return dict(parent=f'{MODEL_KINDS[parent - 1]} of seed {seed}', model_type=args.model_type, width=args.width, dataset=args.dataset_name, augment=args.augment,
-                selection=args.selection, data={k: data_fingerprint(v) for k, v in data.items() if v is not None})
+    return dict(
+        parent=f'{MODEL_KINDS[parent - 1]} of seed {seed}',
+        model_type=args.model_type,
+        width=args.width,
+        dataset=args.dataset_name,
+        augment=args.augment,
+        selection=args.selection,
+        data={k: data_fingerprint(v) for k, v in data.items() if v is not None},
+    )
 
 # %% ../../nbs/80_bench/09_train.ipynb #5c6fa916
 def _network(args, seed, parent, data, prepare):
     "The untrained parent; an image that it cannot take is noticed here."
     example, known = prepare(data['train'].images[:2]), known_dataset(args.dataset_name)
-    net = model_type(args.model_type, known['classes'], width=args.width, inputs=example[0].numel(), seed=seed, label=MODEL_KINDS[parent - 1])
+    net = model_type(
+        args.model_type,
+        known['classes'],
+        width=args.width,
+        inputs=example[0].numel(),
+        seed=seed,
+        label=MODEL_KINDS[parent - 1],
+    )
     with torch.inference_mode(), evaluating(net): net(example)
     return net.to(args.device)
 
@@ -134,13 +196,34 @@ def train_parent(
     choose = scorer(data['held_out'], prepare, 'held-out images') if data['held_out'] else None
     def score(net): return {k: choose(net)[k] for k in ('accuracy',)}
     folder = file.parent/'checkpoints'/kind
-    history = train_epochs(net, batcher(data['train'], prepare, args.device, args.augment), len(data['train']), score=score if choose else None, folder=folder, epochs=args.epochs,
-        batch_size=args.batch_size, learning_rate=args.learning_rate, momentum=args.momentum, cosine=args.cosine, precision=args.precision,
-        seed=generator(seed, kind).initial_seed(), facts=_facts(args, seed, parent, data), keep=not args.slim, label=f'{kind}, seed {seed}')
+    history = train_epochs(
+        net,
+        batcher(data['train'], prepare, args.device, args.augment),
+        len(data['train']),
+        score=score if choose else None,
+        folder=folder,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        momentum=args.momentum,
+        cosine=args.cosine,
+        precision=args.precision,
+        seed=generator(seed, kind).initial_seed(),
+        facts=_facts(args, seed, parent, data),
+        keep=not args.slim,
+        label=f'{kind}, seed {seed}',
+    )
     write_kind(Checkpoint(folder/'initial_weights.safetensors'), experiment, seed, kind, initial=True)
     write_kind(net.state_dict(), experiment, seed, kind)
     scores = {k: scorer(data[k], prepare, f'{k} images')(net) for k in ('train', 'test')}
-    return dict(kind=kind, seed=seed, history=history, chosen=best_epoch(history), **scores, seconds=time.perf_counter() - start)
+    return dict(
+        kind=kind,
+        seed=seed,
+        history=history,
+        chosen=best_epoch(history),
+        **scores,
+        seconds=time.perf_counter() - start,
+    )
 
 # %% ../../nbs/80_bench/09_train.ipynb #b212b940
 def training_table(
@@ -150,8 +233,17 @@ def training_table(
     def percent(x): return '' if x is None else f'{100 * x:.2f}'
     def line(r):
         t, held = r['test'], r['history'][r['chosen'] - 1].get('accuracy')
-        return [f'{r["kind"]} {r["seed"]}', f'{r["chosen"]} of {len(r["history"])}', percent(held), percent(r['train']['accuracy']), percent(t['accuracy']), f'{percent(t["low"])}-{percent(t["high"])}']
-    return ['accuracy in %', 'pass', 'held-out', 'training', 'test', '95 % interval'], [line(r) for r in results]
+        return [
+            f'{r["kind"]} {r["seed"]}',
+            f'{r["chosen"]} of {len(r["history"])}',
+            percent(held),
+            percent(r['train']['accuracy']),
+            percent(t['accuracy']),
+            f'{percent(t["low"])}-{percent(t["high"])}',
+        ]
+    return ['accuracy in %', 'pass', 'held-out', 'training', 'test', '95 % interval'], [
+        line(r) for r in results
+    ]
 
 # %% ../../nbs/80_bench/09_train.ipynb #0b2cba89
 def training_figure(
@@ -160,13 +252,19 @@ def training_figure(
     "Held-out accuracy after each pass, or the training loss where nothing is held out."
     key = 'accuracy' if 'accuracy' in results[0]['history'][0] else 'loss'
     series = {f'{r["kind"]}, seed {r["seed"]}': [h[key] for h in r['history']] for r in results[:12]}
-    return curves(range(1, len(results[0]['history']) + 1), series, xlabel='pass', ylabel='held-out accuracy' if key == 'accuracy' else 'training loss')
+    return curves(
+        range(1, len(results[0]['history']) + 1),
+        series,
+        xlabel='pass',
+        ylabel='held-out accuracy' if key == 'accuracy' else 'training loss',
+    )
 
 # %% ../../nbs/80_bench/09_train.ipynb #e6a3618c
 def _write(args, results):
     "The numbers and the picture of an experiment."
     folder = Path(args.out)/args.experiment_name
-    with atomic(folder/'training.json') as new: new.write_text(json_text(dict(arguments=vars(args), versions=versions(), parents=results)))
+    with atomic(folder/'training.json') as new:
+        new.write_text(json_text(dict(arguments=vars(args), versions=versions(), parents=results)))
     save_figure(training_figure(results), folder/'training.png')
     return folder
 
@@ -176,10 +274,15 @@ def train_command(
 ) -> Path:              # the experiment's folder
     "fusionbook train --experiment_name NAME --model_type TYPE --dataset_name NAME [--seeds 3] [--epochs 30] [--device cuda] …"
     args = train_arguments(argv)
-    for name in ('training.json', 'training.png'): check_output(Path(args.out)/args.experiment_name/name, 'out')
+    for name in ('training.json', 'training.png'):
+        check_output(Path(args.out)/args.experiment_name/name, 'out')
     data, results = training_data(args), []
-    for seed, parent in track([(s, p) for s in args.seeds for p in (1, 2)], 'parents'): results.append(train_parent(args, seed, parent, data))
+    for seed, parent in track([(s, p) for s in args.seeds for p in (1, 2)], 'parents'):
+        results.append(train_parent(args, seed, parent, data))
     folder = _write(args, results)
-    print_table(*training_table(results), title=f'{args.model_type} on {args.dataset_name}, chosen by {args.selection}')
+    print_table(
+        *training_table(results),
+        title=f'{args.model_type} on {args.dataset_name}, chosen by {args.selection}',
+    )
     print(f'folder   {folder}\nnumbers  {folder/"training.json"}\npicture  {folder/"training.png"}')
     return folder

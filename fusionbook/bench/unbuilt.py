@@ -22,7 +22,9 @@ def cast(
 ) -> Lazy:
     "A state dict whose float tensors are rounded to another type when read; numbers beyond its range are refused."
     info = {k: t.to(dtype) if t.is_floating_point() else t for k, t in meta(sd).items()}
-    return Lazy({k: (lambda k=k: rounded(sd[k], info[k].dtype, k)) for k in info}, info, getattr(sd, 'tied', ()))
+    return Lazy(
+        {k: (lambda k=k: rounded(sd[k], info[k].dtype, k)) for k in info}, info, getattr(sd, 'tied', ())
+    )
 
 # %% ../../nbs/80_bench/02d_unbuilt.ipynb #606d3558
 def float_type(
@@ -30,7 +32,9 @@ def float_type(
 ) -> torch.dtype:
     "The float type of that name."
     found = getattr(torch, str(name), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2: # eight bits need a scale
+    if (
+        not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2
+    ):  # eight bits need a scale
         raise FusionError(f'expected `dtype` as float32, bfloat16, float16 or float64, got `{name}`')
     return found
 
@@ -46,7 +50,11 @@ class Unbuilt:
     def info(self) -> dict:
         "FusionBench's `model_info`, as of the network."
         total, trainable = sum(n for n, _ in self.parameters), sum(n for n, yes in self.parameters if yes)
-        return dict(trainable_params=trainable, all_params=total, trainable_percentage=trainable / total if total else 0.)
+        return dict(
+            trainable_params=trainable,
+            all_params=total,
+            trainable_percentage=trainable / total if total else 0.0,
+        )
 
 # %% ../../nbs/80_bench/02d_unbuilt.ipynb #636738af
 def unbuilt(

@@ -15,7 +15,11 @@ from ..core.checkpoint import check_packaged
 from ..core.errors import FusionError, nearest
 
 # %% ../../nbs/80_bench/03b_values.ipynb #1281ef4b
-_UNITS = {'': 1} | {f'{p}B': 1000 ** i for i, p in enumerate(['', 'K', 'M', 'G', 'T'])} | {f'{p}iB': 1024 ** i for i, p in enumerate('KMGT', 1)}
+_UNITS = (
+    {'': 1}
+    | {f'{p}B': 1000**i for i, p in enumerate(['', 'K', 'M', 'G', 'T'])}
+    | {f'{p}iB': 1024**i for i, p in enumerate('KMGT', 1)}
+)
 
 # %% ../../nbs/80_bench/03b_values.ipynb #076fdf43
 def size(
@@ -38,8 +42,14 @@ def device_name(
     "Refuse what is no name of a device."
     kind, colon, index = str(name).partition(':')
     if kind in ('cpu', 'cuda', 'mps', 'xpu') and (not colon or index.isdigit()): return str(name)
-    meant = {'gpu': 'cuda', 'nvidia': 'cuda', 'cuda': 'cuda', 'metal': 'mps'}.get(kind.lower().rstrip('0123456789'))
-    better = f'did you mean `{meant}{colon}{index}`?' if meant and (not colon or index.isdigit()) else nearest(kind, ['cpu', 'cuda', 'mps', 'xpu'])
+    meant = {'gpu': 'cuda', 'nvidia': 'cuda', 'cuda': 'cuda', 'metal': 'mps'}.get(
+        kind.lower().rstrip('0123456789')
+    )
+    better = (
+        f'did you mean `{meant}{colon}{index}`?'
+        if meant and (not colon or index.isdigit())
+        else nearest(kind, ['cpu', 'cuda', 'mps', 'xpu'])
+    )
     raise FusionError(f'expected `{what}` as cpu, cuda, cuda:1, mps or xpu, got `{name}`; {better}')
 
 def check_device(
@@ -48,52 +58,94 @@ def check_device(
     "Make sure that a device is there."
     try: torch.empty(1, device=device_name(name))
     except (RuntimeError, AssertionError) as e:
-        raise FusionError(f'expected a device of this machine, got `{name}`: {str(e).splitlines()[0]}; `cpu` is always there') from None
+        raise FusionError(
+            f'expected a device of this machine, got `{name}`: {str(e).splitlines()[0]}; `cpu` is always '
+            f'there'
+        ) from None
     return name
 
 # %% ../../nbs/80_bench/03b_values.ipynb #6a590a0b
-_FLOATS = {'fp16': 'float16', 'half': 'float16', 'f16': 'float16', 'bf16': 'bfloat16', 'fp32': 'float32', 'single': 'float32', 'fp64': 'float64', 'double': 'float64'}
+_FLOATS = {
+    'fp16': 'float16',
+    'half': 'float16',
+    'f16': 'float16',
+    'bf16': 'bfloat16',
+    'fp32': 'float32',
+    'single': 'float32',
+    'fp64': 'float64',
+    'double': 'float64',
+}
 
 def _truth(key, value):
     meant = {'yes': 'true', 'on': 'true', 'no': 'false', 'off': 'false'}.get(str(value).lower())
-    if not isinstance(value, bool): raise FusionError(f'expected `{key}` as true or false, got `{value}`' + (f'; did you mean `{meant}`?' if meant else ''))
+    if not isinstance(value, bool):
+        raise FusionError(
+            f'expected `{key}` as true or false, got `{value}`'
+            + (f'; did you mean `{meant}`?' if meant else '')
+        )
     return value
 
 def _whole(key, value, least):
-    if not isinstance(value, int) or isinstance(value, bool) or value < least: raise FusionError(f'expected `{key}` as a whole number, {least} or more, got `{value}`')
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise FusionError(f'expected `{key}` as a whole number, {least} or more, got `{value}`')
     return value
 
 def _dtype(key, value):
     name = str(value).removeprefix('torch.')
-    if name not in ('float32', 'bfloat16', 'float16', 'float64') and (meant := _FLOATS.get(name) or nearest(name, ['float16', 'float32'])):
+    if name not in ('float32', 'bfloat16', 'float16', 'float64') and (
+        meant := _FLOATS.get(name) or nearest(name, ['float16', 'float32'])
+    ):
         meant = f'did you mean `{meant}`?' if name in _FLOATS else meant
-        raise FusionError(f'expected `{key}` as float32, bfloat16, float16 or float64, got `{value}`; {meant}')
+        raise FusionError(
+            f'expected `{key}` as float32, bfloat16, float16 or float64, got `{value}`; {meant}'
+        )
     return name if float_type(name) else None
 
 # %% ../../nbs/80_bench/03b_values.ipynb #fb639a7e
 def _path(key, value):
     if value is False: return value
-    if not isinstance(value, str) or not value.strip(): raise FusionError(f'expected `{key}` as a path, got `{value}`')
+    if not isinstance(value, str) or not value.strip():
+        raise FusionError(f'expected `{key}` as a path, got `{value}`')
     return value
 
 def _printed(key, value):
     if value in ('full', True, False): return value
-    raise FusionError(f'expected `{key}` as true, false or full, got `{value}`; {nearest(str(value), ["true", "false", "full"])}')
+    raise FusionError(
+        f'expected `{key}` as true, false or full, got `{value}`; '
+        f'{nearest(str(value), ["true", "false", "full"])}'
+    )
 
 def _mirror(key, value):
     fits = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
-    if not fits: raise FusionError(f'expected `{key}` as names with their folders, {{name: folder}}, got `{value}`')
+    if not fits:
+        raise FusionError(f'expected `{key}` as names with their folders, {{name: folder}}, got `{value}`')
     return value
 
 def _classes(key, value):
     value = [value] if isinstance(value, str) else value
-    if not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value): raise FusionError(f'expected `{key}` as a list of classes, [a.b.C], got `{value}`')
+    if not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+        raise FusionError(f'expected `{key}` as a list of classes, [a.b.C], got `{value}`')
     return list(value)
 
 # %% ../../nbs/80_bench/03b_values.ipynb #c72d9b67
-_KINDS = dict(seed=lambda k, v: _whole(k, v, 0), seeds=lambda k, v: check_seeds(v), device=lambda k, v: device_name(v, k), dtype=_dtype, threads=lambda k, v: _whole(k, v, 1),
-              references=_truth, fast_dev_run=_truth, dry_run=_truth, print_config=_printed, save_report=_path, merged_model_save_path=_path, log_dir=_path,
-              shard_size=lambda k, v: size(v, k), max_memory=lambda k, v: size(v, k), hub_mirror=_mirror, allow_target=_classes)
+_KINDS = dict(
+    seed=lambda k, v: _whole(k, v, 0),
+    seeds=lambda k, v: check_seeds(v),
+    device=lambda k, v: device_name(v, k),
+    dtype=_dtype,
+    threads=lambda k, v: _whole(k, v, 1),
+    references=_truth,
+    fast_dev_run=_truth,
+    dry_run=_truth,
+    print_config=_printed,
+    save_report=_path,
+    merged_model_save_path=_path,
+    log_dir=_path,
+    shard_size=lambda k, v: size(v, k),
+    max_memory=lambda k, v: size(v, k),
+    hub_mirror=_mirror,
+    allow_target=_classes,
+)
 _NEVER_NONE = 'device', 'references', 'fast_dev_run', 'dry_run'
 
 # %% ../../nbs/80_bench/03b_values.ipynb #1b27f491

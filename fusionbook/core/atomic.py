@@ -32,13 +32,19 @@ def _machine():
 # %% ../../nbs/00_core/01b_atomic.ipynb #98e1bc5f
 def _stem(path):
     "How the rooms of a name begin; a long name is cut and gets a hash."
-    name = path.name if len(path.name.encode()) < 160 else path.name[:40] + hashlib.sha256(path.name.encode()).hexdigest()[:16]
+    name = (
+        path.name
+        if len(path.name.encode()) < 160
+        else path.name[:40] + hashlib.sha256(path.name.encode()).hexdigest()[:16]
+    )
     return f'.{name}.'
 
 def _room(path):
     "A new room beside `path`."
     pid = os.getpid()
-    return Path(tempfile.mkdtemp(prefix=f'{_stem(path)}{_machine()}-{pid}-{_started(pid) or 0}.', dir=path.parent))
+    return Path(
+        tempfile.mkdtemp(prefix=f'{_stem(path)}{_machine()}-{pid}-{_started(pid) or 0}.', dir=path.parent)
+    )
 
 # %% ../../nbs/00_core/01b_atomic.ipynb #67d2f9ef
 _WEEK = 7 * 24 * 3600
@@ -104,14 +110,16 @@ def _opened(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path)
         return _room(path)
-    except OSError as e: raise FusionError(f'expected a place that can be written, got `{path}`: {e.strerror}') from None
+    except OSError as e:
+        raise FusionError(f'expected a place that can be written, got `{path}`: {e.strerror}') from None
 
 # %% ../../nbs/00_core/01b_atomic.ipynb #f1975b8b
 @contextmanager
 def together(
     *paths:str|Path, # files or folders to be made; a symbolic link is followed; parents are created
 ):                   # yields a path for each, to be filled; renamed at the end; one that was not filled is left as it is
-    "Fill several temporary files or folders; all take their names when the block ends without an error, or none."
+    ("Fill several temporary files or folders; all take their names when the block ends without an error, or "
+     "none.")
     paths = [Path(os.path.realpath(p)) for p in paths]
     with ExitStack() as stack:
         rooms = []

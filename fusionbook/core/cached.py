@@ -30,7 +30,10 @@ def sealed(
 ) -> str:      # one JSON object
     "Content with its kind, its key and a digest of all three."
     key, content = json.loads(_text(key)), json.loads(_text(content))
-    return json.dumps(dict(kind=kind, key=key, digest=_digest(kind, key, content), content=content), indent=1) + '\n'
+    return (
+        json.dumps(dict(kind=kind, key=key, digest=_digest(kind, key, content), content=content), indent=1)
+        + '\n'
+    )
 
 # %% ../../nbs/00_core/02b_cached.ipynb #8d641af7
 def unsealed(
@@ -40,9 +43,12 @@ def unsealed(
 ) -> dict:     # kind, key and content; raises `ValueError` for what is not whole or something else
     "What a sealed note says, checked."
     note = json.loads(text)
-    if not isinstance(note, dict) or note.keys() != {'kind', 'key', 'digest', 'content'}: raise ValueError('no sealed note')
-    if note['digest'] != _digest(note['kind'], note['key'], note['content']): raise ValueError('another digest')
-    if note['kind'] != kind or (key is not None and note['key'] != json.loads(_text(key))): raise ValueError('of something else')
+    if not isinstance(note, dict) or note.keys() != {'kind', 'key', 'digest', 'content'}:
+        raise ValueError('no sealed note')
+    if note['digest'] != _digest(note['kind'], note['key'], note['content']):
+        raise ValueError('another digest')
+    if note['kind'] != kind or (key is not None and note['key'] != json.loads(_text(key))):
+        raise ValueError('of something else')
     return note
 
 # %% ../../nbs/00_core/02b_cached.ipynb #c738bee0
@@ -90,7 +96,8 @@ def write_kept(
 ) -> Path:
     "Keep tensors, atomically."
     note = sealed(dict(tensors=content_hash(tensors), facts=dict(facts)), kind, key)
-    alone = Lazy({k: partial(tensors.__getitem__, k) for k in tensors}, meta(tensors)) # tied tensors are stored twice
+    # tied tensors are stored twice
+    alone = Lazy({k: partial(tensors.__getitem__, k) for k in tensors}, meta(tensors))
     return save(alone, path, metadata={'kept': note})
 
 # %% ../../nbs/00_core/02b_cached.ipynb #42b8a9ae
@@ -110,7 +117,8 @@ def read_kept(
         if content_hash(tensors) != note['content']['tensors']: raise ValueError('other tensors')
         return Kept(tensors, note['content']['facts'], note['key'])
     except FileNotFoundError: return None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, RuntimeError, SafetensorError) as e: _unbelieved(path, e)
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, SafetensorError) as e:
+        _unbelieved(path, e)
 
 # %% ../../nbs/00_core/02b_cached.ipynb #8452e8e5
 def remembered(
@@ -123,5 +131,6 @@ def remembered(
     if found := read_kept(path, kind=kind, key=key): return found.tensors
     tensors = dict(compute())
     try: write_kept(path, tensors, kind=kind, key=key)
-    except (FusionError, OSError) as e: logging.getLogger('fusionbook').warning('%s were not kept: %s', kind, e)
+    except (FusionError, OSError) as e:
+        logging.getLogger('fusionbook').warning('%s were not kept: %s', kind, e)
     return tensors

@@ -31,8 +31,10 @@ def _download(name):
         if any(folder.glob('*.safetensors')) or not any(folder.glob('config.json')): return folder
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES + ['*.bin', '*.bin.index.json']))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise FusionError(f'expected a local folder or a hub repository, got `{name}`: no such folder here, and the hub '
-                          f'could not give it ({type(e).__name__}). Behind a firewall: `hub_mirror={{{name}: /a/folder}}`') from None
+        raise FusionError(
+            f'expected a local folder or a hub repository, got `{name}`: no such folder here, and the hub '
+            f'could not give it ({type(e).__name__}). Behind a firewall: `hub_mirror={{{name}: /a/folder}}`'
+        ) from None
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #428645ea
 def check_packaged(
@@ -43,7 +45,9 @@ def check_packaged(
     head, _, rest = name.partition('/')
     if not (WEIGHTS/head).is_dir() or (WEIGHTS/name).exists(): return
     close = nearest(rest, [f.name for f in (WEIGHTS/head).iterdir() if f.is_dir()])
-    raise FusionError(f'expected a model of `{head}`, got `{name}`; ' + re.sub('`(.+?)`', rf'`{head}/\1`', close))
+    raise FusionError(
+        f'expected a model of `{head}`, got `{name}`; ' + re.sub('`(.+?)`', rf'`{head}/\1`', close)
+    )
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #9ae03179
 def find(
@@ -68,7 +72,8 @@ def header(
     table, start = ({'__metadata__': dict(metadata)} if metadata else {}), 0
     for name in order:
         t = info[name]
-        if t.dtype not in CODES: raise FusionError(f'expected a type that safetensors stores, got {t.dtype} in `{name}`')
+        if t.dtype not in CODES:
+            raise FusionError(f'expected a type that safetensors stores, got {t.dtype} in `{name}`')
         end = start + t.numel() * t.element_size()
         table[name], start = dict(dtype=CODES[t.dtype], shape=list(t.shape), data_offsets=[start, end]), end
     text = json.dumps(table, separators=(',', ':')).encode()
@@ -84,9 +89,13 @@ def _write(path, sd, info, metadata, track):
         for name in track(order):
             t = sd[name].detach().cpu().contiguous()
             if t.shape != info[name].shape or t.dtype != info[name].dtype:
-                raise FusionError(f'expected `{name}` as {tuple(info[name].shape)} {info[name].dtype}, got {tuple(t.shape)} {t.dtype}')
+                raise FusionError(
+                    f'expected `{name}` as {tuple(info[name].shape)} {info[name].dtype}, got '
+                    f'{tuple(t.shape)} {t.dtype}'
+                )
             f.write(t.reshape(-1).view(torch.uint8).numpy())
-        f.flush(); os.fsync(f.fileno())
+        f.flush()
+        os.fsync(f.fileno())
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #54a0ad97
 def _shards(info, size):
@@ -94,23 +103,50 @@ def _shards(info, size):
     groups, room = [[]], size
     for name, t in info.items():
         need = t.numel() * t.element_size()
-        if need > room and groups[-1]: groups.append([]); room = size
-        groups[-1].append(name); room -= need
+        if need > room and groups[-1]:
+            groups.append([])
+            room = size
+        groups[-1].append(name)
+        room -= need
     return groups
 
+# %% ../../nbs/00_core/02_checkpoint.ipynb #d840023d
 def _write_folder(folder, sd, info, metadata, size, track):
     groups = _shards(info, size)
-    names = ['model.safetensors'] if len(groups) == 1 else [f'model-{i + 1:05}-of-{len(groups):05}.safetensors' for i in range(len(groups))]
+    names = (
+        ['model.safetensors']
+        if len(groups) == 1
+        else [f'model-{i + 1:05}-of-{len(groups):05}.safetensors' for i in range(len(groups))]
+    )
     folder.mkdir()
-    for file, group in zip(names, groups): _write(folder/file, sd, {k: info[k] for k in group}, metadata, track)
+    for file, group in zip(names, groups):
+        _write(folder/file, sd, {k: info[k] for k in group}, metadata, track)
     if len(groups) == 1: return
     total = sum(t.numel() * t.element_size() for t in info.values())
-    index = dict(metadata=dict(metadata) | {'total_size': total}, weight_map={k: f for f, g in zip(names, groups) for k in g})
+    index = dict(
+        metadata=dict(metadata) | {'total_size': total},
+        weight_map={k: f for f, g in zip(names, groups) for k in g},
+    )
     (folder/'model.safetensors.index.json').write_text(json.dumps(index, indent=2))
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #8972083a
 _BESIDE = {'README.md', 'fusionbook.json', 'model.safetensors.index.json', *MODEL_FILES}
-_OTHER_FORMATS = ('.pth', '.pt', '.bin', '.ckpt', '.pkl', '.npz', '.h5', '.onnx', '.gguf', '.json', '.yaml', '.yml', '.ipynb', '.png')
+_OTHER_FORMATS = (
+    '.pth',
+    '.pt',
+    '.bin',
+    '.ckpt',
+    '.pkl',
+    '.npz',
+    '.h5',
+    '.onnx',
+    '.gguf',
+    '.json',
+    '.yaml',
+    '.yml',
+    '.ipynb',
+    '.png',
+)
 
 def _of_a_model(file): return file.name in _BESIDE or file.match('model*.safetensors')
 
@@ -121,16 +157,25 @@ def check_replaceable(
     "Refuse to replace anything but an earlier model, and a name that promises another format."
     path = Path(path)
     if path.suffix.lower() in _OTHER_FORMATS:
-        raise FusionError(f'expected a folder or a `.safetensors` file for a model, got `{path}`: `{path.suffix}` is not written')
+        raise FusionError(
+            f'expected a folder or a `.safetensors` file for a model, got `{path}`: `{path.suffix}` is not '
+            f'written'
+        )
     if path.suffix == '.safetensors':
         if path.is_dir(): raise FusionError(f'expected a file, got the folder `{path}`')
         return
     if path.is_file(): raise FusionError(f'expected a folder for a model, got the file `{path}`')
     try: found = list(path.iterdir())
-    except (FileNotFoundError, NotADirectoryError): return # no folder, or another writer is replacing it just now
+    except (FileNotFoundError, NotADirectoryError):
+        return # no folder, or another writer is replacing it just now
     other = sorted(f.name for f in found if not _of_a_model(f))
-    if found and not other and not any(f.suffix == '.safetensors' for f in found): other = sorted(f.name for f in found)
-    if other: raise FusionError(f'expected a new folder or one with an earlier model, got `{path}`, which also holds {", ".join(other[:3])}')
+    if found and not other and not any(f.suffix == '.safetensors' for f in found):
+        other = sorted(f.name for f in found)
+    if other:
+        raise FusionError(
+            f'expected a new folder or one with an earlier model, got `{path}`, which also holds '
+            f'{", ".join(other[:3])}'
+        )
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #87b1b43f
 def save(
@@ -150,7 +195,8 @@ def save(
         if path.suffix == '.safetensors': _write(new, sd, info, metadata, track)
         else:
             _write_folder(new, sd, info, metadata, shard_size or float('inf'), track)
-            for name, data in dict(extras).items(): (new/name).write_bytes(data if isinstance(data, bytes) else data.encode())
+            for name, data in dict(extras).items():
+                (new/name).write_bytes(data if isinstance(data, bytes) else data.encode())
     return path
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #ed050302
@@ -163,7 +209,9 @@ class Checkpoint(Lazy):
         entries, self.metadata, tied = read_model(self.path)
         info = {k: m for k, (m, _) in entries.items()}
         tied |= (alone := stored_ties(self.metadata, info, self.path))
-        super().__init__({k: read for k, (_, read) in entries.items()}, info | {a: info[o] for a, o in alone.items()}, tied)
+        super().__init__(
+            {k: read for k, (_, read) in entries.items()}, info | {a: info[o] for a, o in alone.items()}, tied
+        )
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #d882b083
 def model_card(
@@ -172,9 +220,28 @@ def model_card(
     "Describe a merged model: method, hyper-parameters, sources with their identities, versions."
     sources = lineage['sources']
     hub = [s['path'] for s in sources.values() if re.fullmatch(r'[\w.-]+/[\w.-]+', str(s.get('path', '')))]
-    head = ['---', 'library_name: fusionbook', 'tags: [merge, fusionbook]'] + (['base_model:', *(f'- {p}' for p in hub)] if hub else []) + ['---']
+    head = (
+        ['---', 'library_name: fusionbook', 'tags: [merge, fusionbook]']
+        + (['base_model:', *(f'- {p}' for p in hub)] if hub else [])
+        + ['---']
+    )
     rows = [f'| `{n}` | {s.get("path") or "in memory"} | `{s["hash"]}` |' for n, s in sources.items()]
     hyper = [f'| `{k}` | {json.dumps(v)} |' for k, v in lineage['hyperparameters'].items()]
-    return '\n'.join([*head, '', f'# Merged by `{lineage["method"]}`', '', '| hyper-parameter | value |', '|---|---|', *hyper, '',
-        '| source | path | identity |', '|---|---|---|', *rows, '',
-        'Made with ' + ', '.join(f'{k} {v}' for k, v in lineage['versions'].items()) + '.', ''])
+    return '\n'.join(
+        [
+            *head,
+            '',
+            f'# Merged by `{lineage["method"]}`',
+            '',
+            '| hyper-parameter | value |',
+            '|---|---|',
+            *hyper,
+            '',
+            '| source | path | identity |',
+            '|---|---|---|',
+            *rows,
+            '',
+            'Made with ' + ', '.join(f'{k} {v}' for k, v in lineage['versions'].items()) + '.',
+            '',
+        ]
+    )

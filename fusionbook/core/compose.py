@@ -19,7 +19,8 @@ from .resolve import closed_resolvers
 
 # %% ../../nbs/00_core/02d_compose.ipynb #5e324a65
 CONFIG = Path(fusionbook.__file__).parent/'config' # the YAML files that ship with the package
-_RUNS = ('callbacks', 'launcher', 'sweeper', 'hydra_logging', 'job_logging', 'searchpath') # what Hydra would build or import
+# what Hydra would build or import
+_RUNS = ('callbacks', 'launcher', 'sweeper', 'hydra_logging', 'job_logging', 'searchpath')
 _VOUCH = ('allow_target', 'allow_env')
 
 # %% ../../nbs/00_core/02d_compose.ipynb #c69abcdb
@@ -31,11 +32,17 @@ def run_file(
     raw = {k: cfg._get_node(k) for k in ('hydra', *_VOUCH) if k in cfg}
     for key in _VOUCH:
         if key in raw and (raw[key]._is_interpolation() or cfg[key]):
-            raise FusionError(f'expected `{key}` on the command line or from Python, got it in `{path}`, which cannot vouch for itself')
+            raise FusionError(
+                f'expected `{key}` on the command line or from Python, got it in `{path}`, which cannot '
+                f'vouch for itself'
+            )
     block = cfg['hydra'] if 'hydra' in raw and not raw['hydra']._is_interpolation() else {}
     for key in _RUNS:
         if hasattr(block, 'keys') and key in block:
-            raise FusionError(f'expected `hydra.{key}` on the command line, got it in `{path}`: a file cannot change how Hydra runs')
+            raise FusionError(
+                f'expected `hydra.{key}` on the command line, got it in `{path}`: a file cannot change how '
+                f'Hydra runs'
+            )
     if raw.get('hydra', _VOUCH) is not _VOUCH: del cfg['hydra'] # what is left of it has no meaning here
     if 'defaults' in cfg and not OmegaConf.is_list(cfg._get_node('defaults')):
         raise FusionError(f'expected `defaults` as a list in `{path}`, got another value')
@@ -77,7 +84,8 @@ def _bounded():
 # %% ../../nbs/00_core/02d_compose.ipynb #0c93ab7b
 def _composed(folder, name, words):
     from hydra import compose, initialize_config_dir
-    with closed_resolvers(), _bounded(), initialize_config_dir(folder, version_base='1.3'): return compose(name, words)
+    with closed_resolvers(), _bounded(), initialize_config_dir(folder, version_base='1.3'):
+        return compose(name, words)
 
 # %% ../../nbs/00_core/02d_compose.ipynb #2d405440
 def compose_words(
@@ -87,9 +95,13 @@ def compose_words(
 ):                                     # an OmegaConf mapping without Hydra's own block, interpolations as they stand
     "Compose; nothing is built, and nothing is worked out."
     first, *more = [str(Path(f).resolve()) for f in folders]
-    search = 'hydra.searchpath=[' + ','.join(json.dumps(f'file://{f}', ensure_ascii=False) for f in more) + ']'
+    search = (
+        'hydra.searchpath=[' + ','.join(json.dumps(f'file://{f}', ensure_ascii=False) for f in more) + ']'
+    )
     try: return _composed(first, name, [*words, search])
     except (AttributeError, KeyError, TypeError, ValueError, AssertionError, RecursionError) as e:
         if isinstance(e, FusionError) or type(e).__module__.startswith(('hydra', 'omegaconf')): raise
         said = ' '.join(str(e).split())
-        raise FusionError(f'expected files that can be put together, got {type(e).__name__}: {said:.200}') from e
+        raise FusionError(
+            f'expected files that can be put together, got {type(e).__name__}: {said:.200}'
+        ) from e

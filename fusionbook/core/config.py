@@ -36,15 +36,21 @@ def locate(
     "Import what a target names and make sure that it is defined where it claims."
     head, parts = target.split('.')[0], target.split('.')
     for i in range(len(parts) - 1, 0, -1):
-        try: obj = import_module('.'.join(parts[:i])); break
+        try:
+            obj = import_module('.'.join(parts[:i]))
+            break
         except ModuleNotFoundError as e:
-            if i == 1 or not '.'.join(parts[:i]).startswith(e.name or ''): raise FusionError(f'expected an installed module, got `{target}` ({e})') from None
+            if i == 1 or not '.'.join(parts[:i]).startswith(e.name or ''):
+                raise FusionError(f'expected an installed module, got `{target}` ({e})') from None
     for name in parts[i:]:
-        if name.startswith('_') or not hasattr(obj, name): raise FusionError(f'expected a class or function, got `{target}`; {nearest(name, dir(obj))}')
+        if name.startswith('_') or not hasattr(obj, name):
+            raise FusionError(f'expected a class or function, got `{target}`; {nearest(name, dir(obj))}')
         obj = getattr(obj, name)
     owner = getattr(obj, '__module__', None) or ''
     ours = inspect.isclass(obj) or owner.startswith('fusionbook.data.')
-    if target not in allow and (owner.split('.')[0] != head and head != 'torch' or head == 'fusionbook' and not ours):
+    if target not in allow and (
+        owner.split('.')[0] != head and head != 'torch' or head == 'fusionbook' and not ours
+    ):
         raise FusionError(f'expected a class or data loader of {head}, got `{target}`')
     return obj
 
@@ -56,9 +62,14 @@ def known_keys(
     names, open_end = list(FILLED), True
     for level in (inspect.getmro(obj) if inspect.isclass(obj) else [obj]):
         if inspect.isclass(obj) and '__init__' not in vars(level): continue
-        try: found = inspect.signature(vars(level)['__init__'] if inspect.isclass(obj) else level).parameters.values()
+        try:
+            found = inspect.signature(
+                vars(level)['__init__'] if inspect.isclass(obj) else level
+            ).parameters.values()
         except (TypeError, ValueError): return ()
-        names += [p.name for p in found if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name != 'self']
+        names += [
+            p.name for p in found if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name != 'self'
+        ]
         open_end = any(p.kind is p.VAR_KEYWORD for p in found) and not hasattr(obj, '_config_mapping')
         if not any(p.kind is p.VAR_KEYWORD for p in found): break
     return () if open_end else tuple(names) + tuple(getattr(obj, '_config_mapping', {}).values())
@@ -81,7 +92,8 @@ def check_keys(
 # %% ../../nbs/00_core/03_config.ipynb #eb8c5c62
 def _blame(error):
     "The refusal inside a chain of exceptions, or None."
-    while error is not None and not isinstance(error, FusionError): error = error.__cause__ or error.__context__
+    while error is not None and not isinstance(error, FusionError):
+        error = error.__cause__ or error.__context__
     return error
 
 # %% ../../nbs/00_core/03_config.ipynb #47ae4378
@@ -91,14 +103,16 @@ def _translated(cfg, kind):
     whole = bool(kind) and kind in cfg
     target = cfg.get('_target_')
     older = target is None and ('type' in cfg or kind in (None, 'method') and 'name' in cfg)
-    if whole or older or str(target).startswith('fusion_bench.'): return import_module('fusionbook.core.legacy').part_of(cfg, kind)
+    if whole or older or str(target).startswith('fusion_bench.'):
+        return import_module('fusionbook.core.legacy').part_of(cfg, kind)
     return plain(cfg)
 
 # %% ../../nbs/00_core/03_config.ipynb #c0ffee01
 def _called(target, obj, args, kwargs, allow):
     "Call what a target names."
     if target not in allow:
-        if target.startswith('transformers.') and target.endswith('.from_pretrained'): kwargs = kwargs | {'trust_remote_code': False}
+        if target.startswith('transformers.') and target.endswith('.from_pretrained'):
+            kwargs = kwargs | {'trust_remote_code': False}
         if target.startswith('torch.') and not inspect.isclass(obj): check_size(obj, args, kwargs)
     return obj(*args, **kwargs)
 
@@ -108,7 +122,9 @@ def _built(cfg, allow, more={}):
     if isinstance(cfg, (list, tuple)): return [_built(v, allow) for v in cfg]
     if not isinstance(cfg, Mapping): return cfg
     deep = cfg.get('_recursive_', True)
-    kwargs = {k: _built(v, allow) if deep else v for k, v in cfg.items() if '_target_' not in cfg or k not in FILLED} | dict(more)
+    kwargs = {
+        k: _built(v, allow) if deep else v for k, v in cfg.items() if '_target_' not in cfg or k not in FILLED
+    } | dict(more)
     if '_target_' not in cfg: return kwargs
     target, args = cfg['_target_'], cfg.get('_args_') or ()
     obj, args = locate(target, allow), [_built(v, allow) if deep else v for v in args]
@@ -117,7 +133,9 @@ def _built(cfg, allow, more={}):
     except Exception as e:
         if found := _blame(e): raise found from None
         said = (str(e).strip().splitlines() or [''])[0]
-        raise FusionError(f'expected `{target}` to accept its configuration, got {type(e).__name__}: {said}') from e
+        raise FusionError(
+            f'expected `{target}` to accept its configuration, got {type(e).__name__}: {said}'
+        ) from e
 
 # %% ../../nbs/00_core/03_config.ipynb #01f28382
 def instantiate(
@@ -127,7 +145,8 @@ def instantiate(
 ):                             # the object
     "Build what a configuration describes, after checking all of it."
     cfg = _translated(cfg, None)
-    if not isinstance(cfg, Mapping) or '_target_' not in cfg: raise FusionError(f'expected a configuration with `_target_`, got {cfg!r:.80}')
+    if not isinstance(cfg, Mapping) or '_target_' not in cfg:
+        raise FusionError(f'expected a configuration with `_target_`, got {cfg!r:.80}')
     check_targets(cfg, allow)
     check_keys(cfg, allow)
     return _built(cfg, allow, kwargs)
@@ -135,7 +154,8 @@ def instantiate(
 # %% ../../nbs/00_core/03_config.ipynb #19ff9dfb
 class BaseYAMLSerializable:
     "An object that can be written to YAML and read back; `config` is what would be written."
-    _config_key = None                                                # where `from_yaml` looks inside a whole run's file
+    # where `from_yaml` looks inside a whole run's file
+    _config_key = None
     _config_mapping = {'_usage_': '_usage_', '_version_': '_version_'} # attribute -> key
     def __init__(self, **kwargs):
         check_known(kwargs, known_keys(type(self)), f'`{type(self).__name__}`')
@@ -143,8 +163,12 @@ class BaseYAMLSerializable:
     @property
     def config(self) -> dict:
         "The configuration that rebuilds this object."
-        keys = ({f.name: f.name for f in fields(self) if f.init} if is_dataclass(self) else {}) | self._config_mapping
-        return {'_target_': public_name(type(self))} | {k: plain(getattr(self, a)) for a, k in keys.items() if hasattr(self, a)}
+        keys = (
+            {f.name: f.name for f in fields(self) if f.init} if is_dataclass(self) else {}
+        ) | self._config_mapping
+        return {'_target_': public_name(type(self))} | {
+            k: plain(getattr(self, a)) for a, k in keys.items() if hasattr(self, a)
+        }
     def to_yaml(self, path:str|Path) -> None:
         "Write `config` to a file."
         Path(path).write_text(OmegaConf.to_yaml(self.config))
@@ -152,11 +176,13 @@ class BaseYAMLSerializable:
     def from_yaml(cls, path:str|Path):
         "Build from a file, or from the part of a whole run's file that belongs to this kind of object."
         cfg = _translated(read_yaml(path), cls._config_key)
-        if not isinstance(cfg, Mapping): raise FusionError(f'expected a mapping in `{path}`, got a {type(cfg).__name__}')
+        if not isinstance(cfg, Mapping):
+            raise FusionError(f'expected a mapping in `{path}`, got a {type(cfg).__name__}')
         own = cls.__module__, public_name(cls)
         check_targets(cfg, allow=[f'{own[0]}.{cls.__qualname__}', own[1]])
         target = cfg.get('_target_', public_name(cls))
-        if target in (public_name(cls), f'{cls.__module__}.{cls.__qualname__}'): return cls(**{k: v for k, v in cfg.items() if k not in FILLED[:2]})
+        if target in (public_name(cls), f'{cls.__module__}.{cls.__qualname__}'):
+            return cls(**{k: v for k, v in cfg.items() if k not in FILLED[:2]})
         return instantiate(cfg)
 
 # %% ../../nbs/00_core/03_config.ipynb #e4d3c930
@@ -187,6 +213,7 @@ def lazy_attributes(
     "Module-level attribute access that imports the defining module when a name is first used."
     def get(name):
         names = {} if name.startswith('_') else published(package)
-        if name not in names: raise AttributeError(f'module `{package}` has no `{name}`; {nearest(name, names)}')
+        if name not in names:
+            raise AttributeError(f'module `{package}` has no `{name}`; {nearest(name, names)}')
         return getattr(import_module(names[name]), name)
     return get, lambda: sorted(published(package))

@@ -28,9 +28,17 @@ def _finite(name, base, stack, experts):
     if is_finite(stack) and (base is None or is_finite(base)): return base, stack, None
     held, odd = stack[0] if base is None else base, ~torch.isfinite(stack)
     alike = _equal(base, stack)
-    bad = [getattr(e, 'name', f'expert {i}') for i, (e, row) in enumerate(zip(experts, odd)) if (row & ~alike).any()]
+    bad = [
+        getattr(e, 'name', f'expert {i}')
+        for i, (e, row) in enumerate(zip(experts, odd))
+        if (row & ~alike).any()
+    ]
     if base is not None and (~torch.isfinite(base) & ~alike).any(): bad.insert(0, 'the base')
-    if bad: raise FusionError(f'expected finite numbers in every model, got NaN or infinity in tensor `{name}` of {", ".join(bad)}')
+    if bad:
+        raise FusionError(
+            f'expected finite numbers in every model, got NaN or infinity in tensor `{name}` of '
+            f'{", ".join(bad)}'
+        )
     if torch.isfinite(held).all(): return base, stack, None # only the sum was too large
     off = ~torch.isfinite(held)
     return None if base is None else base.masked_fill(off, 0), stack.masked_fill(off, 0), held
@@ -92,7 +100,11 @@ def memory_needed(
     def need(name, t):
         width = 8 if t.dtype == torch.float64 else 4
         whole = _way(f, elementwise, name, t.shape)[1] is not None
-        return (count + 3) * t.numel() * width if whole else t.numel() * t.element_size() + (count + 3) * piece_size(count) * width
+        return (
+            (count + 3) * t.numel() * width
+            if whole
+            else t.numel() * t.element_size() + (count + 3) * piece_size(count) * width
+        )
     sizes = {name: need(name, t) for name, t in info.items() if t.is_floating_point()}
     largest = max(sizes, key=sizes.get, default='')
     return sizes.get(largest, 0), largest
@@ -105,15 +117,21 @@ def check_memory(
     "Refuse a merge that needs more memory than is allowed, before it starts."
     need, name = getattr(merged, 'memory', (0, ''))
     if limit is not None and need > limit:
-        raise FusionError(f'expected a merge within `max_memory` of {limit:,} bytes, got one that needs about {need:,} '
-                          f'for the tensor `{name}` of all models')
+        raise FusionError(
+            f'expected a merge within `max_memory` of {limit:,} bytes, got one that needs about {need:,} '
+            f'for the tensor `{name}` of all models'
+        )
 
 # %% ../../nbs/00_core/01e_engine.ipynb #c98ed080
 def _kept(out, b, stack, held):
     "Entries that are no result: infinities of all models, and numbers of all models so large that their sum left the range."
     if held is not None: return ~torch.isfinite(held)
     first = stack[0] if b is None else b
-    return torch.isinf(out).to(first.device) & _equal(b, stack) & (first.abs() > torch.finfo(first.dtype).max / 1000)
+    return (
+        torch.isinf(out).to(first.device)
+        & _equal(b, stack)
+        & (first.abs() > torch.finfo(first.dtype).max / 1000)
+    )
 
 # %% ../../nbs/00_core/01e_engine.ipynb #312f5987
 def _settled(name, result, dtype, b, stack, held):
@@ -122,7 +140,8 @@ def _settled(name, result, dtype, b, stack, held):
     if held is None and is_finite(out): return out
     first = (stack[0] if b is None else b) if held is None else held
     out = torch.where(_kept(out, b, stack, held).cpu(), first.to('cpu', dtype), out)
-    if not torch.isfinite(out).logical_or(torch.isinf(first.cpu())).all(): raise not_finite(name, result, dtype)
+    if not torch.isfinite(out).logical_or(torch.isinf(first.cpu())).all():
+        raise not_finite(name, result, dtype)
     return out
 
 # %% ../../nbs/00_core/01e_engine.ipynb #05fd4116
@@ -134,11 +153,18 @@ def carried(
     "A tensor that is not merged: a counter, or one that is the same in every model; else it is refused."
     own = like[name]
     if is_counter(name, own): return own
-    odd = [getattr(e, 'name', f'expert {i}') for i, e in enumerate(experts) if not torch.equal(own, e[name].to(own.dtype))]
+    odd = [
+        getattr(e, 'name', f'expert {i}')
+        for i, e in enumerate(experts)
+        if not torch.equal(own, e[name].to(own.dtype))
+    ]
     if odd:
-        raise FusionError(f'expected tensor `{name}` ({str(own.dtype)[6:]}) to be the same in every model, got other entries in '
-                          f'{", ".join(odd)}; only floating-point numbers are merged, and what is in integers (codes of a '
-                          'quantised model?) cannot be averaged')
+        raise FusionError(
+            f'expected tensor `{name}` ({str(own.dtype)[6:]}) to be the same in every model, got other '
+            f'entries in '
+            f'{", ".join(odd)}; only floating-point numbers are merged, and what is in integers (codes of a '
+            'quantised model?) cannot be averaged'
+        )
     return own
 
 # %% ../../nbs/00_core/01e_engine.ipynb #7dc31e4c
@@ -160,7 +186,11 @@ def _extra(job, name, shape, at, device):
         if isinstance(sd, (list, tuple)): return torch.stack([cut(one) for one in sd])
         flat = sd[name].reshape(-1)[at]
         return flat.to(device) if shape is None else flat.reshape(shape).to(device)
-    return {key: cut(sd) for key, sd in job.extra.items() if name in (sd[0] if isinstance(sd, (list, tuple)) else sd)}
+    return {
+        key: cut(sd)
+        for key, sd in job.extra.items()
+        if name in (sd[0] if isinstance(sd, (list, tuple)) else sd)
+    }
 
 # %% ../../nbs/00_core/01e_engine.ipynb #2023649d
 def _whole(job, name, shape):
@@ -177,7 +207,8 @@ def _compute(job, name, kind):
     if not kind.is_floating_point(): return carried(name, job.like, job.experts)
     if not kind.numel(): return job.like[name]
     f, shape = _way(job.f, job.elementwise, name, kind.shape)
-    def entry(at, b, stack): return Entry(name, tuple(kind.shape), at, b, stack, _extra(job, name, shape, at, job.device))
+    def entry(at, b, stack):
+        return Entry(name, tuple(kind.shape), at, b, stack, _extra(job, name, shape, at, job.device))
     if shape is not None:
         b, stack, held = _whole(job, name, shape)
         result = f(entry(slice(0, kind.numel()), b, stack))
@@ -203,8 +234,11 @@ def _tied_compute(loose, job, name, kind):
     for m, alias in loose:
         if not torch.equal(m[alias], m[name]):
             who = getattr(m, 'name', 'a model')
-            raise FusionError(f'expected `{alias}` and `{name}` to be one tensor in {who}, as in the base, got two that differ; '
-                              'give a base that keeps them apart')
+            raise FusionError(
+                f'expected `{alias}` and `{name}` to be one tensor in {who}, as in the base, got two that '
+                f'differ; '
+                'give a base that keeps them apart'
+            )
     return _compute(job, name, kind)
 
 # %% ../../nbs/00_core/01e_engine.ipynb #1291ede3
@@ -238,7 +272,11 @@ def direction_of(
 ) -> Lazy:                        # v: float32, or float64 where the base is
     "A direction, computed tensor by tensor when it is read, and not rounded to the base's type."
     def wide(t): return t.to(_type(t)) if t.is_floating_point() else t
-    like = Lazy({k: partial(base.__getitem__, k) for k in base}, {k: wide(t) for k, t in meta(base).items()}, shared(base))
+    like = Lazy(
+        {k: partial(base.__getitem__, k) for k in base},
+        {k: wide(t) for k, t in meta(base).items()},
+        shared(base),
+    )
     return map_tensors(f, base, experts, like=like, **kwargs)
 
 def step_along(
@@ -248,6 +286,8 @@ def step_along(
     device:str='cpu',    # where the arithmetic happens
 ) -> Lazy:               # in the base's types
     "The model θ₀ + λ v."
-    merged = map_tensors(lambda e: e.base + scale * e.experts[0], base, [direction], elementwise=True, device=device)
+    merged = map_tensors(
+        lambda e: e.base + scale * e.experts[0], base, [direction], elementwise=True, device=device
+    )
     merged.memory = max(merged.memory, getattr(direction, 'memory', (0, '')))
     return merged

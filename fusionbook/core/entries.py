@@ -48,7 +48,8 @@ class Entry:
     @property
     def tau(self) -> Tensor:
         "The task vectors, experts less base: (T, n) or (T, *shape)."
-        if self.base is None: raise FusionError(f'expected a base for the task vectors of `{self.name}`, got none')
+        if self.base is None:
+            raise FusionError(f'expected a base for the task vectors of `{self.name}`, got none')
         return self.experts - self.base
     @property
     def whole(self) -> bool:
@@ -57,7 +58,9 @@ class Entry:
     def random(self, seed:int, of:str='') -> Tensor:
         "Uniform numbers in [0, 1), as many as `base` has, that belong to (seed, tensor, place, `of`: what they are for)."
         like = self.experts[0]
-        drawn = uniform_at(seed, f'{self.name}/{of}' if of else self.name, self.at.start, like.numel(), like.dtype)
+        drawn = uniform_at(
+            seed, f'{self.name}/{of}' if of else self.name, self.at.start, like.numel(), like.dtype
+        )
         return drawn.view(like.shape).to(like.device)
 
 # %% ../../nbs/00_core/01b_entries.ipynb #7ae7fbd2
@@ -70,7 +73,8 @@ def chunk(
     entries:int, # n, entries of each model in one piece
 ):
     "Inside the block, work in pieces of `entries` numbers a model."
-    if not isinstance(entries, int) or entries < 1: raise FusionError(f'expected a piece of at least 1 entry, got {entries}')
+    if not isinstance(entries, int) or entries < 1:
+        raise FusionError(f'expected a piece of at least 1 entry, got {entries}')
     token = _size.set(entries)
     try: yield
     finally: _size.reset(token)

@@ -20,9 +20,12 @@ def nearest(
     limit:int=6,         # how many to list when none is close
 ) -> str:                # one clause for the end of an error message
     "Say which valid names are close to `name`, or what the valid names are."
-    name, valid = str(name), sorted(map(str, valid), key=lambda v: (v.startswith('_'), v)) # names of machinery last
+    # names of machinery last
+    name, valid = str(name), sorted(map(str, valid), key=lambda v: (v.startswith('_'), v))
     low = {v.lower(): v for v in valid}
-    close = [low[m] for m in get_close_matches(name.lower(), low, n=3, cutoff=.6)] or [v for v in valid if name and name.lower() in v.lower()][:3]
+    close = [low[m] for m in get_close_matches(name.lower(), low, n=3, cutoff=0.6)] or [
+        v for v in valid if name and name.lower() in v.lower()
+    ][:3]
     if close: return 'did you mean ' + ' or '.join(f'`{c}`' for c in close) + '?'
     more = f' and {len(valid) - limit} more' if len(valid) > limit else ''
     return 'valid: ' + (', '.join(valid[:limit]) + more if valid else 'none')
@@ -36,4 +39,5 @@ def check_known(
     "Refuse a key that does not exist and name the nearest that does."
     valid = list(valid)
     for key in given:
-        if key not in valid: raise FusionError(f'expected a key of {what}, got `{key}`; {nearest(str(key), valid)}')
+        if key not in valid:
+            raise FusionError(f'expected a key of {what}, got `{key}`; {nearest(str(key), valid)}')

@@ -38,10 +38,12 @@ def read_json(
     "What a JSON file holds."
     text = read_text(path, limit=limit)
     try: found = json.loads(text)
-    except json.JSONDecodeError as e: raise _bad('JSON', path, f'an error in line {e.lineno}: {e.msg}') from None
+    except json.JSONDecodeError as e:
+        raise _bad('JSON', path, f'an error in line {e.lineno}: {e.msg}') from None
     except RecursionError: raise _bad('JSON', path, 'deep nesting') from None
     except ValueError as e: raise _bad('JSON', path, e) from None
-    if not isinstance(found, kind): raise _bad('an object' if kind is dict else 'a list', path, type(found).__name__)
+    if not isinstance(found, kind):
+        raise _bad('an object' if kind is dict else 'a list', path, type(found).__name__)
     return found
 
 # %% ../../nbs/00_core/00b_files.ipynb #5fa0d08c

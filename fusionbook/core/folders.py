@@ -23,7 +23,9 @@ def index_of(
     file = Path(file)
     table = read_json(file).get('weight_map')
     if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
-        raise FusionError(f'expected `weight_map` with tensors and their shards in `{file}`, got {str(table):.40}')
+        raise FusionError(
+            f'expected `weight_map` with tensors and their shards in `{file}`, got {str(table):.40}'
+        )
     for name in set(table.values()):
         if Path(name).is_absolute() or '..' in Path(name).parts or '\\' in name or '\0' in name or not name:
             raise FusionError(f'expected shards beside `{file}`, got {name!r}')
@@ -32,15 +34,32 @@ def index_of(
     return {k: file.parent/v for k, v in table.items()}
 
 # %% ../../nbs/00_core/01c_folders.ipynb #9cacadf4
-_PATTERNS = ('model.safetensors.index.json', '*.safetensors.index.json', 'model.safetensors', '*.safetensors', '*.bin.index.json',
-             'pytorch_model.bin', '*.pth', '*.pt', '*.bin')
+_PATTERNS = (
+    'model.safetensors.index.json',
+    '*.safetensors.index.json',
+    'model.safetensors',
+    '*.safetensors',
+    '*.bin.index.json',
+    'pytorch_model.bin',
+    '*.pth',
+    '*.pt',
+    '*.bin',
+)
 
 def _check_alone(index, files):
     "Refuse a second model beside an index."
     stem, ending = index.name.removesuffix('.index.json').rsplit('.', 1)
-    others = [f for f in [index.parent/f'{stem}.{ending}', *sorted(index.parent.glob(f'{stem}-*-of-*.{ending}'))] if f.exists() and f not in files]
-    if others: raise FusionError(f'expected one model in `{index.parent}`, got the shards of `{index.name}` and also {", ".join(f.name for f in others[:3])}; '
-                                 'remove the older ones, or give the file or the index itself')
+    others = [
+        f
+        for f in [index.parent / f'{stem}.{ending}', *sorted(index.parent.glob(f'{stem}-*-of-*.{ending}'))]
+        if f.exists() and f not in files
+    ]
+    if others:
+        raise FusionError(
+            f'expected one model in `{index.parent}`, got the shards of `{index.name}` and also '
+            f'{", ".join(f.name for f in others[:3])}; '
+            'remove the older ones, or give the file or the index itself'
+        )
 
 # %% ../../nbs/00_core/01c_folders.ipynb #f66efcf2
 def _chosen(path):
@@ -48,10 +67,16 @@ def _chosen(path):
     for pattern in _PATTERNS:
         if found := sorted(path.glob(pattern)):
             if found[0].name.endswith('.index.json') or len(found) == 1: return found[0]
-            raise FusionError(f'expected one model in `{path}`, got {len(found)} files without an index: {", ".join(f.name for f in found[:3])}')
+            raise FusionError(
+                f'expected one model in `{path}`, got {len(found)} files without an index: '
+                f'{", ".join(f.name for f in found[:3])}'
+            )
     if found := sorted(path.glob('*.gguf')): check_kind(found[0])
     inside = sorted(f.name for f in path.iterdir() if f.is_dir())[:3]
-    raise FusionError(f'expected a folder with a checkpoint, got `{path}` without *.safetensors, *.bin or *.pth' + (f'; it holds the folders {", ".join(inside)}' if inside else ''))
+    raise FusionError(
+        f'expected a folder with a checkpoint, got `{path}` without *.safetensors, *.bin or *.pth'
+        + (f'; it holds the folders {", ".join(inside)}' if inside else '')
+    )
 
 # %% ../../nbs/00_core/01c_folders.ipynb #454815d4
 def model_files(
@@ -77,9 +102,14 @@ def read_model(
     for file, names in files.items():
         found, more, ties = contents(file)
         if lost := [n for n in names or () if n not in found]:
-            raise FusionError(f'expected tensor `{lost[0]}` in `{file}`, as its index says, got {len(found)} others')
+            raise FusionError(
+                f'expected tensor `{lost[0]}` in `{file}`, as its index says, got {len(found)} others'
+            )
         if names and (extra := [n for n in found if n not in promised]):
-            raise FusionError(f'expected the index of `{file}` to name all that it holds, got `{extra[0]}`, which it does not name')
+            raise FusionError(
+                f'expected the index of `{file}` to name all that it holds, got `{extra[0]}`, which it does '
+                f'not name'
+            )
         entries |= {n: found[n] for n in (found if names is None else names)}
         notes |= more
         tied |= {a: o for a, o in ties.items() if names is None or a in names and o in names}
@@ -97,17 +127,42 @@ def stored_ties(
     except (ValueError, RecursionError): return {}
     if not isinstance(table, dict) or not all(isinstance(o, str) for o in table.values()): return {}
     for alias, owner in table.items():
-        if owner not in info: raise FusionError(f'expected `{alias}` in `{file}` to be a second name of a tensor stored there, got `{owner}`, which is not stored')
+        if owner not in info:
+            raise FusionError(
+                f'expected `{alias}` in `{file}` to be a second name of a tensor stored there, got '
+                f'`{owner}`, which is not stored'
+            )
         if alias in info and (info[alias].shape, info[alias].dtype) != (info[owner].shape, info[owner].dtype):
-            raise FusionError(f'expected `{alias}` and `{owner}` in `{file}` to be one tensor, as its metadata say, got two of other shapes or types')
+            raise FusionError(
+                f'expected `{alias}` and `{owner}` in `{file}` to be one tensor, as its metadata say, got '
+                f'two of other shapes or types'
+            )
     return {a: o for a, o in table.items() if a not in info}
 
 # %% ../../nbs/00_core/01c_folders.ipynb #7b270ce9
 MODEL_FILES = (
-    'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
-    'vocab.json', 'vocab.txt', 'merges.txt', 'tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model', 'source.spm', 'target.spm',
-    'chat_template.json', 'chat_template.jinja', 'preprocessor_config.json', 'processor_config.json', 'image_processor_config.json',
-    'video_preprocessor_config.json', 'feature_extractor_config.json')
+    'config.json',
+    'generation_config.json',
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'vocab.json',
+    'vocab.txt',
+    'merges.txt',
+    'tokenizer.model',
+    'spiece.model',
+    'sentencepiece.bpe.model',
+    'source.spm',
+    'target.spm',
+    'chat_template.json',
+    'chat_template.jinja',
+    'preprocessor_config.json',
+    'processor_config.json',
+    'image_processor_config.json',
+    'video_preprocessor_config.json',
+    'feature_extractor_config.json',
+)
 
 def beside(
     path:str|Path, # a file of a model, or its folder
@@ -122,7 +177,8 @@ def _retyped(config, dtype):
     "A configuration that names another type of its tensors, or the same when None, without pointers to code."
     if isinstance(config, list): return [_retyped(v, dtype) for v in config]
     if not isinstance(config, dict): return config
-    def value(k, v): return dtype if dtype and k in ('dtype', 'torch_dtype') and v in _FLOATS else _retyped(v, dtype)
+    def value(k, v):
+        return dtype if dtype and k in ('dtype', 'torch_dtype') and v in _FLOATS else _retyped(v, dtype)
     return {k: value(k, v) for k, v in config.items() if k != 'auto_map'}
 
 # %% ../../nbs/00_core/01c_folders.ipynb #399d7a08
@@ -143,7 +199,8 @@ def companions(
         if not name.endswith('.json'): found[name] = (folder/name).read_bytes()
         else:
             found[name], table = read_text(folder/name), read_json(folder/name)
-            if 'auto_map' in table: found[name] = json.dumps(_retyped(table, None), indent=2, ensure_ascii=False) + '\n'
+            if 'auto_map' in table:
+                found[name] = json.dumps(_retyped(table, None), indent=2, ensure_ascii=False) + '\n'
     return found
 
 # %% ../../nbs/00_core/01c_folders.ipynb #38800fbe
@@ -153,12 +210,20 @@ def described(
     file:str|Path,  # where it was read, for the message
 ):                  # what `make` makes of it
     "Build what a configuration describes; any failure is a refusal."
-    layers = told.get('num_hidden_layers', 1) if isinstance(told, Mapping) else getattr(told, 'num_hidden_layers', 1)
-    if not isinstance(layers, int) or not 0 <= layers <= 10_000: raise FusionError(f'expected at most 10,000 layers in `{file}`, got {str(layers):.40}')
+    layers = (
+        told.get('num_hidden_layers', 1)
+        if isinstance(told, Mapping)
+        else getattr(told, 'num_hidden_layers', 1)
+    )
+    if not isinstance(layers, int) or not 0 <= layers <= 10_000:
+        raise FusionError(f'expected at most 10,000 layers in `{file}`, got {str(layers):.40}')
     try: return make(told)
     except FusionError: raise
     except Exception as e: # of a library, of any kind
-        raise FusionError(f'expected a configuration in `{file}` that describes a network, got {type(e).__name__}: {" ".join(str(e).split()):.160}') from None
+        raise FusionError(
+            f'expected a configuration in `{file}` that describes a network, got {type(e).__name__}: '
+            f'{" ".join(str(e).split()):.160}'
+        ) from None
 
 # %% ../../nbs/00_core/01c_folders.ipynb #b8ccf8da
 def check_whole(
@@ -169,10 +234,16 @@ def check_whole(
     folder = beside(path)
     if Path(path).is_dir() and (folder/'adapter_config.json').exists():
         base = read_json(folder/'adapter_config.json').get('base_model_name_or_path')
-        raise FusionError(f'expected a whole model in {who}, got `{path}` with an adapter of {f"`{base}`" if base else "some base"}, whose factors cannot be averaged; '
-                          "merge it into its base first, such as with peft's `merge_and_unload()`, and give the result")
+        raise FusionError(
+            f'expected a whole model in {who}, got `{path}` with an adapter of '
+            f'{f"`{base}`" if base else "some base"}, whose factors cannot be averaged; '
+            "merge it into its base first, such as with peft's `merge_and_unload()`, and give the result"
+        )
     if not (folder/'config.json').exists(): return
     if quantised := read_json(folder/'config.json').get('quantization_config'):
         kind = quantised.get('quant_method', 'unknown') if isinstance(quantised, dict) else quantised
-        raise FusionError(f'expected weights in {who}, got `{path}`, a quantised model ({kind}), whose codes cannot be averaged; '
-                          'give the release before quantisation, or dequantise it to bfloat16 first')
+        raise FusionError(
+            f'expected weights in {who}, got `{path}`, a quantised model ({kind}), whose codes cannot be '
+            f'averaged; '
+            'give the release before quantisation, or dequantise it to bfloat16 first'
+        )

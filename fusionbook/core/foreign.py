@@ -29,11 +29,19 @@ def _first(cfg, key):
     return cfg[key] if key in cfg else next(iter(cfg.get('_args_', ())), None)
 
 def _fer2013(cfg):
-    return {'_target_': 'datasets.load_dataset', 'path': _first(cfg, 'path') or 'clip-benchmark/wds_fer2013', 'split': cfg.get('split', 'train')}
+    return {
+        '_target_': 'datasets.load_dataset',
+        'path': _first(cfg, 'path') or 'clip-benchmark/wds_fer2013',
+        'split': cfg.get('split', 'train'),
+    }
 
 def _split(cfg):
     rest = {k: v for k, v in cfg.items() if k not in ('dataset', '_args_')}
-    return rest | {'_target_': 'fusionbook.data.split.train_validation_split', '_recursive_': False, 'source': _first(cfg, 'dataset')}
+    return rest | {
+        '_target_': 'fusionbook.data.split.train_validation_split',
+        '_recursive_': False,
+        'source': _first(cfg, 'dataset'),
+    }
 
 def _adapted(cfg):
     return {'base': _first(cfg, 'base_model_name'), 'adapter': cfg.get('peft_name') or cfg['_args_'][1]}
@@ -56,18 +64,39 @@ def helped(
     node, target = {k: helped(v) for k, v in node.items()}, str(node.get('_target_', ''))
     if not target.startswith('fusion_bench.'): return node
     name = target.rpartition('.')[2]
-    if name not in _HELPERS: raise FusionError(f'expected a loader that exists here, got `{target}`: a loader of FusionBench that is not here yet')
+    if name not in _HELPERS:
+        raise FusionError(
+            f'expected a loader that exists here, got `{target}`: a loader of FusionBench that is not '
+            f'here yet'
+        )
     return _HELPERS[name](node)
 
 # %% ../../nbs/00_core/06c_foreign.ipynb #f9ae579b
-_PLACES = {'root_dir': '.', 'output_dir': '_runs', 'data_dir': 'data', 'cache_dir': '_runs/cache', 'log_dir': '{log_dir}', 'work_dir': '.'}
-_HYDRA = {'runtime.cwd': '.', 'job.config_name': 'fusionbook', 'job.name': 'fusionbook', 'job.num': '0', 'run.dir': '{log_dir}',
-          'runtime.output_dir': '{log_dir}', 'job.override_dirname': ''}
+_PLACES = {
+    'root_dir': '.',
+    'output_dir': '_runs',
+    'data_dir': 'data',
+    'cache_dir': '_runs/cache',
+    'log_dir': '{log_dir}',
+    'work_dir': '.',
+}
+_HYDRA = {
+    'runtime.cwd': '.',
+    'job.config_name': 'fusionbook',
+    'job.name': 'fusionbook',
+    'job.num': '0',
+    'run.dir': '{log_dir}',
+    'runtime.output_dir': '{log_dir}',
+    'job.override_dirname': '',
+}
 
 def _value(match):
     "What an interpolation of Hydra's means in a run of ours."
     if match[1] == 'now': return time.strftime(match[2])
-    if match[2] not in _HYDRA: raise FusionError(f'expected a value that a file can hold, got `{match[0]}`, which Hydra fills in; write the value')
+    if match[2] not in _HYDRA:
+        raise FusionError(
+            f'expected a value that a file can hold, got `{match[0]}`, which Hydra fills in; write the value'
+        )
     return _HYDRA[match[2]]
 
 def _placed(node):
@@ -98,26 +127,54 @@ def resolved(
     if not OmegaConf.is_config(cfg): return {k: plain(v) for k, v in cfg.items() if k not in DROPPED}
     raw = unresolved(cfg)
     path = raw['path'] if isinstance(raw.get('path'), Mapping) else {}
-    raw |= {'path': {k: v if k not in _PLACES or '$' not in str(v) else _PLACES[k] for k, v in path.items()}} if path else {}
+    raw |= (
+        {'path': {k: v if k not in _PLACES or '$' not in str(v) else _PLACES[k] for k, v in path.items()}}
+        if path
+        else {}
+    )
     node = OmegaConf.create({k: v if k == 'hydra' else _placed(v) for k, v in raw.items()})
     if gaps := sorted(k for k in _open_keys(raw) if k.split('.')[0] not in DROPPED):
-        raise FusionError(f'expected a value for `{gaps[0]}`, which the file leaves open (`???`); give {gaps[0]}=…')
+        raise FusionError(
+            f'expected a value for `{gaps[0]}`, which the file leaves open (`???`); give {gaps[0]}=…'
+        )
     with resolving(): return {k: settled(plain(node[k])) for k in node if k not in DROPPED}
 
 # %% ../../nbs/00_core/06c_foreign.ipynb #1b320e4f
-IDLE = ('_target_', '_recursive_', 'defaults', 'print_function_call', 'corruption', 'severity', # of its current files
-        'use_lightning', 'fabric_logger', 'trainer', 'exp_name', 'merged_model_save_kwargs') # and of its first releases
+IDLE = (
+    '_target_',
+    '_recursive_',
+    'defaults',
+    'print_function_call',
+    'corruption',
+    'severity',  # of its current files
+    # and of its first releases
+    'use_lightning',
+    'fabric_logger',
+    'trainer',
+    'exp_name',
+    'merged_model_save_kwargs',
+)
 _ASKS = {'merged_model_save_kwargs': 'a model is saved with the files of its base'}
 
 def program(
     cfg,   # a run, interpolations resolved or not
 ) -> None: # raises `FusionError` for another program than the one that merges and measures
     "Refuse the programs of FusionBench that are not here."
-    if not isinstance(cfg, Mapping): raise FusionError(f'expected a run as a mapping with `method`, `modelpool` and `taskpool`, got a {type(cfg).__name__}')
+    if not isinstance(cfg, Mapping):
+        raise FusionError(
+            f'expected a run as a mapping with `method`, `modelpool` and `taskpool`, got a '
+            f'{type(cfg).__name__}'
+        )
     target = str(cfg.get('_target_') or '')
     if target.startswith('fusion_bench.') and not target.endswith('ModelFusionProgram'):
-        raise FusionError(f'expected the program that merges and measures, got `{target}`: a program of FusionBench that is not here')
+        raise FusionError(
+            f'expected the program that merges and measures, got `{target}`: a program of FusionBench that '
+            f'is not here'
+        )
     if 'modelpool' not in cfg and 'trainer' in cfg:
-        raise FusionError('expected a run with a `modelpool`, got `trainer` and none: a training program of FusionBench that is not here')
+        raise FusionError(
+            'expected a run with a `modelpool`, got `trainer` and none: a training program of FusionBench '
+            'that is not here'
+        )
     for key, instead in _ASKS.items():
         if cfg.get(key): note(f'`{key}` of FusionBench is not used: {instead}')

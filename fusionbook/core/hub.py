@@ -9,14 +9,30 @@ __all__ = ['MOVED', 'current_id', 'mirrored', 'named_sources']
 from collections.abc import Iterator, Mapping
 
 # %% ../../nbs/00_core/06b_hub.ipynb #8bcb24c4
-MOVED = { # one word of older files -> what the hub calls it today
-    'mnist': 'ylecun/mnist', 'svhn': 'ufldl-stanford/svhn', 'cifar10': 'uoft-cs/cifar10', 'cifar100': 'uoft-cs/cifar100',
-    'food101': 'ethz/food101', 'fashion_mnist': 'zalando-datasets/fashion_mnist', 'imagenet-1k': 'ILSVRC/imagenet-1k',
-    'beans': 'AI-Lab-Makerere/beans', 'glue': 'nyu-mll/glue', 'multi_nli': 'nyu-mll/multi_nli', 'sst2': 'stanfordnlp/sst2',
-    'imdb': 'stanfordnlp/imdb', 'snli': 'stanfordnlp/snli', 'ag_news': 'fancyzhx/ag_news', 'dbpedia_14': 'fancyzhx/dbpedia_14',
-    'yelp_polarity': 'fancyzhx/yelp_polarity', 'emotion': 'dair-ai/emotion', 'tweet_eval': 'cardiffnlp/tweet_eval',
-    'rotten_tomatoes': 'cornell-movie-review-data/rotten_tomatoes', 'trec': 'CogComp/trec', 'squad': 'rajpurkar/squad',
-    'gsm8k': 'openai/gsm8k', 'wikitext': 'Salesforce/wikitext',
+MOVED = {  # one word of older files -> what the hub calls it today
+    'mnist': 'ylecun/mnist',
+    'svhn': 'ufldl-stanford/svhn',
+    'cifar10': 'uoft-cs/cifar10',
+    'cifar100': 'uoft-cs/cifar100',
+    'food101': 'ethz/food101',
+    'fashion_mnist': 'zalando-datasets/fashion_mnist',
+    'imagenet-1k': 'ILSVRC/imagenet-1k',
+    'beans': 'AI-Lab-Makerere/beans',
+    'glue': 'nyu-mll/glue',
+    'multi_nli': 'nyu-mll/multi_nli',
+    'sst2': 'stanfordnlp/sst2',
+    'imdb': 'stanfordnlp/imdb',
+    'snli': 'stanfordnlp/snli',
+    'ag_news': 'fancyzhx/ag_news',
+    'dbpedia_14': 'fancyzhx/dbpedia_14',
+    'yelp_polarity': 'fancyzhx/yelp_polarity',
+    'emotion': 'dair-ai/emotion',
+    'tweet_eval': 'cardiffnlp/tweet_eval',
+    'rotten_tomatoes': 'cornell-movie-review-data/rotten_tomatoes',
+    'trec': 'CogComp/trec',
+    'squad': 'rajpurkar/squad',
+    'gsm8k': 'openai/gsm8k',
+    'wikitext': 'Salesforce/wikitext',
 }
 
 def current_id(
@@ -26,8 +42,22 @@ def current_id(
     return MOVED.get(name, name)
 
 # %% ../../nbs/00_core/06b_hub.ipynb #d0b70868
-_NAMES = ('path', 'pretrained_model_name_or_path', 'base', 'adapter', 'base_model', 'clip_model', 'processor', 'data_processor', 'tokenizer', 'dataset', 'source', 'data')
-_TABLES = ('models', 'train_datasets', 'val_datasets', 'test_datasets') # their direct children are models or data sets
+_NAMES = (
+    'path',
+    'pretrained_model_name_or_path',
+    'base',
+    'adapter',
+    'base_model',
+    'clip_model',
+    'processor',
+    'data_processor',
+    'tokenizer',
+    'dataset',
+    'source',
+    'data',
+)
+# their direct children are models or data sets
+_TABLES = ('models', 'train_datasets', 'val_datasets', 'test_datasets')
 
 def _here(value, mirror):
     "The folder of a name; a mapping or list as `mirrored` gives it."
@@ -44,7 +74,8 @@ def _arguments(cfg, mirror):
     "A node with the first of its positional arguments replaced, and without the name that a folder has not."
     args = list(cfg.get('_args_') or ())
     loads, first = cfg.get('_target_') == 'datasets.load_dataset', _here(args[0], mirror) if args else None
-    if loads and cfg.get('path') is not None and _here(cfg['path'], mirror) != cfg['path']: cfg.pop('name', None)
+    if loads and cfg.get('path') is not None and _here(cfg['path'], mirror) != cfg['path']:
+        cfg.pop('name', None)
     if args: cfg['_args_'] = [first] if loads and first != args[0] else [first, *mirrored(args[1:], mirror)]
     return cfg
 

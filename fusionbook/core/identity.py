@@ -19,7 +19,9 @@ _ASIDE = ('fusionbook.core', 'fusionbook.bench')
 def _own(name):
     "Whether a module's text is ours or the user's, not that of an installed library."
     file = getattr(sys.modules.get(name), '__file__', None) or ''
-    installed = any(p in Path(file).parts for p in ('site-packages', 'dist-packages')) or file.startswith(f'{sys.base_prefix}/lib')
+    installed = any(p in Path(file).parts for p in ('site-packages', 'dist-packages')) or file.startswith(
+        f'{sys.base_prefix}/lib'
+    )
     return file.endswith('.py') and (not installed or name.partition('.')[0] == 'fusionbook')
 
 # %% ../../nbs/00_core/02c_identity.ipynb #e96a49ae
@@ -31,9 +33,15 @@ def _uses(name):
     for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import): found |= {a.name for a in node.names}
         if not isinstance(node, ast.ImportFrom): continue
-        base = importlib.util.resolve_name('.' * node.level + (node.module or ''), package) if node.level else node.module
+        base = (
+            importlib.util.resolve_name('.' * node.level + (node.module or ''), package)
+            if node.level
+            else node.module
+        )
         found |= {base} | {f'{base}.{a.name}' for a in node.names}
-    return sorted(n for n in found if n.partition('.')[0] == top and n in sys.modules and not n.startswith(_ASIDE))
+    return sorted(
+        n for n in found if n.partition('.')[0] == top and n in sys.modules and not n.startswith(_ASIDE)
+    )
 
 # %% ../../nbs/00_core/02c_identity.ipynb #fa1e8e97
 def _closure(names):
@@ -50,22 +58,37 @@ def _closure(names):
 def _compiled(x):
     "What a function computes, where it has no file."
     if isinstance(x, types.CodeType):
-        return [x.co_code.hex(), list(x.co_names), [_compiled(c) if isinstance(c, types.CodeType) else repr(c) for c in x.co_consts]]
+        return [
+            x.co_code.hex(),
+            list(x.co_names),
+            [_compiled(c) if isinstance(c, types.CodeType) else repr(c) for c in x.co_consts],
+        ]
     f = getattr(x, 'fget', None) or getattr(x, '__func__', x)
     return _compiled(f.__code__) if hasattr(f, '__code__') else None
 
 def _loose(kind):
     "The functions of a class that was written in a notebook."
-    return [f'{kind.__qualname__}.{k}: {json.dumps(_compiled(v))}' for k, v in sorted(vars(kind).items()) if _compiled(v)]
+    return [
+        f'{kind.__qualname__}.{k}: {json.dumps(_compiled(v))}'
+        for k, v in sorted(vars(kind).items())
+        if _compiled(v)
+    ]
 
 # %% ../../nbs/00_core/02c_identity.ipynb #d46b5be3
 def code_hash(
     *kinds:type, # classes
 ) -> str:        # 16 hexadecimal digits
     "Hash of the text behind classes: their modules, their bases', and what these import of the same package."
-    bases = list(dict.fromkeys(b for k in kinds for b in k.__mro__ if _own(b.__module__) or b.__module__ == '__main__'))
+    bases = list(
+        dict.fromkeys(b for k in kinds for b in k.__mro__ if _own(b.__module__) or b.__module__ == '__main__')
+    )
     files = _closure(sorted({b.__module__ for b in bases if not b.__module__.startswith(_ASIDE)}))
-    loose = [line for b in bases if b.__module__ not in files and not b.__module__.startswith(_ASIDE) for line in _loose(b)]
+    loose = [
+        line
+        for b in bases
+        if b.__module__ not in files and not b.__module__.startswith(_ASIDE)
+        for line in _loose(b)
+    ]
     return hashlib.sha256(json.dumps([sorted(files.items()), loose]).encode()).hexdigest()[:16]
 
 # %% ../../nbs/00_core/02c_identity.ipynb #33d4da69
@@ -74,21 +97,41 @@ def text_hash(
 ) -> str:       # 16 hexadecimal digits
     "Hash of the texts of modules, where a note depends on those of the floor `core`, too."
     texts = [Path(importlib.util.find_spec(n).origin).read_bytes() for n in names]
-    return hashlib.sha256(json.dumps([hashlib.sha256(t).hexdigest() for t in texts]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([hashlib.sha256(t).hexdigest() for t in texts]).encode()).hexdigest()[
+        :16
+    ]
 
 # %% ../../nbs/00_core/02c_identity.ipynb #f2d49c7f
-_UNTOLD = {'training', 'config', 'name_or_path', 'warnings_issued', 'generation_config', 'gradient_checkpointing'}
-_ORIGIN = {'_name_or_path', 'name_or_path', 'transformers_version', 'architectures', 'dtype', 'torch_dtype', '_attn_implementation',
-           '_attn_implementation_autoset', 'attn_implementation'}
+_UNTOLD = {
+    'training',
+    'config',
+    'name_or_path',
+    'warnings_issued',
+    'generation_config',
+    'gradient_checkpointing',
+}
+_ORIGIN = {
+    '_name_or_path',
+    'name_or_path',
+    'transformers_version',
+    'architectures',
+    'dtype',
+    'torch_dtype',
+    '_attn_implementation',
+    '_attn_implementation_autoset',
+    'attn_implementation',
+}
 
 def _told(v):
     "An attribute as JSON."
     if v is None or isinstance(v, (bool, int, float, str)): return v
     if isinstance(v, Tensor): return [list(v.shape), str(v.dtype)] if v.is_meta else content_hash({'': v})
     if isinstance(v, Mapping): return {str(k): _told(x) for k, x in v.items()}
-    if isinstance(v, (list, tuple, set, frozenset)): return [_told(x) for x in (sorted(v, key=repr) if isinstance(v, (set, frozenset)) else v)]
+    if isinstance(v, (list, tuple, set, frozenset)):
+        return [_told(x) for x in (sorted(v, key=repr) if isinstance(v, (set, frozenset)) else v)]
     if isinstance(v, (device, dtype)): return str(v)
-    if callable(v) and hasattr(v, '__qualname__'): return [f'{v.__module__}.{v.__qualname__}', _compiled(v) if v.__module__ == '__main__' else None]
+    if callable(v) and hasattr(v, '__qualname__'):
+        return [f'{v.__module__}.{v.__qualname__}', _compiled(v) if v.__module__ == '__main__' else None]
     return type(v).__qualname__
 
 # %% ../../nbs/00_core/02c_identity.ipynb #1bc8eb7f
@@ -96,7 +139,9 @@ def _part(name, module):
     "What one part of a network is, beside its tensors."
     own = {k: _told(v) for k, v in vars(module).items() if not k.startswith('_') and k not in _UNTOLD}
     hooks = [_told(h) for hooks in (module._forward_pre_hooks, module._forward_hooks) for h in hooks.values()]
-    if _own(type(module).__module__) or type(module).__module__ == '__main__': # buffers that no state dict has
+    if (
+        _own(type(module).__module__) or type(module).__module__ == '__main__'
+    ):  # buffers that no state dict has
         own |= {f'buffer {k}': _told(module._buffers[k]) for k in sorted(module._non_persistent_buffers_set)}
     return [name, f'{type(module).__module__}.{type(module).__qualname__}', module.extra_repr(), own, hooks]
 
@@ -114,7 +159,11 @@ def network_facts(
     modules = dict(network.named_modules())
     config = getattr(network, 'config', None)
     config = told_config(config.to_dict()) if hasattr(config, 'to_dict') else _told(config)
-    return dict(parts=[_part(n, m) for n, m in modules.items()], config=config, code=code_hash(*dict.fromkeys(type(m) for m in modules.values())))
+    return dict(
+        parts=[_part(n, m) for n, m in modules.items()],
+        config=config,
+        code=code_hash(*dict.fromkeys(type(m) for m in modules.values())),
+    )
 
 # %% ../../nbs/00_core/02c_identity.ipynb #aef847d8
 def identity(

@@ -18,8 +18,10 @@ from .hub import mirrored
 # %% ../../nbs/00_core/07_legacy.ipynb #88ff7774
 PARTS = ('method', 'modelpool', 'taskpool')
 _WORDS = {'method': 'method', 'modelpool': 'model pool', 'taskpool': 'task pool'}
-_DROP = ('inplace', 'show_pbar', 'strict', 'devices', 'num_workers', 'cache_dir', 'save_merging_weights') # FusionBench's switches without meaning here:
-# inputs are never modified, progress is `progress=`, a run's device is `device=`, and what a method learned is written to the run's folder
+# FusionBench's switches without meaning here:
+_DROP = ('inplace', 'show_pbar', 'strict', 'devices', 'num_workers', 'cache_dir', 'save_merging_weights')
+# inputs are never modified, progress is `progress=`, a run's device is `device=`, and what a method learned
+# is written to the run's folder
 
 # %% ../../nbs/00_core/07_legacy.ipynb #35061a42
 def of_fusionbench(
@@ -30,7 +32,13 @@ def of_fusionbench(
 
 # %% ../../nbs/00_core/07_legacy.ipynb #27187fb5
 _SAME = {'EnsembleAlgorithm': 'SimpleEnsemble'} | dict.fromkeys(
-    ('SparseWEMoECLIPVisionModelTaskPool', 'RankoneWEMoECLIPVisionModelTaskPool', 'SmileCLIPVisionModelTaskPool'), 'CLIPVisionModelTaskPool')
+    (
+        'SparseWEMoECLIPVisionModelTaskPool',
+        'RankoneWEMoECLIPVisionModelTaskPool',
+        'SmileCLIPVisionModelTaskPool',
+    ),
+    'CLIPVisionModelTaskPool',
+)
 
 def our_target(
     target:str, # a `_target_` of a FusionBench file
@@ -41,15 +49,25 @@ def our_target(
     names, cls = published(f'fusionbook.{kind}'), target.rpartition('.')[2]
     for name in (_SAME.get(cls, cls), cls.removesuffix('Algorithm')):
         if name in names: return f'fusionbook.{kind}.{name}'
-    raise FusionError(f'expected a {_WORDS[kind]} that exists here, got `{target}`: a {_WORDS[kind]} of FusionBench that is not here yet')
+    raise FusionError(
+        f'expected a {_WORDS[kind]} that exists here, got `{target}`: a {_WORDS[kind]} of FusionBench that '
+        f'is not here yet'
+    )
 
 # %% ../../nbs/00_core/07_legacy.ipynb #4a6f1931
-_OLDER = {'ensemble': 'ensemble/simple_ensemble', 'max_predictor': 'ensemble/max_model_predictor', 'modelsoup': 'simple_average'}
+_OLDER = {
+    'ensemble': 'ensemble/simple_ensemble',
+    'max_predictor': 'ensemble/max_model_predictor',
+    'modelsoup': 'simple_average',
+}
 
 @lru_cache
 def _files():
     "Name of a method, with or without its folder -> its file."
-    found = {p.relative_to(CONFIG/'method').with_suffix('').as_posix(): p for p in sorted((CONFIG/'method').rglob('*.yaml'))}
+    found = {
+        p.relative_to(CONFIG / 'method').with_suffix('').as_posix(): p
+        for p in sorted((CONFIG / 'method').rglob('*.yaml'))
+    }
     return {p.stem: p for p in reversed(found.values())} | {k: found[v] for k, v in _OLDER.items()} | found
 
 # %% ../../nbs/00_core/07_legacy.ipynb #e9d6db6c
@@ -62,21 +80,71 @@ def _hint(name, files):
 # %% ../../nbs/00_core/07_legacy.ipynb #2b767d14
 def _method(cfg):
     name, files = str(cfg['name']), _files()
-    if name not in files: raise FusionError(f'expected the name of a method that exists here, got `{name}`; {_hint(name, files)}')
-    data = {'data': 'unlabeled_test'} if name.startswith(('clip_layer_wise_ada', 'clip_task_wise_ada')) else {}
+    if name not in files:
+        raise FusionError(
+            f'expected the name of a method that exists here, got `{name}`; {_hint(name, files)}'
+        )
+    data = (
+        {'data': 'unlabeled_test'} if name.startswith(('clip_layer_wise_ada', 'clip_task_wise_ada')) else {}
+    )
     named = {'name': name} if data else {}
     return plain(OmegaConf.load(files[name])) | data | {k: v for k, v in cfg.items() if k != 'name'} | named
 
 # %% ../../nbs/00_core/07_legacy.ipynb #d907a15a
-_ABSENT = ('clip_fisher_merging', 'fisher_merging', 'gpt2_fisher_merging', 'clip_regmean', 'gpt2_regmean', 'regmean', 'clip_concrete_task_arithmetic',
-    'clip_concrete_task_wise_adamerging', 'clip_concrete_layer_wise_adamerging', 'clip_weight_ensembling_moe', 'sparse_clip_weight_ensembling_moe',
-    'weight_ensembling_moe', 'clip_layer_wise_adamerging_surgery', 'singular_projection_merging', 'clip_post_defense_AWM', 'clip_post_defense_SAU',
-    'clip_safe_concrete_layer_wise_adamerging', 'clip_safe_concrete_task_arithmetic', 'clip_layer_wise_gossip', 'flan_t5_layer_wise_gossip', 'rankone_moe',
-    'depth_upscaling', 'mixtral_moe_upscaling', 'mixtral_for_causal_lm_moe_upscaling', 'mixtral_moe_merging', 'mixtral_for_causal_lm_merging', 'model_recombination',
-    'smile_upscaling', 'smile_mistral_upscaling', 'pwe_moe_ls_for_clip', 'pwe_moe_epo_for_clip', 'clip_finetune', 'dare', 'emr_merging', 'model_stock', 'slerp',
-    'linear_interpolation', 'magnitude_diff_pruning', 'magnitude_pruning_for_llama', 'random_pruning_for_llama', 'wanda_pruning_for_llama', 'clip_task_wise_ties',
-    'weighted_average_for_llama', 'simple_average_for_llama', 'task_arithmetic_for_llama', 'ties_merging_for_llama', 'trust_region', 'tall_mask',
-    'superposed_task_arithmetic', 'superposed_model_soup', 'superposed_task_arithmetic_lora') # names of FusionBench's files
+_ABSENT = (
+    'clip_fisher_merging',
+    'fisher_merging',
+    'gpt2_fisher_merging',
+    'clip_regmean',
+    'gpt2_regmean',
+    'regmean',
+    'clip_concrete_task_arithmetic',
+    'clip_concrete_task_wise_adamerging',
+    'clip_concrete_layer_wise_adamerging',
+    'clip_weight_ensembling_moe',
+    'sparse_clip_weight_ensembling_moe',
+    'weight_ensembling_moe',
+    'clip_layer_wise_adamerging_surgery',
+    'singular_projection_merging',
+    'clip_post_defense_AWM',
+    'clip_post_defense_SAU',
+    'clip_safe_concrete_layer_wise_adamerging',
+    'clip_safe_concrete_task_arithmetic',
+    'clip_layer_wise_gossip',
+    'flan_t5_layer_wise_gossip',
+    'rankone_moe',
+    'depth_upscaling',
+    'mixtral_moe_upscaling',
+    'mixtral_for_causal_lm_moe_upscaling',
+    'mixtral_moe_merging',
+    'mixtral_for_causal_lm_merging',
+    'model_recombination',
+    'smile_upscaling',
+    'smile_mistral_upscaling',
+    'pwe_moe_ls_for_clip',
+    'pwe_moe_epo_for_clip',
+    'clip_finetune',
+    'dare',
+    'emr_merging',
+    'model_stock',
+    'slerp',
+    'linear_interpolation',
+    'magnitude_diff_pruning',
+    'magnitude_pruning_for_llama',
+    'random_pruning_for_llama',
+    'wanda_pruning_for_llama',
+    'clip_task_wise_ties',
+    'weighted_average_for_llama',
+    'simple_average_for_llama',
+    'task_arithmetic_for_llama',
+    'ties_merging_for_llama',
+    'trust_region',
+    'tall_mask',
+    # names of FusionBench's files
+    'superposed_task_arithmetic',
+    'superposed_model_soup',
+    'superposed_task_arithmetic_lora',
+)
 
 # %% ../../nbs/00_core/07_legacy.ipynb #d9ab7ec1
 def _dataset(cfg):
@@ -94,37 +162,95 @@ def _named(entries, value):
     "A list of {name: …} as a dictionary; a name that stands twice would lose one of the two."
     if not isinstance(entries, list): return entries
     names = [e.get('name') if isinstance(e, Mapping) else None for e in entries]
-    if None in names: raise FusionError(f'expected a list of entries with `name`, got {entries[names.index(None)]!r:.60}')
-    if twice := [n for n in names if names.count(n) > 1]: raise FusionError(f'expected different names, got `{twice[0]}` {names.count(twice[0])} times')
+    if None in names:
+        raise FusionError(f'expected a list of entries with `name`, got {entries[names.index(None)]!r:.60}')
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise FusionError(f'expected different names, got `{twice[0]}` {names.count(twice[0])} times')
     return {n: value(e) for n, e in zip(names, entries, strict=True)}
 
 # %% ../../nbs/00_core/07_legacy.ipynb #ab7533c4
-_DATA = {'train_datasets': 'train_datasets', 'val_datasets': 'val_datasets', 'test_datasets': 'test_datasets', 'tta_datasets': 'test_datasets'}
-_POOL = 'base_model', 'corruption', 'verbose', 'dataset_type', 'dtype' # keys of its pools that its own code does not read, or that only other keys refer to
+_DATA = {
+    'train_datasets': 'train_datasets',
+    'val_datasets': 'val_datasets',
+    'test_datasets': 'test_datasets',
+    'tta_datasets': 'test_datasets',
+}
+# keys of its pools that its own code does not read, or that only other keys refer to
+_POOL = 'base_model', 'corruption', 'verbose', 'dataset_type', 'dtype'
 
 def _model(entry):
     "What an older entry of `models` names."
-    return next((entry[k] for k in ('path', 'pretrained_model_name_or_path') if k in entry), {k: v for k, v in entry.items() if k != 'name'})
+    return next(
+        (entry[k] for k in ('path', 'pretrained_model_name_or_path') if k in entry),
+        {k: v for k, v in entry.items() if k != 'name'},
+    )
 
 def _modelpool(cfg):
     out = {'_target_': 'fusion_bench.modelpool.CLIPVisionModelPool', 'models': _named(cfg['models'], _model)}
-    return out | {_DATA.get(k, k): _named(v, _dataset) if k in _DATA else v for k, v in cfg.items() if k not in ('type', 'models')}
+    return out | {
+        _DATA.get(k, k): _named(v, _dataset) if k in _DATA else v
+        for k, v in cfg.items()
+        if k not in ('type', 'models')
+    }
 
 # %% ../../nbs/00_core/07_legacy.ipynb #698141dd
 def _taskpool(cfg):
     kept = ('clip_model', 'base_model', 'fast_dev_run', 'name', 'processor', 'allow_target')
-    check_known(cfg, (*kept, 'type', 'tasks', 'batch_size', 'num_workers', 'dataset_type', 'corruption', 'cache_dir', 'description'), 'a task pool of the older schema')
+    check_known(
+        cfg,
+        (
+            *kept,
+            'type',
+            'tasks',
+            'batch_size',
+            'num_workers',
+            'dataset_type',
+            'corruption',
+            'cache_dir',
+            'description',
+        ),
+        'a task pool of the older schema',
+    )
     loader = {k: cfg[k] for k in ('batch_size', 'num_workers') if k in cfg}
-    return {'_target_': 'fusion_bench.taskpool.CLIPVisionModelTaskPool', **{k: cfg[k] for k in kept if k in cfg}, 'dataloader_kwargs': loader,
-            'test_datasets': _named(cfg['tasks'], _dataset)}
+    return {
+        '_target_': 'fusion_bench.taskpool.CLIPVisionModelTaskPool',
+        **{k: cfg[k] for k in kept if k in cfg},
+        'dataloader_kwargs': loader,
+        'test_datasets': _named(cfg['tasks'], _dataset),
+    }
 
 # %% ../../nbs/00_core/07_legacy.ipynb #87ccc778
-_TYPES = {'modelpool': {'huggingface_clip_vision': _modelpool},
-          'taskpool': {'clip_vit_classification': _taskpool, 'dummy': lambda cfg: {'_target_': 'fusionbook.taskpool.DummyTaskPool'}}}
-_ABSENT_TYPES = {'modelpool': ('AutoModelPool', 'AutoModelForCausalLMPool', 'AutoModelForSeq2SeqLM', 'NYUv2ModelPool', 'huggingface_gpt2_classification',
-                    'HF_GPT2ForSequenceClassification', 'PeftModelForSeq2SeqLM', 'openclip_vision', 'seq2seq_lm', 'causal_lm', 'hf_clip_vision'),
-                 'taskpool': ('FlanT5GLUETextGenerationTaskPool', 'NYUv2TaskPool', 'gpt2_text_classification', 'GPT2TextClassification', 'llama_test_generation',
-                    'flan-t5_glue_text_generation', 'LlamaTestGenerationTaskPool')}
+_TYPES = {
+    'modelpool': {'huggingface_clip_vision': _modelpool},
+    'taskpool': {
+        'clip_vit_classification': _taskpool,
+        'dummy': lambda cfg: {'_target_': 'fusionbook.taskpool.DummyTaskPool'},
+    },
+}
+_ABSENT_TYPES = {
+    'modelpool': (
+        'AutoModelPool',
+        'AutoModelForCausalLMPool',
+        'AutoModelForSeq2SeqLM',
+        'NYUv2ModelPool',
+        'huggingface_gpt2_classification',
+        'HF_GPT2ForSequenceClassification',
+        'PeftModelForSeq2SeqLM',
+        'openclip_vision',
+        'seq2seq_lm',
+        'causal_lm',
+        'hf_clip_vision',
+    ),
+    'taskpool': (
+        'FlanT5GLUETextGenerationTaskPool',
+        'NYUv2TaskPool',
+        'gpt2_text_classification',
+        'GPT2TextClassification',
+        'llama_test_generation',
+        'flan-t5_glue_text_generation',
+        'LlamaTestGenerationTaskPool',
+    ),
+}
 
 # %% ../../nbs/00_core/07_legacy.ipynb #5724cafa
 def _typed(cfg, kind):
@@ -132,16 +258,28 @@ def _typed(cfg, kind):
     name, types = str(cfg['type']), _TYPES.get(kind, {})
     if name in types: return types[name](cfg)
     absent = name in _ABSENT_TYPES.get(kind, ())
-    raise FusionError(f'expected a known type of {kind}, got `{name}`; ' + (f'a {_WORDS[kind]} of FusionBench that is not here yet' if absent else nearest(name, types)))
+    raise FusionError(
+        f'expected a known type of {kind}, got `{name}`; '
+        + (f'a {_WORDS[kind]} of FusionBench that is not here yet' if absent else nearest(name, types))
+    )
 
 # %% ../../nbs/00_core/07_legacy.ipynb #5ff37317
 def _path(entry):
     "What a node by `from_pretrained` with a path and nothing else names."
-    if not isinstance(entry, Mapping) or not str(entry.get('_target_', '')).startswith('transformers.CLIP'): return entry
-    return entry['pretrained_model_name_or_path'] if set(entry) == {'_target_', 'pretrained_model_name_or_path'} else entry
+    if not isinstance(entry, Mapping) or not str(entry.get('_target_', '')).startswith('transformers.CLIP'):
+        return entry
+    return (
+        entry['pretrained_model_name_or_path']
+        if set(entry) == {'_target_', 'pretrained_model_name_or_path'}
+        else entry
+    )
 
 def _clip_models(cfg):
-    if cfg.get('dtype'): note('`dtype` of a model pool of FusionBench is not used: the type of the merged model is the run\'s `dtype`')
+    if cfg.get('dtype'):
+        note(
+            '`dtype` of a model pool of FusionBench is not used: the type of the merged model is the run\'s '
+            '`dtype`'
+        )
     cfg = {k: v for k, v in cfg.items() if k not in _POOL}
     if cfg.get('platform') == 'huggingface': cfg['platform'] = 'hf'
     if 'processor' in cfg: cfg['processor'] = _path(cfg['processor'])
@@ -150,8 +288,15 @@ def _clip_models(cfg):
 
 # %% ../../nbs/00_core/07_legacy.ipynb #8b76c3bd
 def _clip_tasks(cfg):
-    if cfg.get('layer_wise_routing_weights_save_path'): note('`layer_wise_routing_weights_save_path` of FusionBench is not used: routing weights are not saved')
-    return {k: v for k, v in cfg.items() if not k.startswith('layer_wise_routing_weights') and k not in ('linear_module_names', 'corruption')}
+    if cfg.get('layer_wise_routing_weights_save_path'):
+        note(
+            '`layer_wise_routing_weights_save_path` of FusionBench is not used: routing weights are not saved'
+        )
+    return {
+        k: v
+        for k, v in cfg.items()
+        if not k.startswith('layer_wise_routing_weights') and k not in ('linear_module_names', 'corruption')
+    }
 
 _POOLS = {'CLIPVisionModelPool': _clip_models, 'CLIPVisionModelTaskPool': _clip_tasks}
 
@@ -175,9 +320,13 @@ def translate(
     foreign = is_foreign(cfg, kind)
     if '_target_' not in cfg and kind == 'method' and 'name' in cfg: cfg = _method(cfg)
     elif '_target_' not in cfg and 'type' in cfg: cfg = _typed(cfg, kind)
-    if '_target_' not in cfg: raise FusionError(f'expected a {kind} with `_target_` (or the older `name`/`type`), got the keys {sorted(cfg)}')
+    if '_target_' not in cfg:
+        raise FusionError(
+            f'expected a {kind} with `_target_` (or the older `name`/`type`), got the keys {sorted(cfg)}'
+        )
     ours = our_target(str(cfg['_target_']), kind)
-    if foreign: cfg = _POOLS.get(ours.rpartition('.')[2], dict)({k: v for k, v in cfg.items() if k not in _DROP})
+    if foreign:
+        cfg = _POOLS.get(ours.rpartition('.')[2], dict)({k: v for k, v in cfg.items() if k not in _DROP})
     return helped(cfg | {'_target_': ours}) | ({} if kind == 'method' else {'_recursive_': False})
 
 # %% ../../nbs/00_core/07_legacy.ipynb #6b83185b
@@ -191,7 +340,11 @@ def build(
     if kind not in PARTS: raise FusionError(f'expected one of {", ".join(PARTS)}, got `{kind}`')
     cfg = mirrored(translate(cfg, kind), mirror)
     check_targets(cfg, allow)
-    vouched = {'allow_target': list(allow)} if allow and 'allow_target' in known_keys(locate(cfg['_target_'], allow)) else {}
+    vouched = (
+        {'allow_target': list(allow)}
+        if allow and 'allow_target' in known_keys(locate(cfg['_target_'], allow))
+        else {}
+    )
     return instantiate(cfg, allow=allow, **vouched)
 
 # %% ../../nbs/00_core/07_legacy.ipynb #e5fda52f
@@ -218,5 +371,11 @@ def part_of(
     if kind and isinstance(cfg.get(kind), Mapping): cfg = cfg[kind]
     if kind is None:
         words = str(cfg.get('_target_', '')).split('.')
-        kind = words[1] if len(words) > 2 else next((k for k, t in _TYPES.items() if cfg.get('type') in t), 'method' if 'name' in cfg else None)
+        kind = (
+            words[1]
+            if len(words) > 2
+            else next(
+                (k for k, t in _TYPES.items() if cfg.get('type') in t), 'method' if 'name' in cfg else None
+            )
+        )
     return translate(cfg, kind) if kind in PARTS and is_foreign(cfg, kind) else helped(cfg)

@@ -14,7 +14,9 @@ from .errors import check_known
 
 # %% ../../nbs/00_core/01d_matrices.ipynb #17881c3c
 _EMBEDDING = re.compile(r'embed|(^|\.)(wte|wpe|shared|relative_attention_bias)\.|position_ids|positional')
-_HEAD = re.compile(r'(^|\.)(lm_head|head|classifier|score|qa_outputs|text_projection|visual_projection)(\.|$)')
+_HEAD = re.compile(
+    r'(^|\.)(lm_head|head|classifier|score|qa_outputs|text_projection|visual_projection)(\.|$)'
+)
 
 # %% ../../nbs/00_core/01d_matrices.ipynb #135a8576
 def is_embedding(

@@ -13,9 +13,14 @@ from torch import Tensor
 from .errors import FusionError
 
 # %% ../../nbs/00_core/00c_mergeable.ipynb #b42b1107
-_QUANTISED = re.compile(r'(^|\.)(qweight|qzeros|g_idx|SCB|weight_format|(nested_)?absmax|(nested_)?quant_map|quant_state(\..*)?|\w*scale_inv'
-                        r'|\w*_packed|weight_zero_point|_packed_params(\..*)?|W_q)$')
-_ADAPTER = re.compile(r'(^|\.)(lora_(A|B|down|up|embedding_A|embedding_B|magnitude_vector|E)|hada_w[12]_[ab]|lokr_w[12](_[ab])?|b?oft_[rR]|vera_lambda_[bd]|ia3_l)(\.|$)')
+_QUANTISED = re.compile(
+    r'(^|\.)(qweight|qzeros|g_idx|SCB|weight_format|(nested_)?absmax|(nested_)?quant_map|quant_state(\..*)?|\w*scale_inv'
+    r'|\w*_packed|weight_zero_point|_packed_params(\..*)?|W_q)$'
+)
+_ADAPTER = re.compile(
+    r'(^|\.)(lora_(A|B|down|up|embedding_A|embedding_B|magnitude_vector|E)|hada_w[12]_[ab]'
+    r'|lokr_w[12](_[ab])?|b?oft_[rR]|vera_lambda_[bd]|ia3_l)(\.|$)'
+)
 
 # %% ../../nbs/00_core/00c_mergeable.ipynb #8e839c02
 def is_quantised(
@@ -40,11 +45,17 @@ def check_weights(
     "Refuse tensors that cannot be averaged, and say what to do instead."
     for name, t in info.items():
         if is_adapter(name):
-            raise FusionError(f'expected a whole model in {who}, got an adapter (`{name}`), whose factors cannot be averaged; '
-                              "merge it into its base first, such as with peft's `merge_and_unload()`, and give the result")
+            raise FusionError(
+                f'expected a whole model in {who}, got an adapter (`{name}`), whose factors cannot be '
+                f'averaged; '
+                "merge it into its base first, such as with peft's `merge_and_unload()`, and give the result"
+            )
         if is_quantised(name, t):
-            raise FusionError(f'expected weights in {who}, got a quantised model (`{name}`, {str(t.dtype)[6:]}), whose codes cannot be averaged; '
-                              'give the release before quantisation, or dequantise it to bfloat16 first')
+            raise FusionError(
+                f'expected weights in {who}, got a quantised model (`{name}`, {str(t.dtype)[6:]}), whose '
+                f'codes cannot be averaged; '
+                'give the release before quantisation, or dequantise it to bfloat16 first'
+            )
 
 # %% ../../nbs/00_core/00c_mergeable.ipynb #6fe07a0b
 def is_finite(
@@ -62,9 +73,12 @@ def check_numbers(
     value,    # a number, or a list or mapping of such; anything else passes
 ) -> None:    # raises `FusionError`
     "Refuse a hyper-parameter that is NaN or infinite."
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    inner = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    )
     for v in inner: check_numbers(name, v)
-    if isinstance(value, float) and not math.isfinite(value): raise FusionError(f'expected a finite number for `{name}`, got {value}')
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FusionError(f'expected a finite number for `{name}`, got {value}')
 
 # %% ../../nbs/00_core/00c_mergeable.ipynb #47c5b1c2
 def check_variance(
@@ -73,8 +87,11 @@ def check_variance(
 ) -> None:    # raises `FusionError` for a running variance below 0
     "Refuse a variance that no data can have, and say what to do instead."
     if not name.endswith('running_var') or not t.numel() or not (least := t.min().item()) < 0: return
-    raise FusionError(f'expected variances of at least 0, got {least:.3g} in `{name}` of the result: the merge went beyond its models; take a smaller '
-                      'step (`scaling_factor`), or let `repair` with `then` measure batch normalisation anew')
+    raise FusionError(
+        f'expected variances of at least 0, got {least:.3g} in `{name}` of the result: the merge went beyond '
+        f'its models; take a smaller '
+        'step (`scaling_factor`), or let `repair` with `then` measure batch normalisation anew'
+    )
 
 # %% ../../nbs/00_core/00c_mergeable.ipynb #088f4080
 def _range(t):
@@ -89,11 +106,17 @@ def not_finite(
 ) -> FusionError: # to be raised
     "Say which tensor is not finite, in what range its numbers lie, and the way out."
     if is_finite(wide):
-        return FusionError(f'expected numbers that {str(dtype)[6:]} can hold in tensor `{name}` of the result, got {_range(wide)}, and {str(dtype)[6:]} ends at '
-                           f'{torch.finfo(dtype).max:.6g}; write it in a wider type, such as dtype=bfloat16 or dtype=float32')
+        return FusionError(
+            f'expected numbers that {str(dtype)[6:]} can hold in tensor `{name}` of the result, got '
+            f'{_range(wide)}, and {str(dtype)[6:]} ends at '
+            f'{torch.finfo(dtype).max:.6g}; write it in a wider type, such as dtype=bfloat16 or dtype=float32'
+        )
     count = (~torch.isfinite(wide)).sum().item()
-    return FusionError(f'expected finite numbers in tensor `{name}` of the result, got {count:,} of {wide.numel():,} that are NaN or infinite '
-                       f'({_range(wide)} among the others); look at the hyper-parameters and at this tensor of the models')
+    return FusionError(
+        f'expected finite numbers in tensor `{name}` of the result, got {count:,} of {wide.numel():,} that '
+        f'are NaN or infinite '
+        f'({_range(wide)} among the others); look at the hyper-parameters and at this tensor of the models'
+    )
 
 def rounded(
     t:Tensor,           # numbers
@@ -103,5 +126,6 @@ def rounded(
     "Round to another type; finite numbers that it cannot hold are refused. What was not finite before stays."
     out = t.to(dtype)
     if out.dtype == t.dtype or not out.is_floating_point() or is_finite(out): return out
-    if bool((torch.isfinite(t) & ~torch.isfinite(out)).any()): raise not_finite(name, t[torch.isfinite(t)], dtype)
+    if bool((torch.isfinite(t) & ~torch.isfinite(out)).any()):
+        raise not_finite(name, t[torch.isfinite(t)], dtype)
     return out

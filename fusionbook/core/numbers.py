@@ -29,4 +29,6 @@ def whole(
     found = [_whole(v) for v in values]
     bad = next((i for i, v in enumerate(found) if v is None or not -2**63 <= v < 2**63), None)
     if bad is None: return np.array(found, dtype=np.int64)
-    raise FusionError(f'expected integer {what}, got {values[bad]!r:.80} in row {bad if at is None else at[bad]}')
+    raise FusionError(
+        f'expected integer {what}, got {values[bad]!r:.80} in row {bad if at is None else at[bad]}'
+    )

@@ -18,9 +18,12 @@ def chosen_parameters(
     names, chosen = [n for n, _ in model.named_parameters()], set()
     for pattern in ([patterns] if isinstance(patterns, str) else patterns):
         matched = {n for n in names if fnmatchcase(n, pattern.removeprefix('!'))}
-        if not matched: raise FusionError(f'expected a parameter that matches `{pattern}`, got none of {", ".join(names[:5])}, …; {nearest(pattern.removeprefix("!"), names)}')
+        if not matched:
+            raise FusionError(f'expected a parameter that matches `{pattern}`, got none of '
+                              f'{", ".join(names[:5])}, …; {nearest(pattern.removeprefix("!"), names)}')
         chosen = chosen - matched if pattern.startswith('!') else chosen | matched
-    if not chosen: raise FusionError(f'expected `trainable` to name a parameter that is left to train, got {patterns}')
+    if not chosen:
+        raise FusionError(f'expected `trainable` to name a parameter that is left to train, got {patterns}')
     return [n for n in names if n in chosen]
 
 def trainable(

@@ -45,7 +45,10 @@ def along(
 # %% ../../nbs/00_core/01c_per_tensor.ipynb #26ae5783
 def _number(x): return isinstance(x, Real) and not isinstance(x, bool)
 
-def _filters(x): return isinstance(x, (list, tuple)) and bool(x) and all(isinstance(e, Mapping) and 'value' in e for e in x)
+def _filters(x):
+    return (
+        isinstance(x, (list, tuple)) and bool(x) and all(isinstance(e, Mapping) and 'value' in e for e in x)
+    )
 
 def _matches(entry, name):
     pattern = entry.get('filter')
@@ -60,7 +63,9 @@ def _check_filters(entries, names, key):
             raise FusionError(f'expected a filter of `{key}` that matches a tensor, got `{entry["filter"]}`; '
                               f'{nearest(str(entry["filter"]), names)}')
     if lost := [name for name in names if not any(_matches(entry, name) for entry in entries)]:
-        raise FusionError(f'expected a `{key}` for every tensor, got none for `{lost[0]}`; end the list with {{value: …}}')
+        raise FusionError(
+            f'expected a `{key}` for every tensor, got none for `{lost[0]}`; end the list with {{value: …}}'
+        )
 
 def _check_setting(setting, names, key):
     "Refuse what is neither a value, nor a gradient, nor a list of filters."
@@ -77,7 +82,9 @@ def _check_experts(setting, experts, key):
     if lost := [e for e in experts if e not in setting]:
         raise FusionError(f'expected a `{key}` for each expert, got none for `{lost[0]}`')
     if extra := [e for e in setting if e not in experts]:
-        raise FusionError(f'expected `{key}` for experts of the pool, got `{extra[0]}`; {nearest(str(extra[0]), experts)}')
+        raise FusionError(
+            f'expected `{key}` for experts of the pool, got `{extra[0]}`; {nearest(str(extra[0]), experts)}'
+        )
 
 def _value(setting, name, depth):
     if _filters(setting): return _value(next(e['value'] for e in setting if _matches(e, name)), name, depth)
@@ -98,5 +105,7 @@ class PerTensor:
         for one in setting.values() if self.by_expert else [setting]: _check_setting(one, names, key)
     def __call__(self, name, expert=None):
         if self.by_expert and expert is None:
-            raise FusionError(f'expected one `{self.key}` for all experts, got one for each of {", ".join(self.setting)}')
+            raise FusionError(
+                f'expected one `{self.key}` for all experts, got one for each of {", ".join(self.setting)}'
+            )
         return _value(self.setting[expert] if self.by_expert else self.setting, name, self.depth[name])

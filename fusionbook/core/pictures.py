@@ -15,11 +15,15 @@ def _from_array(x):
     from PIL import Image
     if x.dtype == np.uint16: x = (x >> 8).astype(np.uint8)
     if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
-    if x.dtype == np.uint8 and x.size and (x.ndim == 2 or x.ndim == 3 and x.shape[2] in (3, 4)): return Image.fromarray(x)
-    raise FusionError(f'expected a picture as uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {x.dtype} {x.shape}')
+    if x.dtype == np.uint8 and x.size and (x.ndim == 2 or x.ndim == 3 and x.shape[2] in (3, 4)):
+        return Image.fromarray(x)
+    raise FusionError(
+        f'expected a picture as uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {x.dtype} {x.shape}'
+    )
 
 # %% ../../nbs/00_core/08_pictures.ipynb #30ee570b
-_PLAIN = ('1', 'L', 'P', 'LA', 'La', 'PA', 'RGB', 'RGBA', 'RGBa', 'RGBX', 'CMYK', 'YCbCr', 'LAB', 'HSV') # modes of 8 bits, which Pillow converts
+# modes of 8 bits, which Pillow converts
+_PLAIN = ('1', 'L', 'P', 'LA', 'La', 'PA', 'RGB', 'RGBA', 'RGBa', 'RGBX', 'CMYK', 'YCbCr', 'LAB', 'HSV')
 _WIDE = ('I;16', 'I;16L', 'I;16B', 'I;16N')
 
 def _upright(image):
@@ -36,12 +40,18 @@ def rgb(
     from PIL import Image
     if isinstance(image, np.ndarray): image = _from_array(image)
     if not isinstance(image, Image.Image): raise FusionError(f'expected a picture, got {image!r:.60}')
-    frames = getattr(image, 'n_frames', 1) if image.format != 'MPO' else 1 # a phone's MPO holds the same view several times
+    # a phone's MPO holds the same view several times
+    frames = getattr(image, 'n_frames', 1) if image.format != 'MPO' else 1
     if frames > 1: raise FusionError(f'expected a picture of one frame, got {frames} frames ({image.format})')
     if image.mode not in _PLAIN + _WIDE:
-        raise FusionError(f'expected a picture of 8 or 16 bits a channel, got mode `{image.mode}` of Pillow; say what is black and what is white by converting it')
+        raise FusionError(
+            f'expected a picture of 8 or 16 bits a channel, got mode `{image.mode}` of Pillow; say what is '
+            f'black and what is white by converting it'
+        )
     try: image.load()
-    except (OSError, SyntaxError, ValueError, EOFError) as e: raise FusionError(f'expected a whole picture, got a damaged one: {e}') from None
+    except (OSError, SyntaxError, ValueError, EOFError) as e:
+        raise FusionError(f'expected a whole picture, got a damaged one: {e}') from None
     image = _upright(image)
-    if image.mode in _WIDE: image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in _WIDE:
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     return image if image.mode == 'RGB' else image.convert('RGB')

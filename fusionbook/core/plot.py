@@ -15,14 +15,32 @@ from .errors import FusionError
 
 # %% ../../nbs/00_core/04_plot.ipynb #649651de
 theme = dict(
-    colors='#332288 #ddaa33 #44aa99 #cc6677 #88ccee #882255 #117733 #999933 #aa4499 #bbbbbb #ee8866 #555555'.split(),
-    markers='osD^vPX<>*hd', ink='#333333', grid='#e8e8e8', font=9, width=7.2, dpi=120, kilobytes=100)
+    colors=(
+        '#332288 #ddaa33 #44aa99 #cc6677 #88ccee #882255 '
+        '#117733 #999933 #aa4499 #bbbbbb #ee8866 #555555'
+    ).split(),
+    markers='osD^vPX<>*hd',
+    ink='#333333',
+    grid='#e8e8e8',
+    font=9,
+    width=7.2,
+    dpi=120,
+    kilobytes=100,
+)
 
 # %% ../../nbs/00_core/04_plot.ipynb #25f68c55
 def _png(fig):
     "PNG bytes of `fig`, at most `theme['kilobytes']`; the same figure gives the same bytes."
     from PIL import Image
-    for dpi, colors in (theme['dpi'], None), (theme['dpi'], 256), (theme['dpi'], 64), (90, 64), (66, 64), (48, 64), (32, 64):
+    for dpi, colors in (
+        (theme['dpi'], None),
+        (theme['dpi'], 256),
+        (theme['dpi'], 64),
+        (90, 64),
+        (66, 64),
+        (48, 64),
+        (32, 64),
+    ):
         fig.savefig(buf := io.BytesIO(), format='png', dpi=dpi, metadata={'Software': None})
         if colors:
             image = Image.open(buf).convert('RGB').quantize(colors)
@@ -96,7 +114,10 @@ def _cells(ax, x, limit, colors, fmt, font):
     ax.spines[:].set_visible(False)
     for (i, j), v in np.ndenumerate(x) if font else ():
         dark = np.dot(im.to_rgba(v)[:3], [.299, .587, .114]) < .55
-        if np.isfinite(v): ax.text(j, i, fmt(v), ha='center', va='center', color='white' if dark else theme['ink'], fontsize=font)
+        if np.isfinite(v):
+            ax.text(
+                j, i, fmt(v), ha='center', va='center', color='white' if dark else theme['ink'], fontsize=font
+            )
 
 # %% ../../nbs/00_core/04_plot.ipynb #44f0e6e8
 def matrices(
@@ -113,10 +134,28 @@ def matrices(
     letters = max(len(_short(x, limit)) for v in named.values() for x in v.flat)
     font = min(8, inch/letters/.0092) if inch > .25 and max(tall) <= 24 else 0
     heights = [.5 + min(2.2, .32*t) for t in tall]
-    fig, axes = figure(len(rows), per_row, height=sum(heights), width=max(2, per_row*(inch*wide + .15)), height_ratios=heights, frame=False)
-    for ax, title, v, t in ((ax, title, v, t) for line, row, t in zip(axes, rows, tall) for ax, (title, v) in zip(line, row)):
-        _cells(ax, np.pad(v, ((0, t - v.shape[0]), (0, wide - v.shape[1])), constant_values=np.nan), (-limit, limit), 'RdBu_r', lambda x: _short(x, limit), font)
-        ax.set_title('\n'.join(textwrap.wrap(title, 18)), fontsize=theme['font'], color=theme['ink'], parse_math=False)
+    fig, axes = figure(
+        len(rows),
+        per_row,
+        height=sum(heights),
+        width=max(2, per_row * (inch * wide + 0.15)),
+        height_ratios=heights,
+        frame=False,
+    )
+    for ax, title, v, t in (
+        (ax, title, v, t) for line, row, t in zip(axes, rows, tall) for ax, (title, v) in zip(line, row)
+    ):
+        _cells(
+            ax,
+            np.pad(v, ((0, t - v.shape[0]), (0, wide - v.shape[1])), constant_values=np.nan),
+            (-limit, limit),
+            'RdBu_r',
+            lambda x: _short(x, limit),
+            font,
+        )
+        ax.set_title(
+            '\n'.join(textwrap.wrap(title, 18)), fontsize=theme['font'], color=theme['ink'], parse_math=False
+        )
     return fig
 
 # %% ../../nbs/00_core/04_plot.ipynb #010e1768
@@ -128,8 +167,14 @@ def _label(ax, names, inches):
     letters = max(3, int(inches / len(names) / .07))
     lines = [textwrap.wrap(str(n).replace('_', ' '), letters, break_long_words=False) or [''] for n in names]
     level = max(len(l) for n in lines for l in n) <= letters and max(map(len, lines)) <= 3
-    ax.set_xticks(range(len(names)), ['\n'.join(l) if level else textwrap.shorten(str(n), 32, placeholder='…') for l, n in zip(lines, names)],
-                  parse_math=False)
+    ax.set_xticks(
+        range(len(names)),
+        [
+            '\n'.join(l) if level else textwrap.shorten(str(n), 32, placeholder='…')
+            for l, n in zip(lines, names)
+        ],
+        parse_math=False,
+    )
     if not level: ax.tick_params(axis='x', rotation=40)
     for t in ax.get_xticklabels() if not level else (): t.set(ha='right', rotation_mode='anchor')
     return level
@@ -139,8 +184,17 @@ def _legend(fig, ax, names):
     "Name the series above the panels, unless there is one."
     if len(names) < 2: return
     letters, handles = max(len(str(n)) for n in names), list(ax.containers) or ax.lines[:len(names)]
-    legend = fig.legend(handles, [str(n) for n in names], loc='outside upper left', frameon=False, fontsize=theme['font'], labelcolor=theme['ink'],
-                        ncols=max(1, min(len(names), int(theme['width']*12.5/(letters + 5)))), handlelength=1.4, columnspacing=1.4)
+    legend = fig.legend(
+        handles,
+        [str(n) for n in names],
+        loc='outside upper left',
+        frameon=False,
+        fontsize=theme['font'],
+        labelcolor=theme['ink'],
+        ncols=max(1, min(len(names), int(theme['width'] * 12.5 / (letters + 5)))),
+        handlelength=1.4,
+        columnspacing=1.4,
+    )
     for t in legend.get_texts(): t.set_parse_math(False)
 
 # %% ../../nbs/00_core/04_plot.ipynb #624b3137
@@ -148,8 +202,16 @@ def _write(ax, x, y, ends):
     "Write the heights `y` beyond the `ends` of their bars."
     for a, b, v in zip(x, ends, y):
         if not np.isfinite(v): continue
-        ax.annotate(f'{v:.3g}' if abs(v) < 1000 else f'{v:,.0f}', (a, b), (0, 2 if v >= 0 else -2), textcoords='offset points',
-                    ha='center', va='bottom' if v >= 0 else 'top', fontsize=theme['font']-2, color=theme['ink'])
+        ax.annotate(
+            f'{v:.3g}' if abs(v) < 1000 else f'{v:,.0f}',
+            (a, b),
+            (0, 2 if v >= 0 else -2),
+            textcoords='offset points',
+            ha='center',
+            va='bottom' if v >= 0 else 'top',
+            fontsize=theme['font'] - 2,
+            color=theme['ink'],
+        )
 
 # %% ../../nbs/00_core/04_plot.ipynb #4355571a
 def _groups(ax, values, intervals, groups):
@@ -198,8 +260,16 @@ def _levels(ax, levels):
             push = max(0, gap - (place[i+1] - place[i]))/2
             place[i], place[i+1] = place[i] - push, place[i+1] + push
     for name, y in zip(names, place):
-        ax.annotate(f'{name} {levels[name]:.3g}', (1.02, y), xycoords=('axes fraction', 'data'), va='center', annotation_clip=False, parse_math=False,
-                    fontsize=theme['font']-1, color=theme['ink'])
+        ax.annotate(
+            f'{name} {levels[name]:.3g}',
+            (1.02, y),
+            xycoords=('axes fraction', 'data'),
+            va='center',
+            annotation_clip=False,
+            parse_math=False,
+            fontsize=theme['font'] - 1,
+            color=theme['ink'],
+        )
 
 # %% ../../nbs/00_core/04_plot.ipynb #ee0b5d82
 def curves(
@@ -214,8 +284,18 @@ def curves(
     fig, ((ax,),) = figure(height=3.2)
     x = np.asarray(x, dtype=float)
     for i, (name, y) in enumerate(series.items()):
-        if len(y) != len(x): raise FusionError(f"expected {len(x)} numbers for `{name}`, one per point of x, got {len(y)}")
-        ax.plot(x, y, color=_color(i), marker=theme['markers'][i % 12] if len(x) <= 40 else '', ms=4, lw=1.6, ls='-' if i < 6 else '--', label=name)
+        if len(y) != len(x):
+            raise FusionError(f"expected {len(x)} numbers for `{name}`, one per point of x, got {len(y)}")
+        ax.plot(
+            x,
+            y,
+            color=_color(i),
+            marker=theme['markers'][i % 12] if len(x) <= 40 else '',
+            ms=4,
+            lw=1.6,
+            ls='-' if i < 6 else '--',
+            label=name,
+        )
         if name in (bands or {}): ax.fill_between(x, *bands[name], color=_color(i), alpha=.15, lw=0)
     ax.set_xlabel(xlabel, fontsize=theme['font'], color=theme['ink'])
     ax.set_ylabel(ylabel, fontsize=theme['font'], color=theme['ink'])
@@ -232,17 +312,25 @@ def heatmap(
 ):                  # Figure
     "A matrix with named rows and columns, its entries written in while there is room."
     x = _numbers(values)
-    if x.shape != (len(rows), len(columns)): raise FusionError(f"expected values of shape ({len(rows)}, {len(columns)}), got {x.shape}")
+    if x.shape != (len(rows), len(columns)):
+        raise FusionError(f"expected values of shape ({len(rows)}, {len(columns)}), got {x.shape}")
     seen = x[np.isfinite(x)]
     far = np.abs(seen).max(initial=0) or 1
     fig, ((ax,),) = figure(height=min(7, .9 + .3*len(rows)), width=min(theme['width'], 2.2 + .6*len(columns)))
     letters = max(len(format(v, fmt)) for v in x.flat)
     room = fig.get_figwidth()*.8/len(columns)/letters/.085
     diverging = seen.min(initial=0) < 0
-    _cells(ax, x, (-far, far) if diverging else (seen.min(initial=far), far), 'RdBu_r' if diverging else 'Blues',
-           lambda v: format(v, fmt), min(8, 8*room) if room > .6 and len(rows) <= 24 else 0)
+    _cells(
+        ax,
+        x,
+        (-far, far) if diverging else (seen.min(initial=far), far),
+        'RdBu_r' if diverging else 'Blues',
+        lambda v: format(v, fmt),
+        min(8, 8 * room) if room > 0.6 and len(rows) <= 24 else 0,
+    )
     ax.set_yticks(range(len(rows)), [str(r) for r in rows], parse_math=False)
-    if not _label(ax, columns, fig.get_figwidth()*.75): fig.set_figheight(fig.get_figheight() + .045*min(32, max(len(str(c)) for c in columns))) # turned
+    if not _label(ax, columns, fig.get_figwidth()*.75):
+        fig.set_figheight(fig.get_figheight() + .045*min(32, max(len(str(c)) for c in columns))) # turned
     return fig
 
 # %% ../../nbs/00_core/04_plot.ipynb #cf9c013c
@@ -269,8 +357,10 @@ def contact_sheet(
 ):                    # Figure
     "Small images in rows, each with its name."
     images = np.asarray(images)
-    if images.ndim != 4 or images.dtype != np.uint8: raise FusionError(f"expected uint8 images (N, H, W, 3), got {images.dtype} {images.shape}")
-    if titles is not None and len(titles) != len(images): raise FusionError(f"expected {len(images)} titles, got {len(titles)}")
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise FusionError(f"expected uint8 images (N, H, W, 3), got {images.dtype} {images.shape}")
+    if titles is not None and len(titles) != len(images):
+        raise FusionError(f"expected {len(images)} titles, got {len(titles)}")
     columns, (h, w) = min(columns, len(images)), images.shape[1:3]
     inch = min(.9, theme['width']/columns)/(w + 2)  # of one pixel
     names = [_few_lines(t, max(4, int((w + 2)*inch/.068))) for t in titles] if titles is not None else []
@@ -279,5 +369,14 @@ def contact_sheet(
     fig, ((ax,),) = figure(height=sheet.shape[0]*inch, width=sheet.shape[1]*inch, frame=False)
     ax.imshow(sheet, interpolation='nearest')
     for i, name in enumerate(names):
-        ax.text(i % columns*(w + 2) + 1 + w/2, i//columns*tall + h, name, ha='center', va='top', fontsize=theme['font']-2, color=theme['ink'], parse_math=False)
+        ax.text(
+            i % columns * (w + 2) + 1 + w / 2,
+            i // columns * tall + h,
+            name,
+            ha='center',
+            va='top',
+            fontsize=theme['font'] - 2,
+            color=theme['ink'],
+            parse_math=False,
+        )
     return fig

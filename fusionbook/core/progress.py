@@ -17,8 +17,17 @@ class _Bar(tqdm):
     "Redraws itself in a terminal; inner bars vanish, the outermost stays."
     quiet, every, monitor_interval = 1., .1, 0
     def __init__(self, iterable, desc, total):
-        super().__init__(iterable, desc=desc, total=total, delay=self.quiet, mininterval=self.every, miniters=1, leave=None,
-                         dynamic_ncols=True, file=sys.stderr)
+        super().__init__(
+            iterable,
+            desc=desc,
+            total=total,
+            delay=self.quiet,
+            mininterval=self.every,
+            miniters=1,
+            leave=None,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
 
 # %% ../../nbs/00_core/05_progress.ipynb #4a34583d
 class _Log(_Bar):
@@ -29,8 +38,12 @@ class _Log(_Bar):
     def line(self):
         "Write the state now."
         _Log.last = time.monotonic()
-        state = self.format_dict | dict(ncols=None, bar_format='{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]' if self.total else
-                                        '{desc}: {n_fmt} [{elapsed}]')
+        state = self.format_dict | dict(
+            ncols=None,
+            bar_format='{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]'
+            if self.total
+            else '{desc}: {n_fmt} [{elapsed}]',
+        )
         print(self.format_meter(**state).replace(': :', ':'), file=self.fp, flush=True)
     def close(self):
         if self.disable: return
@@ -71,7 +84,11 @@ def _in_jupyter():
 def _kind():
     "The class that shows progress here and now, or None."
     mode = os.environ.get('FUSIONBOOK_PROGRESS') or 'auto'
-    if mode not in _modes: raise FusionError(f"expected FUSIONBOOK_PROGRESS to be one of {', '.join(_modes)}, got `{mode}`; {nearest(mode, _modes)}")
+    if mode not in _modes:
+        raise FusionError(
+            f"expected FUSIONBOOK_PROGRESS to be one of {', '.join(_modes)}, got `{mode}`; "
+            f"{nearest(mode, _modes)}"
+        )
     if _silence or mode == 'none' or sys.stderr is None: return None
     if mode == 'log': return _Log
     if _in_jupyter(): return _Cell
@@ -85,7 +102,9 @@ def track(
     *, note:Callable[[], str]=None, # what to say beside the label once an item is done, such as a loss
 ) -> Iterator:         # the same items
     "Yield the items of `iterable` and show how far the loop is."
-    if (kind := _kind()) is None: yield from iterable; return
+    if (kind := _kind()) is None:
+        yield from iterable
+        return
     with kind(iterable, label, total) as bar:
         for item in bar:
             yield item

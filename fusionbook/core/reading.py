@@ -17,10 +17,12 @@ from .state_dict import shared
 
 # %% ../../nbs/00_core/01b_reading.ipynb #427b2f22
 _KINDS = {
-    b'GGUF': 'a GGUF file, whose weights are quantised: give the release in safetensors that it was made from',
+    b'GGUF': 'a GGUF file, whose weights are quantised: give the release in safetensors that it was made '
+             'from',
     b'version https://git-lfs': 'the pointer that Git LFS left in its place: run `git lfs pull` there',
     b'<!DOCTYPE': 'a web page: download the file itself',
-    b'<html': 'a web page: download the file itself'}
+    b'<html': 'a web page: download the file itself',
+}
 
 # %% ../../nbs/00_core/01b_reading.ipynb #1cc618d9
 def check_kind(
@@ -30,17 +32,44 @@ def check_kind(
     try:
         with open(file, 'rb') as f: head = f.read(64)
     except OSError as e:
-        dangling = ', a link to a place that does not exist; download the model again' if Path(file).is_symlink() and not Path(file).exists() else ''
-        raise FusionError(f'expected a file of tensors, got `{file}`{dangling or f": {e.strerror}"}') from None
-    if not head: raise FusionError(f'expected a whole file of tensors, got a damaged or cut one: `{file}`, which is empty')
+        dangling = (
+            ', a link to a place that does not exist; download the model again'
+            if Path(file).is_symlink() and not Path(file).exists()
+            else ''
+        )
+        raise FusionError(
+            f'expected a file of tensors, got `{file}`{dangling or f": {e.strerror}"}'
+        ) from None
+    if not head:
+        raise FusionError(
+            f'expected a whole file of tensors, got a damaged or cut one: `{file}`, which is empty'
+        )
     for mark, what in _KINDS.items():
-        if head.startswith(mark): raise FusionError(f'expected a file of tensors, got `{file}`, which is {what}')
+        if head.startswith(mark):
+            raise FusionError(f'expected a file of tensors, got `{file}`, which is {what}')
 
 # %% ../../nbs/00_core/01b_reading.ipynb #581f69df
-CODES = {torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int64: 'I64', torch.int32: 'I32',
-         torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL', torch.float8_e4m3fn: 'F8_E4M3',
-         torch.float8_e5m2: 'F8_E5M2', torch.uint16: 'U16', torch.uint32: 'U32', torch.uint64: 'U64', torch.complex64: 'C64',
-         torch.float8_e4m3fnuz: 'F8_E4M3FNUZ', torch.float8_e5m2fnuz: 'F8_E5M2FNUZ'} # a type's name in a safetensors header
+CODES = {
+    torch.float64: 'F64',
+    torch.float32: 'F32',
+    torch.float16: 'F16',
+    torch.bfloat16: 'BF16',
+    torch.int64: 'I64',
+    torch.int32: 'I32',
+    torch.int16: 'I16',
+    torch.int8: 'I8',
+    torch.uint8: 'U8',
+    torch.bool: 'BOOL',
+    torch.float8_e4m3fn: 'F8_E4M3',
+    torch.float8_e5m2: 'F8_E5M2',
+    torch.uint16: 'U16',
+    torch.uint32: 'U32',
+    torch.uint64: 'U64',
+    torch.complex64: 'C64',
+    # a type's name in a safetensors header
+    torch.float8_e4m3fnuz: 'F8_E4M3FNUZ',
+    torch.float8_e5m2fnuz: 'F8_E5M2FNUZ',
+}
 
 # %% ../../nbs/00_core/01b_reading.ipynb #dde9e103
 _TYPE = {v: k for k, v in CODES.items()}
@@ -50,18 +79,44 @@ def _open(file):
     from safetensors import SafetensorError, safe_open
     try: return safe_open(file, framework='pt')
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise FusionError(f'expected a whole safetensors file, got a damaged or cut one: `{file}` ({" ".join(str(e).split()):.120})') from None
+        raise FusionError(
+            f'expected a whole safetensors file, got a damaged or cut one: `{file}` '
+            f'({" ".join(str(e).split()):.120})'
+        ) from None
 
 def _entry(handle, name, file):
     "One tensor without its numbers, and what reads it."
     cut = handle.get_slice(name)
     code, shape = str(cut.get_dtype()), cut.get_shape()
-    if code not in _TYPE: raise FusionError(f'expected a type of numbers that is known here, got {code} in `{name}` of `{file}`: a quantised model cannot be merged')
+    if code not in _TYPE:
+        raise FusionError(
+            f'expected a type of numbers that is known here, got {code} in `{name}` of `{file}`: a quantised '
+            f'model cannot be merged'
+        )
     return torch.empty(shape, dtype=_TYPE[code], device='meta'), partial(handle.get_tensor, name)
 
 # %% ../../nbs/00_core/01b_reading.ipynb #51fd6d2e
-_BYTES = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1, ComplexDouble=16, ComplexFloat=8,
-              Untyped=1, QInt8=1, QUInt8=1, QInt32=4, QUInt4x2=1, QUInt2x4=1) # of one entry, by the name of the storage
+_BYTES = dict(
+    Double=8,
+    Float=4,
+    Half=2,
+    BFloat16=2,
+    Long=8,
+    Int=4,
+    Short=2,
+    Char=1,
+    Byte=1,
+    Bool=1,
+    ComplexDouble=16,
+    ComplexFloat=8,
+    # of one entry, by the name of the storage
+    Untyped=1,
+    QInt8=1,
+    QUInt8=1,
+    QInt32=4,
+    QUInt4x2=1,
+    QUInt2x4=1,
+)
 
 class _Any:
     "Stands for every object of a pickle; takes whatever is done to it."
@@ -71,6 +126,7 @@ class _Any:
     def append(self, x): pass
     def extend(self, xs): pass
 
+# %% ../../nbs/00_core/01b_reading.ipynb #938f3866
 class _Claims(pickle.Unpickler):
     "Notes the length of every record that a pickle speaks of; imports nothing, calls nothing."
     def __init__(self, file):
@@ -89,14 +145,21 @@ def _check_records(file):
         records = archive.infolist()
         names = [r.filename for r in records]
         table = next((n for n in names if n.endswith('data.pkl')), None)
-        if table is None or len(set(names)) < len(names): raise FusionError(f'expected an archive of tensors, got `{file}` without its table, or with a record twice')
+        if table is None or len(set(names)) < len(names):
+            raise FusionError(
+                f'expected an archive of tensors, got `{file}` without its table, or with a record twice'
+            )
         claims = _Claims(io.BytesIO(archive.read(table))) # `read` compares its checksum
         claims.load()
     found, room = {r.filename: r for r in records}, table.removesuffix('data.pkl')
     for key, length in claims.lengths.items():
         there = found.get(f'{room}data/{key}')
         size = there.file_size if there else 0
-        if size != length: raise FusionError(f'expected {length:,} bytes in record `data/{key}` of `{file}`, got {size:,}; the file is damaged')
+        if size != length:
+            raise FusionError(
+                f'expected {length:,} bytes in record `data/{key}` of `{file}`, got {size:,}; the file is '
+                f'damaged'
+            )
 
 # %% ../../nbs/00_core/01b_reading.ipynb #577aa4b1
 def _loaded(file):
@@ -104,18 +167,34 @@ def _loaded(file):
     with open(file, 'rb') as f: archive = f.read(4) == b'PK\3\4'
     try:
         # the format before 2020 and compressed records cannot be mapped; the former checks its lengths itself
-        mapped = archive and all(r.compress_type == zipfile.ZIP_STORED for r in zipfile.ZipFile(file).infolist())
+        mapped = archive and all(
+            r.compress_type == zipfile.ZIP_STORED for r in zipfile.ZipFile(file).infolist()
+        )
         with warnings.catch_warnings(action='ignore'): # what torch says of a file that it then refuses
             found = torch.load(file, map_location='cpu', weights_only=True, mmap=mapped)
         if archive: _check_records(file)
         return found
     except FusionError: raise
     except Exception as e: # a pickle is a program: it can fail in any way
-        raise FusionError(f'expected a file of tensors, got `{file}`, which weights-only loading refuses ({" ".join(str(e).split()):.120})') from None
+        raise FusionError(
+            f'expected a file of tensors, got `{file}`, which weights-only loading refuses '
+            f'({" ".join(str(e).split()):.120})'
+        ) from None
 
 # %% ../../nbs/00_core/01b_reading.ipynb #6543e25b
 _NOT_MODELS = re.compile(r'optim|sched|scaler|rng|^(args|config|cfg|hyper_parameters)$', re.IGNORECASE)
-_WRAPPERS = 'state_dict', 'model_state_dict', 'model_state', 'model', 'net', 'network', 'module', 'params', 'weights', 'ema'
+_WRAPPERS = (
+    'state_dict',
+    'model_state_dict',
+    'model_state',
+    'model',
+    'net',
+    'network',
+    'module',
+    'params',
+    'weights',
+    'ema',
+)
 
 def _is_state(x): return isinstance(x, Mapping) and bool(x) and all(isinstance(v, Tensor) for v in x.values())
 
@@ -127,14 +206,26 @@ def unwrapped(
     file:str|Path, # it, for the message
 ) -> dict[str, Tensor]: # the model
     "The only state dict in what a training loop saved; two of them are refused, and so is none."
-    if not isinstance(found, Mapping): raise FusionError(f'expected a state dict in `{file}`, got a {type(found).__name__}')
+    if not isinstance(found, Mapping):
+        raise FusionError(f'expected a state dict in `{file}`, got a {type(found).__name__}')
     if not found: raise FusionError(f'expected tensors in `{file}`, got none')
     if _is_state(found): return dict(found)
     inner = {k: v for k, v in found.items() if isinstance(v, Mapping) and not _NOT_MODELS.search(str(k))}
-    models = [k for k, v in inner.items() if _is_state(v)] or [k for k, v in inner.items() if k in _WRAPPERS and v]
-    loose = [k for k, v in found.items() if isinstance(v, Tensor) and v.numel() > 1 and not _NOT_MODELS.search(str(k))]
-    if len(models) > 1: raise FusionError(f'expected one state dict in `{file}`, got {len(models)}: {_found(models)}; save the one you mean alone')
-    if not models or loose: raise FusionError(f'expected a file with one state dict, got `{file}` with {_found(found)}')
+    models = [k for k, v in inner.items() if _is_state(v)] or [
+        k for k, v in inner.items() if k in _WRAPPERS and v
+    ]
+    loose = [
+        k
+        for k, v in found.items()
+        if isinstance(v, Tensor) and v.numel() > 1 and not _NOT_MODELS.search(str(k))
+    ]
+    if len(models) > 1:
+        raise FusionError(
+            f'expected one state dict in `{file}`, got {len(models)}: {_found(models)}; save the one you '
+            f'mean alone'
+        )
+    if not models or loose:
+        raise FusionError(f'expected a file with one state dict, got `{file}` with {_found(found)}')
     return unwrapped(inner[models[0]], file)
 
 # %% ../../nbs/00_core/01b_reading.ipynb #f3e056ac
@@ -142,7 +233,10 @@ def _check_tensor(name, t, file):
     "Refuse what is no plain tensor with numbers."
     if not isinstance(name, str): raise FusionError(f'expected names of tensors in `{file}`, got {name!r}')
     if t.layout != torch.strided or t.is_meta or t.is_nested:
-        raise FusionError(f'expected plain tensors in `{file}`, got a {"meta" if t.is_meta else str(t.layout)[6:]} one in `{name}`')
+        raise FusionError(
+            f'expected plain tensors in `{file}`, got a {"meta" if t.is_meta else str(t.layout)[6:]} one in '
+            f'`{name}`'
+        )
 
 # %% ../../nbs/00_core/01b_reading.ipynb #0a052379
 def contents(
@@ -156,4 +250,8 @@ def contents(
         return {k: _entry(handle, k, file) for k in handle.keys()}, handle.metadata() or {}, {}
     sd = unwrapped(_loaded(file), file)
     for name, t in sd.items(): _check_tensor(name, t, file)
-    return {k: (torch.empty_like(v, device='meta'), partial(Tensor.detach, v)) for k, v in sd.items()}, {}, shared(sd)
+    return (
+        {k: (torch.empty_like(v, device='meta'), partial(Tensor.detach, v)) for k, v in sd.items()},
+        {},
+        shared(sd),
+    )

@@ -28,7 +28,9 @@ def allowing(
     targets:str|Iterable[str]=(),  # further classes and functions that a configuration may name
 ):
     "Open doors for configurations, inside a `with` block: the word of the command line, or of a program."
-    env, targets = ((x,) if isinstance(x, str) else x if x is True else tuple(x or ()) for x in (env, targets))
+    env, targets = (
+        (x,) if isinstance(x, str) else x if x is True else tuple(x or ()) for x in (env, targets)
+    )
     if targets is True: raise FusionError('expected `allow_target` as a list of names, got true')
     token = _ALLOWED.set((env, targets))
     try: yield
@@ -40,33 +42,43 @@ def check_vouched(
     "Refuse targets that nobody vouched for but the configuration itself."
     names = [targets] if isinstance(targets, str) else list(targets or ())
     if odd := [t for t in names if t not in _ALLOWED.get()[1]]:
-        raise FusionError(f'expected `allow_target` on the command line or from Python (`with allowing(targets=[…])`), got `{odd[0]}` '
-                          'inside a configuration, which cannot vouch for itself')
+        raise FusionError(
+            f'expected `allow_target` on the command line or from Python (`with allowing(targets=[…])`), got '
+            f'`{odd[0]}` '
+            'inside a configuration, which cannot vouch for itself'
+        )
     return names
 
 # %% ../../nbs/00_core/02b_resolve.ipynb #d8580c36
 def _environment(name, default=_NONE):
     "A variable of the environment, if it may be read."
     allowed, value = _ALLOWED.get()[0], os.environ.get(str(name))
-    if value is None and default is _NONE: raise FusionError(f'expected the environment variable `{name}`, got none')
+    if value is None and default is _NONE:
+        raise FusionError(f'expected the environment variable `{name}`, got none')
     if value is None: return default if default is None else str(default)
     path = Path(value)
     ours = str(name).startswith(('FUSIONBOOK_', 'FUSION_BENCH_'))
-    if ours or allowed is True or allowed and name in allowed or path.is_absolute() and path.exists(): return value
-    raise FusionError(f'expected `{name}` to be the path of something on this disk, got another value, which no file may read by itself; '
-                      f'if you trust the file, add allow_env=[{name}]')
+    if ours or allowed is True or allowed and name in allowed or path.is_absolute() and path.exists():
+        return value
+    raise FusionError(
+        f'expected `{name}` to be the path of something on this disk, got another value, which no file may '
+        f'read by itself; '
+        f'if you trust the file, add allow_env=[{name}]'
+    )
 
 # %% ../../nbs/00_core/02b_resolve.ipynb #c8ab30df
 def _hydra(key):
     "What `${hydra:…}` of a saved run asks for."
     known = {'runtime.cwd': os.getcwd(), 'runtime.output_dir': os.getcwd(), 'job.name': 'fusionbook',
              'job.config_name': 'fusionbook', 'job.num': 0, 'job.id': '0', 'job.override_dirname': ''}
-    if key not in known: raise FusionError(f'expected one of {", ".join(known)} in `${{hydra:…}}`, got `{key}`')
+    if key not in known:
+        raise FusionError(f'expected one of {", ".join(known)} in `${{hydra:…}}`, got `{key}`')
     return known[key]
 
 _OURS = {'oc.env': _environment, 'hydra': _hydra, 'now': lambda pattern: datetime.now().strftime(pattern)}
 _KEPT = 'oc.select', 'oc.dict.keys', 'oc.dict.values' # these only look into the configuration
-STEPS, LENGTH = 20_000, 20_000_000 # references followed, and letters copied, until a configuration is too large
+# references followed, and letters copied, until a configuration is too large
+STEPS, LENGTH = 20_000, 20_000_000
 
 # %% ../../nbs/00_core/02b_resolve.ipynb #b2eb083f
 def _counting(follow):
@@ -77,7 +89,8 @@ def _counting(follow):
         node = follow(self, *args, **kwargs)
         value = node._value()
         steps, letters = steps + 1, letters + (len(value) if isinstance(value, str) else 0)
-        if steps > STEPS or letters > LENGTH: raise FusionError(f'expected at most {STEPS:,} interpolations, got more')
+        if steps > STEPS or letters > LENGTH:
+            raise FusionError(f'expected at most {STEPS:,} interpolations, got more')
         return node
     return counted
 
@@ -98,20 +111,29 @@ def settled(
     cfg,    # plain values
 ):          # the same
     "Refuse a text that still holds an interpolation."
-    if isinstance(cfg, str) and '${' in cfg: raise FusionError(f'expected values without interpolations, got `{cfg:.80}`')
-    for v in [*cfg, *cfg.values()] if isinstance(cfg, Mapping) else cfg if isinstance(cfg, (list, tuple)) else (): settled(v)
+    if isinstance(cfg, str) and '${' in cfg:
+        raise FusionError(f'expected values without interpolations, got `{cfg:.80}`')
+    for v in (
+        [*cfg, *cfg.values()] if isinstance(cfg, Mapping) else cfg if isinstance(cfg, (list, tuple)) else ()
+    ):
+        settled(v)
     return cfg
 
 # %% ../../nbs/00_core/02b_resolve.ipynb #d41fbb23
 def _refusal(error):
     "A refusal of ours inside a chain of exceptions, or one line of OmegaConf's."
     cause = error
-    while cause is not None and not isinstance(cause, FusionError): cause = cause.__cause__ or cause.__context__
+    while cause is not None and not isinstance(cause, FusionError):
+        cause = cause.__cause__ or cause.__context__
     if cause is not None: return cause
-    if isinstance(error, RecursionError): return FusionError('expected interpolations that end, got one that leads to itself')
+    if isinstance(error, RecursionError):
+        return FusionError('expected interpolations that end, got one that leads to itself')
     known = ', '.join([*_KEPT, *_OURS])
-    if 'Unsupported interpolation type' in str(error): return FusionError(f'expected an interpolation of {known}, got: {str(error).splitlines()[0]}')
-    return FusionError(f'expected interpolations that can be worked out, got: {str(error).splitlines()[0]:.300}')
+    if 'Unsupported interpolation type' in str(error):
+        return FusionError(f'expected an interpolation of {known}, got: {str(error).splitlines()[0]}')
+    return FusionError(
+        f'expected interpolations that can be worked out, got: {str(error).splitlines()[0]:.300}'
+    )
 
 # %% ../../nbs/00_core/02b_resolve.ipynb #f9035476
 @contextmanager

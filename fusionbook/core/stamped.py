@@ -23,7 +23,8 @@ def stamps(
 # %% ../../nbs/00_core/02d_stamped.ipynb #078efc1f
 _YOUNG = 2e9 # nanoseconds; a file as young as this may change again within one tick of its clock
 
-def _settled(found): return all(max(mtime, ctime) < time.time_ns() - _YOUNG for _, _, mtime, ctime, _, _ in found)
+def _settled(found):
+    return all(max(mtime, ctime) < time.time_ns() - _YOUNG for _, _, mtime, ctime, _, _ in found)
 
 # %% ../../nbs/00_core/02d_stamped.ipynb #64888115
 def cache_folder() -> Path: # where results that can be computed again are kept

@@ -24,7 +24,9 @@ def meta(
 ) -> dict[str, Tensor]: # the same names; tensors on the `meta` device, which cost nothing
     "Names, shapes and types of `sd`; nothing is read or computed where the mapping knows them."
     known = getattr(sd, 'meta', None)
-    return dict(known) if known is not None else {k: torch.empty_like(v, device='meta') for k, v in sd.items()}
+    return (
+        dict(known) if known is not None else {k: torch.empty_like(v, device='meta') for k, v in sd.items()}
+    )
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #35d2515c
 def shared(
@@ -51,7 +53,9 @@ class Lazy(Mapping):
     def __getitem__(self, name): return self.table[self.tied.get(name, name)]()
     def __iter__(self): return iter(self.meta)
     def __len__(self): return len(self.meta)
-    def __repr__(self): return f'{type(self).__name__}({len(self)} tensors, {sum(t.numel() for t in self.meta.values()):,} entries)'
+    def __repr__(self):
+        return (f'{type(self).__name__}({len(self)} tensors, {sum(t.numel() for t in self.meta.values()):,} '
+                f'entries)')
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #9704b78e
 def is_counter(
@@ -62,9 +66,11 @@ def is_counter(
     return t.numel() == 1 or name.rpartition('.')[2] in ('num_batches_tracked', 'position_ids')
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #06c8eeca
-_ADVICE = 'To merge only what all models share, use `common(...)` or `modelpool.common_only=true` (`+modelpool.…` where a file of yours lacks the key)'
+_ADVICE = ('To merge only what all models share, use `common(...)` or `modelpool.common_only=true` '
+           '(`+modelpool.…` where a file of yours lacks the key)')
 
-def _some(names): return ', '.join(f'`{n}`' for n in names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+def _some(names):
+    return ', '.join(f'`{n}`' for n in names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 def _kinds(a, b):
     "Tensors that are numbers in one model and integers in the other, but for counters."
@@ -74,14 +80,25 @@ def _kinds(a, b):
 def _difference(a, b):
     "What keeps meta state dict `b` from having the names and shapes of `a`, or ''."
     lacks, extra = [k for k in a if k not in b], [k for k in b if k not in a]
-    shape = [f'{k}: {tuple(b[k].shape)} for {tuple(a[k].shape)}' for k in a if k in b and a[k].shape != b[k].shape]
-    parts = [(lacks, 'it lacks'), (extra, 'it also has'), (shape, 'other shapes at'), (_kinds(a, b), 'other types at')]
+    shape = [
+        f'{k}: {tuple(b[k].shape)} for {tuple(a[k].shape)}' for k in a if k in b and a[k].shape != b[k].shape
+    ]
+    parts = [
+        (lacks, 'it lacks'),
+        (extra, 'it also has'),
+        (shape, 'other shapes at'),
+        (_kinds(a, b), 'other types at'),
+    ]
     return '; '.join(f'{verb} {_some(names)}' for names, verb in parts if names)
 
 def _shared_names(infos):
     "Names that all models have with one shape and one kind of type."
     first, *rest = infos
-    return [k for k, v in first.items() if all(k in i and i[k].shape == v.shape and not _kinds({k: v}, i) for i in rest)]
+    return [
+        k
+        for k, v in first.items()
+        if all(k in i and i[k].shape == v.shape and not _kinds({k: v}, i) for i in rest)
+    ]
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #a34a5168
 def check_same(
@@ -113,7 +130,8 @@ def select(
     exclude:Sequence[str]=(),      # shell patterns of names to leave out of those
 ) -> Lazy:                         # the chosen names, read when asked
     "The tensors whose names match."
-    def wanted(k): return any(fnmatchcase(k, p) for p in include) and not any(fnmatchcase(k, p) for p in exclude)
+    def wanted(k):
+        return any(fnmatchcase(k, p) for p in include) and not any(fnmatchcase(k, p) for p in exclude)
     return _only(sd, [k for k in meta(sd) if wanted(k)])
 
 def common(
@@ -123,7 +141,11 @@ def common(
     infos = [meta(sd) for sd in sds]
     for sd, info in zip(sds, infos): check_weights(info, getattr(sd, 'name', 'a model'))
     names = _shared_names(infos)
-    if not names: raise FusionError('expected models with a tensor in common, got ' + ' and '.join(_some(list(i)) or 'none' for i in infos[:2]))
+    if not names:
+        raise FusionError(
+            'expected models with a tensor in common, got '
+            + ' and '.join(_some(list(i)) or 'none' for i in infos[:2])
+        )
     return [_only(sd, names) for sd in sds]
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #7eebae46

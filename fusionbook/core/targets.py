@@ -12,14 +12,24 @@ from .errors import FusionError, check_known
 from .resolve import settled
 
 # %% ../../nbs/00_core/02c_targets.ipynb #9863e96a
-FILLED = ('_target_', '_recursive_', '_convert_', '_partial_', '_args_', '_usage_', '_version_') # keys about the node itself
+# keys about the node itself
+FILLED = ('_target_', '_recursive_', '_convert_', '_partial_', '_args_', '_usage_', '_version_')
 _OURS = 'method|modelpool|taskpool|models|data|alignment|metrics'
-_KINDS = r'(Config|Model|Tokenizer|TokenizerFast|Processor|ProcessorFast|ProcessorPil|FeatureExtractor|For[A-Z]\w*)'
-_ALLOWED = [rf'fusionbook\.({_OURS})(\.\w+)+', r'datasets\.load_dataset', rf'transformers\.[A-Z]\w*{_KINDS}(\.from_pretrained)?',
-            r'torch\.(tensor|zeros|ones|full|eye|arange|linspace)', r'torch\.optim\.(lr_scheduler\.)?[A-Z]\w*']
+_KINDS = (
+    r'(Config|Model|Tokenizer|TokenizerFast|Processor|ProcessorFast|ProcessorPil|FeatureExtractor'
+    r'|For[A-Z]\w*)'
+)
+_ALLOWED = [
+    rf'fusionbook\.({_OURS})(\.\w+)+',
+    r'datasets\.load_dataset',
+    rf'transformers\.[A-Z]\w*{_KINDS}(\.from_pretrained)?',
+    r'torch\.(tensor|zeros|ones|full|eye|arange|linspace)',
+    r'torch\.optim\.(lr_scheduler\.)?[A-Z]\w*',
+]
 
 # %% ../../nbs/00_core/02c_targets.ipynb #13e1b972
-_REMOTE = re.compile(r'trust.?remote|remote.?code|code.?revision', re.I) # keys that ask for code of a checkpoint, however they are spelt
+# keys that ask for code of a checkpoint, however they are spelt
+_REMOTE = re.compile(r'trust.?remote|remote.?code|code.?revision', re.I)
 _VOUCH = 'allow_target', 'allow_env'
 
 def _check_node(node):
@@ -28,7 +38,10 @@ def _check_node(node):
         if _REMOTE.search(str(key)) and value not in (False, None):
             raise FusionError(f'expected no `{key}`: code that comes with a checkpoint is never run')
         if value and (key in _VOUCH or key == 'allow' and '_target_' in node):
-            raise FusionError(f'expected `{key}` on the command line or from Python, got it inside a configuration, which cannot vouch for itself')
+            raise FusionError(
+                f'expected `{key}` on the command line or from Python, got it inside a configuration, which '
+                f'cannot vouch for itself'
+            )
 
 # %% ../../nbs/00_core/02c_targets.ipynb #517036b5
 def targets(
@@ -38,15 +51,46 @@ def targets(
     if isinstance(cfg, Mapping):
         if '_target_' in cfg: yield cfg['_target_']
         _check_node(cfg)
-    for v in cfg.values() if isinstance(cfg, Mapping) else cfg if isinstance(cfg, (list, tuple)) else (): yield from targets(v)
+    for v in cfg.values() if isinstance(cfg, Mapping) else cfg if isinstance(cfg, (list, tuple)) else ():
+        yield from targets(v)
 
 # %% ../../nbs/00_core/02c_targets.ipynb #0ccc0fe3
 _TRUE = 'weights_only', 'use_safetensors' # may be given, as true
 _ATTENTION = 'eager', 'sdpa', 'flash_attention_2', 'flash_attention_3', 'flex_attention'
-_HUB = ('pretrained_model_name_or_path', 'subfolder', 'revision', 'variant', 'cache_dir', 'local_files_only', 'dtype', 'torch_dtype',
-        'low_cpu_mem_usage', 'device_map', 'attn_implementation', 'num_labels', 'use_fast', 'padding_side', 'truncation_side',
-        'model_max_length', 'add_prefix_space', 'pad_token', 'trust_remote_code', *_TRUE)
-_DATA = ('path', 'name', 'split', 'revision', 'data_dir', 'data_files', 'cache_dir', 'keep_in_memory', 'num_proc', 'trust_remote_code')
+_HUB = (
+    'pretrained_model_name_or_path',
+    'subfolder',
+    'revision',
+    'variant',
+    'cache_dir',
+    'local_files_only',
+    'dtype',
+    'torch_dtype',
+    'low_cpu_mem_usage',
+    'device_map',
+    'attn_implementation',
+    'num_labels',
+    'use_fast',
+    'padding_side',
+    'truncation_side',
+    'model_max_length',
+    'add_prefix_space',
+    'pad_token',
+    'trust_remote_code',
+    *_TRUE,
+)
+_DATA = (
+    'path',
+    'name',
+    'split',
+    'revision',
+    'data_dir',
+    'data_files',
+    'cache_dir',
+    'keep_in_memory',
+    'num_proc',
+    'trust_remote_code',
+)
 _TENSOR = ('data', 'size', 'fill_value', 'n', 'm', 'start', 'end', 'step', 'steps')
 
 # %% ../../nbs/00_core/02c_targets.ipynb #2b1b665f
@@ -60,7 +104,11 @@ def _keywords(target):
 def _plain_values(value):
     "Whether a value is a number, a text, or a list or mapping of such."
     if isinstance(value, Mapping): return '_target_' not in value and all(map(_plain_values, value.values()))
-    return all(map(_plain_values, value)) if isinstance(value, (list, tuple)) else value is None or isinstance(value, (str, int, float))
+    return (
+        all(map(_plain_values, value))
+        if isinstance(value, (list, tuple))
+        else value is None or isinstance(value, (str, int, float))
+    )
 
 # %% ../../nbs/00_core/02c_targets.ipynb #adcdc787
 def check_loader(
@@ -71,19 +119,27 @@ def check_loader(
     known = _keywords(target)
     if known is None: return
     check_known(cfg, (*FILLED, *known), f'`{target}`')
-    if cfg.get('_partial_'): raise FusionError(f'expected no `_partial_` for `{target}`: a file names what is loaded')
+    if cfg.get('_partial_'):
+        raise FusionError(f'expected no `_partial_` for `{target}`: a file names what is loaded')
     for key, value in cfg.items():
-        if key in _TRUE and value is not True: raise FusionError(f'expected `{key}` as true, got {value!r}: a pickle is never read without care')
-        if not _plain_values(value): raise FusionError(f'expected `{key}` of `{target}` as a plain value, got {value!r:.80}')
+        if key in _TRUE and value is not True:
+            raise FusionError(f'expected `{key}` as true, got {value!r}: a pickle is never read without care')
+        if not _plain_values(value):
+            raise FusionError(f'expected `{key}` of `{target}` as a plain value, got {value!r:.80}')
     if known is _HUB and cfg.get('attn_implementation', 'sdpa') not in (None, *_ATTENTION):
-        raise FusionError(f'expected `attn_implementation` as one of {", ".join(_ATTENTION)}, got `{cfg["attn_implementation"]}`')
-    if len(cfg.get('_args_') or ()) > {_HUB: 1, _DATA: 2}.get(known, 3): raise FusionError(f'expected fewer `_args_` for `{target}`, got {cfg["_args_"]!r:.80}')
+        raise FusionError(
+            f'expected `attn_implementation` as one of {", ".join(_ATTENTION)}, got '
+            f'`{cfg["attn_implementation"]}`'
+        )
+    if len(cfg.get('_args_') or ()) > {_HUB: 1, _DATA: 2}.get(known, 3):
+        raise FusionError(f'expected fewer `_args_` for `{target}`, got {cfg["_args_"]!r:.80}')
 
 # %% ../../nbs/00_core/02c_targets.ipynb #5b30d347
 def _nodes(cfg):
     "Every mapping with `_target_`."
     if isinstance(cfg, Mapping) and '_target_' in cfg: yield cfg
-    for v in cfg.values() if isinstance(cfg, Mapping) else cfg if isinstance(cfg, (list, tuple)) else (): yield from _nodes(v)
+    for v in cfg.values() if isinstance(cfg, Mapping) else cfg if isinstance(cfg, (list, tuple)) else ():
+        yield from _nodes(v)
 
 # %% ../../nbs/00_core/02c_targets.ipynb #cea80ffa
 def check_targets(

@@ -38,7 +38,8 @@ def renamed(
     if len(names) != len(wanted): return None
     for ours_cut, ours in _shortened(wanted):
         for theirs_cut, theirs in _shortened(names):
-            if not (ours_cut and theirs_cut) and ours.keys() == theirs.keys(): return {ours[k]: theirs[k] for k in ours}
+            if not (ours_cut and theirs_cut) and ours.keys() == theirs.keys():
+                return {ours[k]: theirs[k] for k in ours}
     return None
 
 # %% ../../nbs/00_core/01a_views.ipynb #bb107c9f
@@ -52,7 +53,11 @@ def without_wrappers(
     names = list(names)
     plain = {_WRAPPED.sub('', n): n for n in names}
     if len(plain) < len(names): return {n: n for n in names}
-    while len(first := {n.partition('.')[0] for n in plain}) == 1 and first & set(_OUTER) and all('.' in n for n in plain):
+    while (
+        len(first := {n.partition('.')[0] for n in plain}) == 1
+        and first & set(_OUTER)
+        and all('.' in n for n in plain)
+    ):
         plain = {n.partition('.')[2]: old for n, old in plain.items()}
     return plain
 
@@ -88,7 +93,11 @@ def finite(
         check_variance(k, t := sd[k])
         if is_finite(t): return t
         like = whole().get(k)
-        same = like is not None and like.shape == t.shape and bool((torch.isfinite(t) | (t == like.to(t.dtype))).all())
+        same = (
+            like is not None
+            and like.shape == t.shape
+            and bool((torch.isfinite(t) | (t == like.to(t.dtype))).all())
+        )
         if not same: raise not_finite(k, t, t.dtype)
         return t
     return Lazy({k: partial(read, k) for k in info}, info, shared(sd))

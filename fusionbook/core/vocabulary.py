@@ -19,10 +19,15 @@ def _from_tokenizer(file):
     found = read_json(file)
     model = found.get('model')
     table = model.get('vocab') if isinstance(model, dict) else None
-    if isinstance(table, list): table = {row[0]: i for i, row in enumerate(table) if isinstance(row, list) and row}
+    if isinstance(table, list):
+        table = {row[0]: i for i, row in enumerate(table) if isinstance(row, list) and row}
     if not isinstance(table, dict): return None
     added = found.get('added_tokens') if isinstance(found.get('added_tokens'), list) else []
-    return table | {t['content']: t['id'] for t in added if isinstance(t, dict) and {'content', 'id'} <= t.keys() and isinstance(t['content'], str)}
+    return table | {
+        t['content']: t['id']
+        for t in added
+        if isinstance(t, dict) and {'content', 'id'} <= t.keys() and isinstance(t['content'], str)
+    }
 
 def _from_table(file):
     "Words of a `vocab.json`, with those of `added_tokens.json`."
@@ -33,8 +38,14 @@ def _from_lines(file): return {w: i for i, w in enumerate(read_text(file).split(
 
 def _from_binary(file): return {hashlib.sha256(file.read_bytes()).hexdigest()[:12]: 0}
 
-_READERS = {'tokenizer.json': _from_tokenizer, 'vocab.json': _from_table, 'vocab.txt': _from_lines,
-            'tokenizer.model': _from_binary, 'spiece.model': _from_binary, 'sentencepiece.bpe.model': _from_binary}
+_READERS = {
+    'tokenizer.json': _from_tokenizer,
+    'vocab.json': _from_table,
+    'vocab.txt': _from_lines,
+    'tokenizer.model': _from_binary,
+    'spiece.model': _from_binary,
+    'sentencepiece.bpe.model': _from_binary,
+}
 
 # %% ../../nbs/00_core/01d_vocabulary.ipynb #2f66e7a9
 def vocabulary(
@@ -58,7 +69,8 @@ def conflict(
     rows = {row: word for word, row in a.items()}
     for word, row in b.items():
         if word in a and a[word] != row: return f'`{word}` in row {a[word]} and in row {row}'
-        if rows.get(row, word) != word and word not in a and rows[row] not in b: return f'row {row} for `{rows[row]}` and for `{word}`'
+        if rows.get(row, word) != word and word not in a and rows[row] not in b:
+            return f'row {row} for `{rows[row]}` and for `{word}`'
     return ''
 
 # %% ../../nbs/00_core/01d_vocabulary.ipynb #727297ef
@@ -75,6 +87,10 @@ def check_vocabulary(
         tables = [vocabulary(p, kind) for p in (base, other)]
         if None in tables: continue
         if found := conflict(*tables):
-            raise FusionError(f'expected {who} to number words as the base does, got {found} in the two files `{kind}`; rows of other words would be averaged. '
-                              'If that is meant, set `modelpool.check_vocabulary=false` (`+modelpool.…` where a file lacks the key)')
+            raise FusionError(
+                f'expected {who} to number words as the base does, got {found} in the two files `{kind}`; '
+                f'rows of other words would be averaged. '
+                'If that is meant, set `modelpool.check_vocabulary=false` (`+modelpool.…` where a file lacks '
+                'the key)'
+            )
         return

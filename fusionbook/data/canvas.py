@@ -36,7 +36,10 @@ def grid(
     def draw(low, high): return rng.uniform(low, high, (n, 1, 1)).astype('f4')
     u = (np.arange(SIDE, dtype='f4') + .5) / SIDE * 2 - 1
     x, y = u[None, None, :] - draw(-shift, shift), u[None, :, None] - draw(-shift, shift)
-    a, size, slant, wide = np.deg2rad(draw(-turn, turn)), draw(*scale), draw(-shear, shear), np.exp(draw(-stretch, stretch))
+    a = np.deg2rad(draw(-turn, turn))
+    size = draw(*scale)
+    slant = draw(-shear, shear)
+    wide = np.exp(draw(-stretch, stretch))
     x, y = (np.cos(a) * x + np.sin(a) * y) / size, (np.cos(a) * y - np.sin(a) * x) / size
     return (x + slant * y) / wide, y * wide
 
@@ -77,7 +80,9 @@ def speckle(
     "Add clouds and noise, each image its own amount, and round to bytes."
     n = len(image)
     sigma = rng.uniform(0, .02 + .12 * level, (n, 1, 1, 1)).astype('f4')
-    image = image + (.02 + .06 * level) * clouds(n, rng) + sigma * rng.standard_normal(image.shape, dtype='f4')
+    image = (
+        image + (0.02 + 0.06 * level) * clouds(n, rng) + sigma * rng.standard_normal(image.shape, dtype='f4')
+    )
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 # %% ../../nbs/10_data/02_canvas.ipynb #bda8bbac
@@ -109,7 +114,9 @@ def scans() -> tuple: # stamps (1797, 24, 24) in [0, 1] and the digit of each, (
     from PIL import Image
     from sklearn.datasets import load_digits
     data = load_digits()
-    large = [Image.fromarray((i * 15.9).astype(np.uint8)).resize((24, 24), Image.BICUBIC) for i in data.images]
+    large = [
+        Image.fromarray((i * 15.9).astype(np.uint8)).resize((24, 24), Image.BICUBIC) for i in data.images
+    ]
     return np.stack([np.asarray(i, 'f4') for i in large]) / 255, data.target
 
 # %% ../../nbs/10_data/02_canvas.ipynb #ff6b73bb

@@ -18,15 +18,22 @@ def _text(name, task, place):
     "A name that is text, or the number that stands at its own place."
     if isinstance(name, str) and name.strip(): return name
     if type(name) is int and name == place: return str(name)
-    raise FusionError(f'{task}: expected a class name as text, got {name!r} for class {place}; YAML reads words such as no, on, null, 3:30 and numbers as something else: put quotes around them')
+    raise FusionError(
+        f'{task}: expected a class name as text, got {name!r} for class {place}; YAML reads words such as '
+        f'no, on, null, 3:30 and numbers as something else: put quotes around them'
+    )
 
 def _by_number(given, task):
     "Names in the order of the numbers that they are given with."
     for pairs in (given.items(), [(v, k) for k, v in given.items()]):
         numbered = {_number(number): name for number, name in pairs}
-        if None not in numbered and sorted(numbered) == list(range(len(given))): return [numbered[i] for i in range(len(given))]
-    raise FusionError(f'{task}: expected class names as a list, or as a mapping of the numbers 0 to {len(given) - 1} or of the names of the data set, '
-                      f'got the keys {", ".join(map(str, given))[:80]}')
+        if None not in numbered and sorted(numbered) == list(range(len(given))):
+            return [numbered[i] for i in range(len(given))]
+    raise FusionError(
+        f'{task}: expected class names as a list, or as a mapping of the numbers 0 to {len(given) - 1} or of '
+        f'the names of the data set, '
+        f'got the keys {", ".join(map(str, given))[:80]}'
+    )
 
 # %% ../../nbs/10_data/01c_classes.ipynb #6aebe6a0
 def class_list(
@@ -62,14 +69,25 @@ def names_in_label_order(
     "Names in the order of a data set's labels, or a refusal."
     if not brought: return list(names)
     if len(brought) != len(names):
-        raise FusionError(f'{task}: expected names for the {len(brought)} classes of the data set ({", ".join(brought[:3])}, …), got {len(names)}; '
-                          'give `classnames` in its entry')
+        raise FusionError(
+            f'{task}: expected names for the {len(brought)} classes of the data set '
+            f'({", ".join(brought[:3])}, …), got {len(names)}; '
+            'give `classnames` in its entry'
+        )
     ours, theirs = [_plain(n) for n in names], [_plain(n) for n in brought]
     moved = [i for i, n in enumerate(theirs) if n in ours and ours[i] != n]
     if moved and not vouched:
-        raise FusionError(f'{task}: expected class {moved[0]} to be `{brought[moved[0]]}` as in the data set, got `{names[moved[0]]}` from '
-                          'config/classnames; give `classnames` in its entry, as a list or as the name of a table that you know is right')
-    if moved: _word(f'{task}: class {moved[0]} is `{brought[moved[0]]}` in the data set and `{names[moved[0]]}` in its entry, which is believed')
+        raise FusionError(
+            f'{task}: expected class {moved[0]} to be `{brought[moved[0]]}` as in the data set, got '
+            f'`{names[moved[0]]}` from '
+            'config/classnames; give `classnames` in its entry, as a list or as the name of a table that you '
+            'know is right'
+        )
+    if moved:
+        _word(
+            f'{task}: class {moved[0]} is `{brought[moved[0]]}` in the data set and `{names[moved[0]]}` in '
+            f'its entry, which is believed'
+        )
     return list(names) if moved or not (numbers := _numbered(brought)) else [names[n] for n in numbers]
 
 # %% ../../nbs/10_data/01c_classes.ipynb #d5f8e96a
@@ -80,7 +98,10 @@ def say_order(
     "Warn of classes that are called by numbers and do not stand in their order."
     numbers = _numbered(brought or ())
     if told := bool(numbers) and numbers != sorted(numbers):
-        _word(f'{task}: the classes of the data set are called by numbers and stand in the order {", ".join(brought[:4])}, …: class 2 is `{brought[2]}`')
+        _word(
+            f'{task}: the classes of the data set are called by numbers and stand in the order '
+            f'{", ".join(brought[:4])}, …: class 2 is `{brought[2]}`'
+        )
     return told
 
 # %% ../../nbs/10_data/01c_classes.ipynb #d3304706
@@ -100,9 +121,14 @@ def check_telling(
     numbers_fit = any(_ABOUT_NUMBERS.search(t) for t in templates)
     if not empty and (numbers_fit or len(coded) <= len(names) / 2): return
     i = [*empty, *coded][0]
-    text = f'{task}: expected class names in words, got `{names[i]}` for class {i}, which would become `{templates[0].replace("{}", names[i])}`'
+    text = (f'{task}: expected class names in words, got `{names[i]}` for class {i}, which would become '
+            f'`{templates[0].replace("{}", names[i])}`')
     if vouched and not empty: _word(text)
-    else: raise FusionError(f'{text}; give `classnames` in its entry (a list, a mapping, or the name of a table in config/classnames)')
+    else:
+        raise FusionError(
+            f'{text}; give `classnames` in its entry (a list, a mapping, or the name of a table in '
+            f'config/classnames)'
+        )
 
 # %% ../../nbs/10_data/01c_classes.ipynb #7d6382a2
 def by_name(
@@ -112,11 +138,21 @@ def by_name(
     task:str,      # for the error
 ):                 # the data set, labels as `ClassLabel` where they were words
     "Labels that are words become numbers."
-    if getattr(features(dataset).get(label), 'dtype', None) not in ('string', 'large_string') or not hasattr(dataset, 'cast_column'): return dataset
+    if getattr(features(dataset).get(label), 'dtype', None) not in ('string', 'large_string') or not hasattr(
+        dataset, 'cast_column'
+    ):
+        return dataset
     from datasets import ClassLabel
     values = list(dataset[label])
     if all(_number(v) is not None for v in values): return dataset
-    if not names: raise FusionError(f'{task}: expected `classnames` in its entry, because column {label!r} holds words such as {values[0]!r}; the order of the names is the order of the labels')
+    if not names:
+        raise FusionError(
+            f'{task}: expected `classnames` in its entry, because column {label!r} holds words such as '
+            f'{values[0]!r}; the order of the names is the order of the labels'
+        )
     if bad := [i for i, v in enumerate(values) if v not in names]:
-        raise FusionError(f'{task}: expected a label of {", ".join(names[:5])}, got {values[bad[0]]!r} in row {bad[0]}; {nearest(str(values[bad[0]]), names)}')
+        raise FusionError(
+            f'{task}: expected a label of {", ".join(names[:5])}, got {values[bad[0]]!r} in row {bad[0]}; '
+            f'{nearest(str(values[bad[0]]), names)}'
+        )
     return dataset.cast_column(label, ClassLabel(names=list(names)))

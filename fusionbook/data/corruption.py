@@ -30,19 +30,22 @@ def scaled(
     return small * (large / small) ** (log(inside / 32) / log(7)) * (side / inside if length else 1)
 
 # %% ../../nbs/10_data/02b_corruption.ipynb #0685c438
-SEVERITIES = { # corruption -> five constants at 32 pixels and five at 224
-    'gaussian_noise': ([.04, .06, .08, .09, .1], [.08, .12, .18, .26, .38]),     # standard deviation
-    'shot_noise': ([500, 250, 100, 75, 50], [60, 25, 12, 5, 3]),                 # photons in a white pixel
-    'speckle_noise': ([.06, .1, .12, .16, .2], [.15, .2, .35, .45, .6]),         # deviation relative to the pixel
-    'impulse_noise': ([.01, .02, .03, .05, .07], [.03, .06, .09, .17, .27]),     # share of values lost
-    'gaussian_blur': ([.4, .6, .7, .8, 1], [1, 2, 3, 4, 6]),                     # standard deviation, pixels
-    'defocus_blur': ([.6, .72, .85, 1.26, 1.7], [3, 4, 6, 8, 10]),               # radius of the disc, pixels
-    'motion_blur': ([1, 1.5, 2, 2.25, 2.5], [3, 5, 8, 12, 15]),                  # deviation of the trail, pixels
-    'brightness': ([.05, .1, .15, .2, .3], [.1, .2, .3, .4, .5]),                # added to the largest channel
-    'contrast': ([.75, .5, .4, .3, .15], [.4, .3, .2, .1, .05]),                 # share of the contrast kept
-    'pixelate': ([.95, .9, .85, .75, .65], [.6, .5, .4, .3, .25]),               # share of the side kept
-    'jpeg_compression': ([80, 65, 58, 50, 40], [25, 18, 15, 10, 7]),             # quality
-    'spatter': ([.05, .1, .2, .3, .4], [.05, .1, .2, .3, .4]),                   # share of the picture covered
+SEVERITIES = {  # corruption -> five constants at 32 pixels and five at 224
+    'gaussian_noise': ([0.04, 0.06, 0.08, 0.09, 0.1], [0.08, 0.12, 0.18, 0.26, 0.38]),  # standard deviation
+    'shot_noise': ([500, 250, 100, 75, 50], [60, 25, 12, 5, 3]),  # photons in a white pixel
+    'speckle_noise': (
+        [0.06, 0.1, 0.12, 0.16, 0.2],
+        [0.15, 0.2, 0.35, 0.45, 0.6],
+    ),  # deviation relative to the pixel
+    'impulse_noise': ([0.01, 0.02, 0.03, 0.05, 0.07], [0.03, 0.06, 0.09, 0.17, 0.27]),  # share of values lost
+    'gaussian_blur': ([0.4, 0.6, 0.7, 0.8, 1], [1, 2, 3, 4, 6]),  # standard deviation, pixels
+    'defocus_blur': ([0.6, 0.72, 0.85, 1.26, 1.7], [3, 4, 6, 8, 10]),  # radius of the disc, pixels
+    'motion_blur': ([1, 1.5, 2, 2.25, 2.5], [3, 5, 8, 12, 15]),  # deviation of the trail, pixels
+    'brightness': ([0.05, 0.1, 0.15, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4, 0.5]),  # added to the largest channel
+    'contrast': ([0.75, 0.5, 0.4, 0.3, 0.15], [0.4, 0.3, 0.2, 0.1, 0.05]),  # share of the contrast kept
+    'pixelate': ([0.95, 0.9, 0.85, 0.75, 0.65], [0.6, 0.5, 0.4, 0.3, 0.25]),  # share of the side kept
+    'jpeg_compression': ([80, 65, 58, 50, 40], [25, 18, 15, 10, 7]),  # quality
+    'spatter': ([0.05, 0.1, 0.2, 0.3, 0.4], [0.05, 0.1, 0.2, 0.3, 0.4]),  # share of the picture covered
 }
 
 def strength(
@@ -153,16 +156,33 @@ def spatter(x, c, rng):
     return x * (1 - cover) + colour * cover if mud else x + .5 * cover * colour
 
 # %% ../../nbs/10_data/02b_corruption.ipynb #57a0301a
-CORRUPTIONS = {f.__name__: f for f in (gaussian_noise, shot_noise, speckle_noise, impulse_noise, gaussian_blur, defocus_blur, motion_blur,
-                                       brightness, contrast, pixelate, jpeg_compression, spatter)}
+CORRUPTIONS = {
+    f.__name__: f
+    for f in (
+        gaussian_noise,
+        shot_noise,
+        speckle_noise,
+        impulse_noise,
+        gaussian_blur,
+        defocus_blur,
+        motion_blur,
+        brightness,
+        contrast,
+        pixelate,
+        jpeg_compression,
+        spatter,
+    )
+}
 
 def check_corruption(
     name:str,     # a key of `CORRUPTIONS`
     severity:int, # 1 to 5
 ) -> None:        # raises `FusionError`
     "Refuse what does not exist."
-    if name not in CORRUPTIONS: raise FusionError(f'expected a corruption, got `{name}`; {nearest(str(name), CORRUPTIONS)}')
-    if type(severity) is not int or not 1 <= severity <= 5: raise FusionError(f'expected `severity` as a whole number from 1 to 5, got {severity!r}')
+    if name not in CORRUPTIONS:
+        raise FusionError(f'expected a corruption, got `{name}`; {nearest(str(name), CORRUPTIONS)}')
+    if type(severity) is not int or not 1 <= severity <= 5:
+        raise FusionError(f'expected `severity` as a whole number from 1 to 5, got {severity!r}')
 
 # %% ../../nbs/10_data/02b_corruption.ipynb #cd91ecf2
 def corrupt(
@@ -175,12 +195,22 @@ def corrupt(
     "Corrupted pictures (Hendrycks and Dietterich, 2019)."
     check_corruption(name, severity)
     pixels = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
-    if pixels.dtype != np.uint8 or pixels.shape[3:] not in ((), (3,)) or pixels.ndim < 3 or pixels.ndim == 3 and pixels.shape[-1] == 3:
-        raise FusionError(f'expected pictures as uint8 (n, h, w, 3) or grey (n, h, w), got {pixels.dtype} {pixels.shape}')
+    if (
+        pixels.dtype != np.uint8
+        or pixels.shape[3:] not in ((), (3,))
+        or pixels.ndim < 3
+        or pixels.ndim == 3
+        and pixels.shape[-1] == 3
+    ):
+        raise FusionError(
+            f'expected pictures as uint8 (n, h, w, 3) or grey (n, h, w), got {pixels.dtype} {pixels.shape}'
+        )
     out, (h, w) = np.empty_like(pixels), pixels.shape[1:3]
     for i, picture in enumerate(pixels):
         x = picture.reshape(h, w, -1).astype(np.float32) / 255
-        changed = CORRUPTIONS[name](x, strength(name, severity, min(h, w)), generator(seed, f'{name}/{first + i}'))
+        changed = CORRUPTIONS[name](
+            x, strength(name, severity, min(h, w)), generator(seed, f'{name}/{first + i}')
+        )
         out[i] = _bytes(changed).reshape(picture.shape)
     return torch.from_numpy(out).to(images.device) if isinstance(images, Tensor) else out
 
@@ -205,13 +235,18 @@ class Corrupted:
     ):
         check_corruption(name, severity)
         self.dataset, self.column, self.how = dataset, column(dataset, 'image', image), (name, severity, seed)
-        self.places, self.features = np.arange(len(dataset)) if places is None else np.asarray(places), features(dataset)
+        self.places = np.arange(len(dataset)) if places is None else np.asarray(places)
+        self.features = features(dataset)
     def __len__(self): return len(self.places)
     def __getitem__(self, i):
         place = int(self.places[i])
         row = self.dataset[place]
         new = _corrupt_one(row[self.column], *self.how, first=place)
-        return row | {self.column: new} if isinstance(row, dict) else tuple(new if k == self.column else v for k, v in enumerate(row))
+        return (
+            row | {self.column: new}
+            if isinstance(row, dict)
+            else tuple(new if k == self.column else v for k, v in enumerate(row))
+        )
     def select(self, indices):
         "The rows named by a slice, a range, a list of positions or a mask."
         return Corrupted(self.dataset, *self.how, self.column, self.places[indices])
@@ -228,4 +263,6 @@ def corrupted(
     check_corruption(name, severity)
     dataset = opened(source)
     if not isinstance(dataset, Images): return Corrupted(dataset, name, severity, seed, image)
-    return Images(corrupt(dataset.images, name, severity, seed), dataset.labels, dataset.classnames, dataset.clusters)
+    return Images(
+        corrupt(dataset.images, name, severity, seed), dataset.labels, dataset.classnames, dataset.clusters
+    )

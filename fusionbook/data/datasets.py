@@ -27,7 +27,8 @@ def _sources(clusters, labels):
     "Clusters of as many images as there are labels, checked."
     if clusters is None: return None
     clusters = whole(clusters, 'clusters')
-    if clusters.shape != labels.shape: raise FusionError(f'expected {len(labels)} clusters, got shape {clusters.shape}')
+    if clusters.shape != labels.shape:
+        raise FusionError(f'expected {len(labels)} clusters, got shape {clusters.shape}')
     return clusters
 
 # %% ../../nbs/10_data/01_datasets.ipynb #cc0375a2
@@ -42,9 +43,13 @@ class Images:
         images, labels = np.asarray(images), np.asarray(labels)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise FusionError(f"expected images as uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
-        if labels.shape != images.shape[:1]: raise FusionError(f"expected {len(images)} labels, got shape {labels.shape}")
+        if labels.shape != images.shape[:1]:
+            raise FusionError(f"expected {len(images)} labels, got shape {labels.shape}")
         labels = _in_range(whole(labels, 'labels'), len(classnames))
-        self.images, self.labels, self.classnames, self.clusters = images, labels, list(classnames), _sources(clusters, labels)
+        self.images = images
+        self.labels = labels
+        self.classnames = list(classnames)
+        self.clusters = _sources(clusters, labels)
     def __len__(self): return len(self.labels)
     def __getitem__(self, i):
         from PIL import Image
@@ -53,8 +58,14 @@ class Images:
     def select(self, indices):
         "The rows named by a slice, a range, a list of positions or a mask; still `Images`."
         rows = indices if isinstance(indices, slice) else np.asarray(indices)
-        return Images(self.images[rows], self.labels[rows], self.classnames, None if self.clusters is None else self.clusters[rows])
-    def __repr__(self): return f'Images({len(self)} of {self.images.shape[1:3]}, classes: {", ".join(self.classnames)})'
+        return Images(
+            self.images[rows],
+            self.labels[rows],
+            self.classnames,
+            None if self.clusters is None else self.clusters[rows],
+        )
+    def __repr__(self):
+        return f'Images({len(self)} of {self.images.shape[1:3]}, classes: {", ".join(self.classnames)})'
 
 # %% ../../nbs/10_data/01_datasets.ipynb #b2cd0aa6
 def _explain(e, path, split):
@@ -63,21 +74,33 @@ def _explain(e, path, split):
     text = (str(e).strip() or type(e).__name__).split('\n')[0]
     if m := re.search(r'Unknown split .*one of \[(.*)\]', text):
         names = re.findall(r"'([^']+)'", m[1])
-        return f"expected a split of {path} (it has: {', '.join(names)}), got {split!r}; {nearest(str(split), names)}"
+        return (f"expected a split of {path} (it has: {', '.join(names)}), got {split!r}; "
+                f"{nearest(str(split), names)}")
     if isinstance(e, ConnectionError) or 'OfflineMode' in type(e).__name__:
         why = 'HF_HUB_OFFLINE is set' if os.environ.get('HF_HUB_OFFLINE') else 'the hub cannot be reached'
-        return f"expected a folder or a data set of the Hugging Face hub, got {str(path)!r}: no such folder, and {why}"
+        return (f"expected a folder or a data set of the Hugging Face hub, got {str(path)!r}: no such "
+                f"folder, "
+                f"and {why}")
     if isinstance(e, FileNotFoundError):
-        return f"expected a folder with parquet or image files, or a data set of the Hugging Face hub, got {str(path)!r}: {text}"
+        return (f"expected a folder with parquet or image files, or a data set of the Hugging Face hub, got "
+                f"{str(path)!r}: {text}")
     return f"cannot load the data set {str(path)!r}: {text[:300]}"
 
 # %% ../../nbs/10_data/01_datasets.ipynb #e7a1859a
-_READERS = {'.csv': ('csv', {}), '.tsv': ('csv', {'sep': '\t'}), '.json': ('json', {}), '.jsonl': ('json', {}), '.parquet': ('parquet', {}), '.txt': ('text', {})}
+_READERS = {
+    '.csv': ('csv', {}),
+    '.tsv': ('csv', {'sep': '\t'}),
+    '.json': ('json', {}),
+    '.jsonl': ('json', {}),
+    '.parquet': ('parquet', {}),
+    '.txt': ('text', {}),
+}
 
 def _where(local, split):
     "Arguments of `datasets.load_dataset` for a folder or a single file, which is all of whatever split is asked for."
     if not local.is_file(): return dict(path=str(local), split=split)
-    if local.suffix.lower() not in _READERS: raise FusionError(f'expected a folder or a file of {", ".join(_READERS)}, got {str(local)!r}')
+    if local.suffix.lower() not in _READERS:
+        raise FusionError(f'expected a folder or a file of {", ".join(_READERS)}, got {str(local)!r}')
     kind, how = _READERS[local.suffix.lower()]
     return dict(path=kind, data_files=str(local), split=re.sub(r'^\w+', 'train', str(split)), **how)
 
@@ -90,9 +113,12 @@ def load(
 ):                      # a `datasets.Dataset`
     "The rows of one split, from a local folder or the hub; `FusionError` says in one line what is missing."
     import datasets
-    if kw.pop('trust_remote_code', False): raise FusionError(f'{path}: data sets that run their own code are not loaded')
+    if kw.pop('trust_remote_code', False):
+        raise FusionError(f'{path}: data sets that run their own code are not loaded')
     local = Path(path).expanduser()
-    asked = _where(local, split) if local.exists() else dict(path=current_id(str(path)), name=name, split=split)
+    asked = (
+        _where(local, split) if local.exists() else dict(path=current_id(str(path)), name=name, split=split)
+    )
     quiet = datasets.are_progress_bars_disabled() or not local.exists()
     if not quiet: datasets.disable_progress_bars() # what lies on this disk needs no bar
     try: found = datasets.load_dataset(**asked | kw)
@@ -100,7 +126,8 @@ def load(
     finally:
         if not quiet: datasets.enable_progress_bars()
     if isinstance(found, datasets.Dataset): return found
-    raise FusionError(f'expected one split of {path} with a length, got a {type(found).__name__}; name it, such as split=test')
+    raise FusionError(f'expected one split of {path} with a length, got a {type(found).__name__}; name it, '
+                      f'such as split=test')
 
 # %% ../../nbs/10_data/01_datasets.ipynb #27026f15
 def opened(
@@ -133,7 +160,9 @@ def row_of(
     except FusionError: raise
     except Exception as e:
         text = (str(e).strip() or 'no reason given').splitlines()[0]
-        raise FusionError(f'expected a readable row {i}{_file(dataset, i)}, got {type(e).__name__}: {text:.120}') from e
+        raise FusionError(
+            f'expected a readable row {i}{_file(dataset, i)}, got {type(e).__name__}: {text:.120}'
+        ) from e
 
 # %% ../../nbs/10_data/01_datasets.ipynb #a49bf42c
 USUAL = dict(image=('image', 'img', 'jpg', 'png', 'pixel_values', 'x'),
@@ -147,8 +176,11 @@ def features(
     if isinstance(dataset, Images): return dict(image=None, label=None)
     if not len(dataset): raise FusionError('expected a data set with rows, got an empty one')
     item = row_of(dataset, 0)
-    if isinstance(item, (dict, list, tuple)): return dict.fromkeys(item if isinstance(item, dict) else range(len(item)))
-    raise FusionError(f'expected rows as dictionaries or as pairs of image and label, got {type(item).__name__} in row 0')
+    if isinstance(item, (dict, list, tuple)):
+        return dict.fromkeys(item if isinstance(item, dict) else range(len(item)))
+    raise FusionError(
+        f'expected rows as dictionaries or as pairs of image and label, got {type(item).__name__} in row 0'
+    )
 
 # %% ../../nbs/10_data/01_datasets.ipynb #acc15c9e
 _FEATURE = dict(image='Image', label='ClassLabel')
@@ -197,7 +229,8 @@ def labels_of(
     key = column(dataset, 'label', label)
     values = dataset[key] if hasattr(dataset, 'column_names') else [row[key] for row in dataset]
     try: return whole(list(values), 'labels')
-    except FusionError as e: raise FusionError(str(e).replace('labels', f'labels in column {key!r}', 1)) from None
+    except FusionError as e:
+        raise FusionError(str(e).replace('labels', f'labels in column {key!r}', 1)) from None
 
 # %% ../../nbs/10_data/01_datasets.ipynb #0af6b64d
 def _number(value):
@@ -210,12 +243,18 @@ def clusters_of(
     column:str=None, # column that names the source of each row; `Images` bring their own
 ) -> np.ndarray:     # int64 (N,), or None where rows stand alone
     "The source of every row."
-    if isinstance(dataset, Images) and (column is None or dataset.clusters is not None): return dataset.clusters
+    if isinstance(dataset, Images) and (column is None or dataset.clusters is not None):
+        return dataset.clusters
     if column is None: return None
     if column not in (names := features(dataset)):
-        raise FusionError(f'expected a column of clusters named {column!r}, got the columns {", ".join(map(str, names))}')
+        raise FusionError(
+            f'expected a column of clusters named {column!r}, got the columns {", ".join(map(str, names))}'
+        )
     values = list(dataset[column]) if hasattr(dataset, 'column_names') else [row[column] for row in dataset]
-    if None in values: raise FusionError(f'expected a source for every row in column {column!r}, got None in row {values.index(None)}')
+    if None in values:
+        raise FusionError(
+            f'expected a source for every row in column {column!r}, got None in row {values.index(None)}'
+        )
     return np.array([v if type(v) is int else _number(v) for v in values], dtype=np.int64)
 
 # %% ../../nbs/10_data/01_datasets.ipynb #2af3cb8c
@@ -252,7 +291,9 @@ def split_off(
 ) -> tuple:         # (rest, part); the part has round(fraction N) rows, or whole clusters of about as many
     "Cut a random part off, for instance a validation set."
     if not 0 < fraction < 1: raise FusionError(f'expected a fraction in (0, 1), got {fraction}')
-    rng, n, clusters = np.random.default_rng(seed), round(fraction * len(dataset)), clusters_of(dataset) if clusters is None else clusters
+    rng = np.random.default_rng(seed)
+    n = round(fraction * len(dataset))
+    clusters = clusters_of(dataset) if clusters is None else clusters
     if clusters is None:
         order = rng.permutation(len(dataset))
         return take(dataset, sorted(order[n:])), take(dataset, sorted(order[:n]))
@@ -271,9 +312,12 @@ def _feed(h, value):
         return
     if hasattr(value, 'tobytes') and hasattr(value, 'mode'): value = np.asarray(value) # a PIL image
     if hasattr(value, 'detach'): value = value.detach().cpu().numpy()
-    if isinstance(value, np.ndarray): h.update(f'{value.dtype}{value.shape}'.encode()); value = value.tobytes()
+    if isinstance(value, np.ndarray):
+        h.update(f'{value.dtype}{value.shape}'.encode())
+        value = value.tobytes()
     if not isinstance(value, bytes): value = repr(value).encode()
-    h.update(f'{len(value)}:'.encode()); h.update(value)
+    h.update(f'{len(value)}:'.encode())
+    h.update(value)
 
 # %% ../../nbs/10_data/01_datasets.ipynb #0156ceee
 def data_fingerprint(

@@ -27,17 +27,31 @@ class Normalise:
         size:int=None,        # side of the square to resize to; None keeps the size
     ):
         if len(mean) not in (1, 3) or len(std) != len(mean) or min(std) <= 0:
-            raise FusionError(f'expected 3 means (or 1 for grey) and as many positive deviations, got {mean} and {std}')
-        self.mean, self.std, self.size = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None], size
+            raise FusionError(
+                f'expected 3 means (or 1 for grey) and as many positive deviations, got {mean} and {std}'
+            )
+        self.mean = torch.tensor(mean)[:, None, None]
+        self.std = torch.tensor(std)[:, None, None]
+        self.size = size
     def one(self, image):
-        if isinstance(image, np.ndarray) and not self.size and image.dtype == np.uint8 and image.shape[2:] == (3,): return image
+        if (
+            isinstance(image, np.ndarray)
+            and not self.size
+            and image.dtype == np.uint8
+            and image.shape[2:] == (3,)
+        ):
+            return image
         from PIL import Image
         image = rgb(image)
         return np.asarray(image.resize((self.size, self.size), Image.BICUBIC) if self.size else image)
     def bytes(self, x:Tensor) -> Tensor: # (n, H, W, 3) uint8, on any device
-        if len(self.mean) == 1: x = ((x.int() * torch.tensor([19595, 38470, 7471], device=x.device)).sum(-1, keepdim=True) + 32768) >> 16
+        if len(self.mean) == 1:
+            x = (
+                (x.int() * torch.tensor([19595, 38470, 7471], device=x.device)).sum(-1, keepdim=True) + 32768
+            ) >> 16
         return (x.permute(0, 3, 1, 2).float() / 255 - self.mean.to(x.device)) / self.std.to(x.device)
-    def __call__(self, images) -> Tensor: return self.bytes(torch.from_numpy(np.stack([self.one(i) for i in images])))
+    def __call__(self, images) -> Tensor:
+        return self.bytes(torch.from_numpy(np.stack([self.one(i) for i in images])))
 
 # %% ../../nbs/10_data/01b_images.ipynb #ccf636c1
 def prepared(
@@ -51,8 +65,16 @@ def prepared(
     except Exception as e:
         for i, image in zip(at, images):
             try: prepare([image])
-            except Exception as own: raise FusionError(f'row {i}: {own if isinstance(own, FusionError) else f"{type(own).__name__}: {own}"}'.splitlines()[0]) from own
-        raise e if isinstance(e, FusionError) else FusionError(f'rows {at[0]} to {at[-1]}: {type(e).__name__}: {e}'.splitlines()[0]) from e
+            except Exception as own:
+                what = own if isinstance(own, FusionError) else f'{type(own).__name__}: {own}'
+                raise FusionError(
+                    f'row {i}: {what}'.splitlines()[0]
+                ) from own
+        raise (
+            e
+            if isinstance(e, FusionError)
+            else FusionError(f'rows {at[0]} to {at[-1]}: {type(e).__name__}: {e}'.splitlines()[0])
+        ) from e
 
 # %% ../../nbs/10_data/01b_images.ipynb #99f12111
 def as_images(
@@ -64,9 +86,16 @@ def as_images(
     if not len(dataset): raise FusionError('expected a data set with rows, got an empty one')
     x, y = columns(dataset)
     decoded = [row_of(dataset, i) for i in range(len(dataset))]
-    pixels, labels = prepared(lambda images: [np.asarray(rgb(i)) for i in images], [r[x] for r in decoded]), whole([r[y] for r in decoded], f'labels in column {y!r}')
-    if len(sizes := {p.shape for p in pixels}) > 1: raise FusionError(f'expected images of one size, got {" and ".join(map(str, sorted(sizes)[:2]))}')
-    return Images(np.stack(pixels), labels, class_names(dataset) or [str(i) for i in range(max(labels) + 1)], clusters_of(dataset, clusters))
+    pixels = prepared(lambda images: [np.asarray(rgb(i)) for i in images], [r[x] for r in decoded])
+    labels = whole([r[y] for r in decoded], f'labels in column {y!r}')
+    if len(sizes := {p.shape for p in pixels}) > 1:
+        raise FusionError(f'expected images of one size, got {" and ".join(map(str, sorted(sizes)[:2]))}')
+    return Images(
+        np.stack(pixels),
+        labels,
+        class_names(dataset) or [str(i) for i in range(max(labels) + 1)],
+        clusters_of(dataset, clusters),
+    )
 
 # %% ../../nbs/10_data/01b_images.ipynb #0ec0cd34
 def crop_and_flip(
@@ -84,16 +113,29 @@ def crop_and_flip(
 
 # %% ../../nbs/10_data/01b_images.ipynb #f68c0c0e
 DATASETS = {
-    'CIFAR10': dict(hub='uoft-cs/cifar10', folder='cifar10', classes=10, mean=[.4914, .4822, .4465], std=[.2023, .1994, .2010]),
-    'CIFAR100': dict(hub='uoft-cs/cifar100', folder='cifar100', classes=100, mean=[.5071, .4867, .4408], std=[.2675, .2565, .2761]),
-    'MNIST': dict(hub='ylecun/mnist', folder='mnist', classes=10, mean=[.1307], std=[.3081]),
+    'CIFAR10': dict(
+        hub='uoft-cs/cifar10',
+        folder='cifar10',
+        classes=10,
+        mean=[0.4914, 0.4822, 0.4465],
+        std=[0.2023, 0.1994, 0.2010],
+    ),
+    'CIFAR100': dict(
+        hub='uoft-cs/cifar100',
+        folder='cifar100',
+        classes=100,
+        mean=[0.5071, 0.4867, 0.4408],
+        std=[0.2675, 0.2565, 0.2761],
+    ),
+    'MNIST': dict(hub='ylecun/mnist', folder='mnist', classes=10, mean=[0.1307], std=[0.3081]),
 }
 
 def known_dataset(
     name:str,  # such as CIFAR10
 ) -> Mapping:  # hub, folder, classes, mean, std
     "What is known about a data set."
-    if name not in DATASETS: raise FusionError(f'expected a data set, got `{name}`; {nearest(str(name), DATASETS)}')
+    if name not in DATASETS:
+        raise FusionError(f'expected a data set, got `{name}`; {nearest(str(name), DATASETS)}')
     return DATASETS[name]
 
 # %% ../../nbs/10_data/01b_images.ipynb #59bedc6d
@@ -105,7 +147,11 @@ def dataset_source(
     "Where the rows of a known data set are read from."
     known, root = known_dataset(name), os.environ.get('FUSIONBOOK_DATA')
     local = Path(root)/known['folder'] if root else None
-    return dict(_target_='datasets.load_dataset', path=str(path or (local if local and local.is_dir() else known['hub'])), split=split)
+    return dict(
+        _target_='datasets.load_dataset',
+        path=str(path or (local if local and local.is_dir() else known['hub'])),
+        split=split,
+    )
 
 # %% ../../nbs/10_data/01b_images.ipynb #08935f05
 def _usual(part):

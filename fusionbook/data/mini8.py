@@ -15,8 +15,10 @@ from .canvas import SIDE, crops, dice, grid, hsv, ink, letters, outline, press, 
 from .datasets import Images
 
 # %% ../../nbs/10_data/03_mini8.ipynb #39ad00a9
-SPLITS = {'pretraining': (0, .7), 'train': (0, .7), 'validation': (.7, .8), 'test': (.8, 1)} # share of the real scans behind each
-SIZES = {'pretraining': 8000, 'train': 8000, 'validation': 500, 'test': 1000}                # images, where no size is asked for
+# share of the real scans behind each
+SPLITS = {'pretraining': (0, .7), 'train': (0, .7), 'validation': (.7, .8), 'test': (.8, 1)}
+# images, where no size is asked for
+SIZES = {'pretraining': 8000, 'train': 8000, 'validation': 500, 'test': 1000}
 
 # %% ../../nbs/10_data/03_mini8.ipynb #07eb0ca8
 @dataclass
@@ -37,15 +39,32 @@ def digits(
     low, high = (int(share * len(digit)) for share in SPLITS[ask.split])
     mine = dice('scans').permutation(len(digit))[low:high]
     pools = [mine[digit[mine] == c] for c in range(10)]
-    which = np.array([pools[c][int(u * len(pools[c]))] for c, u in zip(ask.labels, ask.rng.random(len(ask.labels)))])
+    which = np.array(
+        [pools[c][int(u * len(pools[c]))] for c, u in zip(ask.labels, ask.rng.random(len(ask.labels)))]
+    )
     ask.sources = which
-    x, y = grid(len(which), ask.rng, scale=(.9 - .15 * ask.level, 1), turn=3 + 9 * ask.level, shift=.04 + .06 * ask.level,
-                shear=.1 * ask.level, stretch=.1 * ask.level)
+    x, y = grid(
+        len(which),
+        ask.rng,
+        scale=(0.9 - 0.15 * ask.level, 1),
+        turn=3 + 9 * ask.level,
+        shift=0.04 + 0.06 * ask.level,
+        shear=0.1 * ask.level,
+        stretch=0.1 * ask.level,
+    )
     return ink(press(stamps, which, x, y), ask.rng, ask.level)
 
 # %% ../../nbs/10_data/03_mini8.ipynb #ace28102
-FONTS = ('DejaVuSans', 'DejaVuSans-Bold', 'cmss10', 'DejaVuSerif', 'DejaVuSerif-Bold', 'DejaVuSans-Oblique', 'DejaVuSansMono-Bold',
-         'STIXGeneral')
+FONTS = (
+    'DejaVuSans',
+    'DejaVuSans-Bold',
+    'cmss10',
+    'DejaVuSerif',
+    'DejaVuSerif-Bold',
+    'DejaVuSans-Oblique',
+    'DejaVuSansMono-Bold',
+    'STIXGeneral',
+)
 
 # %% ../../nbs/10_data/03_mini8.ipynb #cc3a067d
 def capitals(
@@ -54,29 +73,38 @@ def capitals(
     "Printed capital letters in three (easy) or eight (hard) fonts."
     n = len(ask.labels)
     font = ask.rng.integers(3 if ask.level < .5 else len(FONTS), size=n)
-    x, y = grid(n, ask.rng, scale=(.95 - .15 * ask.level, 1.05), turn=3 + 7 * ask.level, shift=.04 + .05 * ask.level,
-                shear=.1 * ask.level)
+    x, y = grid(
+        n,
+        ask.rng,
+        scale=(0.95 - 0.15 * ask.level, 1.05),
+        turn=3 + 7 * ask.level,
+        shift=0.04 + 0.05 * ask.level,
+        shear=0.1 * ask.level,
+    )
     return ink(press(letters(FONTS), font * 26 + ask.labels, x, y), ask.rng, ask.level)
 
 # %% ../../nbs/10_data/03_mini8.ipynb #269fcb14
-def _polygon(k): return lambda x, y, r, t: r * np.cos(t % (2 * np.pi / k) - np.pi / k) < .8 * np.cos(np.pi / k)
+def _polygon(k):
+    return lambda x, y, r, t: r * np.cos(t % (2 * np.pi / k) - np.pi / k) < .8 * np.cos(np.pi / k)
 
 # %% ../../nbs/10_data/03_mini8.ipynb #9ebd965a
 SHAPES = {
-    'circle': lambda x, y, r, t: r < .75,
-    'ellipse': lambda x, y, r, t: (x / .75)**2 + (y / .4)**2 < 1,
+    'circle': lambda x, y, r, t: r < 0.75,
+    'ellipse': lambda x, y, r, t: (x / 0.75) ** 2 + (y / 0.4) ** 2 < 1,
     'triangle': _polygon(3),
     'square': _polygon(4),
     'pentagon': _polygon(5),
-    'rectangle': lambda x, y, r, t: (abs(x) < .8) & (abs(y) < .38),
-    'star': lambda x, y, r, t: r < .85 * (.42 + .58 * (2 * (t * 5 / (2 * np.pi) % 1) - 1)**2),
-    'cross': lambda x, y, r, t: (np.minimum(abs(x), abs(y)) < .22) & (np.maximum(abs(x), abs(y)) < .8),
-    'ring': lambda x, y, r, t: (r < .8) & (r > .48),
-    'crescent': lambda x, y, r, t: (r < .8) & (np.hypot(x - .35, y) > .62),
-    'heart': lambda x, y, r, t: (1.3 * x)**2 + (1.25 * y + .1 - .75 * np.sqrt(abs(1.3 * x)))**2 < .75,
-    'half disc': lambda x, y, r, t: (r < .8) & (y > -.05),
-    'arrow': lambda x, y, r, t: ((abs(y) < .16) & (x > -.8) & (x < .2)) | ((x >= .1) & (x + 1.2 * abs(y) < .85)),
-    'flower': lambda x, y, r, t: r < .55 + .28 * np.cos(6 * t),
+    'rectangle': lambda x, y, r, t: (abs(x) < 0.8) & (abs(y) < 0.38),
+    'star': lambda x, y, r, t: r < 0.85 * (0.42 + 0.58 * (2 * (t * 5 / (2 * np.pi) % 1) - 1) ** 2),
+    'cross': lambda x, y, r, t: (np.minimum(abs(x), abs(y)) < 0.22) & (np.maximum(abs(x), abs(y)) < 0.8),
+    'ring': lambda x, y, r, t: (r < 0.8) & (r > 0.48),
+    'crescent': lambda x, y, r, t: (r < 0.8) & (np.hypot(x - 0.35, y) > 0.62),
+    'heart': lambda x, y, r, t: (1.3 * x) ** 2 + (1.25 * y + 0.1 - 0.75 * np.sqrt(abs(1.3 * x))) ** 2 < 0.75,
+    'half disc': lambda x, y, r, t: (r < 0.8) & (y > -0.05),
+    'arrow': lambda x, y, r, t: (
+        ((abs(y) < 0.16) & (x > -0.8) & (x < 0.2)) | ((x >= 0.1) & (x + 1.2 * abs(y) < 0.85))
+    ),
+    'flower': lambda x, y, r, t: r < 0.55 + 0.28 * np.cos(6 * t),
 }
 
 # %% ../../nbs/10_data/03_mini8.ipynb #f272b7c5
@@ -86,24 +114,33 @@ def shapes(
     ask:Order,   # labels 0 to 13
 ) -> np.ndarray: # uint8, (N, 32, 32, 3)
     "Filled outlines."
-    x, y = grid(len(ask.labels), ask.rng, scale=(.8 - .25 * ask.level, .9), turn=5 + 20 * ask.level, shift=.05 + .1 * ask.level,
-                shear=.1 * ask.level, stretch=.1 * ask.level)
+    x, y = grid(
+        len(ask.labels),
+        ask.rng,
+        scale=(0.8 - 0.25 * ask.level, 0.9),
+        turn=5 + 20 * ask.level,
+        shift=0.05 + 0.1 * ask.level,
+        shear=0.1 * ask.level,
+        stretch=0.1 * ask.level,
+    )
     return ink(press(STAMPS, ask.labels, x, y), ask.rng, ask.level)
 
 # %% ../../nbs/10_data/03_mini8.ipynb #12e10674
 WAVES = {
     'horizontal stripes': lambda x, y: np.sin(y),
     'vertical stripes': lambda x, y: np.sin(x),
-    'diagonal stripes': lambda x, y: np.sin((x + y) * .71),
+    'diagonal stripes': lambda x, y: np.sin((x + y) * 0.71),
     'a checkerboard': lambda x, y: 3 * np.sin(x) * np.sin(y),
-    'a grid': lambda x, y: np.maximum(np.cos(x), np.cos(y)) - .75,
-    'polka dots': lambda x, y: np.cos(x) + np.cos(y) - .6,
-    'a brick wall': lambda x, y: np.maximum(np.cos(y), np.cos(x * .5 + np.floor(y / (2 * np.pi)) * np.pi)) - .85,
-    'waves': lambda x, y: np.sin(y + 1.6 * np.sin(x * .8)),
-    'zigzags': lambda x, y: np.sin(y + 2 * np.arcsin(np.sin(x * .7))),
+    'a grid': lambda x, y: np.maximum(np.cos(x), np.cos(y)) - 0.75,
+    'polka dots': lambda x, y: np.cos(x) + np.cos(y) - 0.6,
+    'a brick wall': lambda x, y: (
+        np.maximum(np.cos(y), np.cos(x * 0.5 + np.floor(y / (2 * np.pi)) * np.pi)) - 0.85
+    ),
+    'waves': lambda x, y: np.sin(y + 1.6 * np.sin(x * 0.8)),
+    'zigzags': lambda x, y: np.sin(y + 2 * np.arcsin(np.sin(x * 0.7))),
     'rings': lambda x, y: np.sin(np.hypot(x, y)),
     'rays': lambda x, y: np.sin(10 * np.arctan2(y, x)),
-    'a honeycomb': lambda x, y: np.cos(x) + np.cos(.5 * x + .866 * y) + np.cos(.5 * x - .866 * y) + .4,
+    'a honeycomb': lambda x, y: np.cos(x) + np.cos(0.5 * x + 0.866 * y) + np.cos(0.5 * x - 0.866 * y) + 0.4,
 }
 
 # %% ../../nbs/10_data/03_mini8.ipynb #c29f841d
@@ -131,7 +168,9 @@ def counting(
     for k in range(8):
         radius = rng.uniform(.13 - .01 * level, .13 + .03 * level, (n, 1, 1))
         row, column = np.divmod(cells[:, k], 5)
-        left, top = .38 * (np.stack([column, row]) - 2)[:, :, None, None] + rng.uniform(-.03, .03, (2, n, 1, 1))
+        left, top = 0.38 * (np.stack([column, row]) - 2)[:, :, None, None] + rng.uniform(
+            -0.03, 0.03, (2, n, 1, 1)
+        )
         dot = (16 * (radius - np.hypot(u[None, :] - left, u[:, None] - top)) + .5).clip(0, 1)
         mask = np.maximum(mask, dot * (k <= ask.labels)[:, None, None])
     return ink(mask.astype('f4'), rng, level)
@@ -155,7 +194,14 @@ def clocks(
 ) -> np.ndarray: # uint8, (N, 32, 32, 3)
     "Clocks that show a full hour."
     n, level, rng = len(ask.labels), ask.level, ask.rng
-    x, y = grid(n, rng, scale=(.9 - .2 * level, 1), turn=1 + 5 * level, shift=.03 + .08 * level, stretch=.05 * level)
+    x, y = grid(
+        n,
+        rng,
+        scale=(0.9 - 0.2 * level, 1),
+        turn=1 + 5 * level,
+        shift=0.03 + 0.08 * level,
+        stretch=0.05 * level,
+    )
     dial = (1 - 14 * np.abs(np.hypot(x, y) - .88)).clip(0, 1) * rng.integers(2, size=(n, 1, 1))
     hour, second = (ask.labels[:, None, None] + 1) * np.pi / 6, rng.uniform(0, 2 * np.pi, (n, 1, 1))
     mask = np.maximum(dial, hand(x, y, hour, .5, .11))
@@ -163,10 +209,22 @@ def clocks(
     return ink(mask.astype('f4'), rng, level)
 
 # %% ../../nbs/10_data/03_mini8.ipynb #131d8188
-COLOURS = { # hue, saturation, value
-    'red': (0, .9, .85), 'orange': (.075, .9, .95), 'yellow': (.155, .9, .95), 'lime': (.24, .85, .85), 'green': (.36, .85, .6),
-    'turquoise': (.47, .75, .8), 'blue': (.62, .9, .8), 'violet': (.75, .75, .75), 'pink': (.92, .45, .95),
-    'brown': (.07, .7, .42), 'grey': (0, 0, .5), 'white': (0, 0, .97), 'black': (0, 0, .06), 'sky blue': (.55, .45, .95)}
+COLOURS = {  # hue, saturation, value
+    'red': (0, 0.9, 0.85),
+    'orange': (0.075, 0.9, 0.95),
+    'yellow': (0.155, 0.9, 0.95),
+    'lime': (0.24, 0.85, 0.85),
+    'green': (0.36, 0.85, 0.6),
+    'turquoise': (0.47, 0.75, 0.8),
+    'blue': (0.62, 0.9, 0.8),
+    'violet': (0.75, 0.75, 0.75),
+    'pink': (0.92, 0.45, 0.95),
+    'brown': (0.07, 0.7, 0.42),
+    'grey': (0, 0, 0.5),
+    'white': (0, 0, 0.97),
+    'black': (0, 0, 0.06),
+    'sky blue': (0.55, 0.45, 0.95),
+}
 
 # %% ../../nbs/10_data/03_mini8.ipynb #c371d5e1
 def colours(
@@ -175,7 +233,11 @@ def colours(
     "Coloured shapes on a ground of another colour."
     n, level, rng, table = len(ask.labels), ask.level, ask.rng, np.array(list(COLOURS.values()))
     other = (ask.labels + rng.integers(1, len(table), n)) % len(table)
-    front = table[ask.labels] + rng.normal(0, 1, (n, 3)) * (.006 + .018 * level, .04 + .05 * level, .03 + .06 * level)
+    front = table[ask.labels] + rng.normal(0, 1, (n, 3)) * (
+        0.006 + 0.018 * level,
+        0.04 + 0.05 * level,
+        0.03 + 0.06 * level,
+    )
     back = table[other] + rng.normal(0, 1, (n, 3)) * (.02, .05, .05)
     front, back = [hsv(*c.T)[:, None, None] for c in (front, back)]
     x, y = grid(n, rng, scale=(.75 - .25 * level, .9), turn=180, shift=.05 + .15 * level)
@@ -193,19 +255,23 @@ def _blur(a, k=2):
 BANDS = {'pretraining': (0, 1, 2, 5, 6, 7), 'train': (0, 1, 2, 5, 6, 7), 'validation': (3, 8), 'test': (4, 9)}
 
 # %% ../../nbs/10_data/03_mini8.ipynb #03498d3e
-EFFECTS = { # a: crops in [0, 1], z: standard normal noise of the same shape
+EFFECTS = {  # a: crops in [0, 1], z: standard normal noise of the same shape
     'an untouched photograph': lambda a, z: a,
     'a blurred photograph': lambda a, z: _blur(a),
-    'a noisy photograph': lambda a, z: a + .18 * z,
-    'a pixelated photograph': lambda a, z: a.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4)).repeat(4, 1).repeat(4, 2),
+    'a noisy photograph': lambda a, z: a + 0.18 * z,
+    'a pixelated photograph': lambda a, z: (
+        a.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4)).repeat(4, 1).repeat(4, 2)
+    ),
     'a photographic negative': lambda a, z: 1 - a,
     'a grey photograph': lambda a, z: a.mean(-1, keepdims=True).repeat(3, -1),
     'a posterised photograph': lambda a, z: np.round(a),
-    'an embossed photograph': lambda a, z: .5 + 1.5 * (a - np.roll(a, (1, 1), (1, 2))).mean(-1, keepdims=True).repeat(3, -1),
-    'a faded photograph': lambda a, z: .55 + .25 * (a - .5),
-    'a photograph in stripes': lambda a, z: a * np.where(np.arange(SIDE) % 4 < 2, .4, 1)[:, None, None],
-    'a sepia photograph': lambda a, z: a.mean(-1, keepdims=True) * np.array([1.05, .85, .6]),
-    'a photograph in blue light': lambda a, z: a * np.array([.5, .7, 1.1]),
+    'an embossed photograph': lambda a, z: (
+        0.5 + 1.5 * (a - np.roll(a, (1, 1), (1, 2))).mean(-1, keepdims=True).repeat(3, -1)
+    ),
+    'a faded photograph': lambda a, z: 0.55 + 0.25 * (a - 0.5),
+    'a photograph in stripes': lambda a, z: a * np.where(np.arange(SIDE) % 4 < 2, 0.4, 1)[:, None, None],
+    'a sepia photograph': lambda a, z: a.mean(-1, keepdims=True) * np.array([1.05, 0.85, 0.6]),
+    'a photograph in blue light': lambda a, z: a * np.array([0.5, 0.7, 1.1]),
 }
 
 # %% ../../nbs/10_data/03_mini8.ipynb #489214dd
@@ -257,8 +323,10 @@ def load(
     level:float=None,    # 0 clean to 1 hard; default 0.6, for pretraining 0.3
 ) -> Images:             # images, labels and class names; of digits and photographs also the scan or photograph as `clusters`
     "Draw one split of one task; the first images are the same whatever `size`."
-    if task not in TASKS: raise FusionError(f'expected a task of mini8, got {task!r}; {nearest(str(task), TASKS)}')
-    if split not in SPLITS: raise FusionError(f'expected a split of mini8, got {split!r}; {nearest(str(split), SPLITS)}')
+    if task not in TASKS:
+        raise FusionError(f'expected a task of mini8, got {task!r}; {nearest(str(task), TASKS)}')
+    if split not in SPLITS:
+        raise FusionError(f'expected a split of mini8, got {split!r}; {nearest(str(split), SPLITS)}')
     size = SIZES[split] if size is None else size
     if size < 1: raise FusionError(f'expected a size of at least 1, got {size}')
     if level is None: level = .3 if split == 'pretraining' else .6

@@ -22,7 +22,8 @@ def text_key(
 ) -> str:     # what identifies it
     "What two copies of a text have in common: its plain letters and digits, in lower case."
     letters = re.sub(r'[\W_]', '', _SPELLINGS.sub(r'\1', text.lower()))
-    plain = letters.encode('ascii', 'ignore').decode()      # copies lose their accents in many ways: café, cafe, caf
+    # copies lose their accents in many ways: café, cafe, caf
+    plain = letters.encode('ascii', 'ignore').decode()
     return (plain if 2 * len(plain) > len(letters) else letters) or text.strip()
 
 # %% ../../nbs/10_data/01a_overlap.ipynb #a9fb532e
@@ -69,7 +70,8 @@ def _content(value):
 def _values(dataset, names, decoded):
     "The inputs of each row, as lists of values."
     if isinstance(dataset, Images): yield from ([image] for image in dataset.images)
-    elif decoded or not hasattr(dataset, 'with_format'): yield from ([row[k] for k in names] for row in (dataset[i] for i in range(len(dataset))))
+    elif decoded or not hasattr(dataset, 'with_format'):
+        yield from ([row[k] for k in names] for row in (dataset[i] for i in range(len(dataset))))
     else:
         for table in dataset.select_columns(names).with_format('arrow').iter(1000):
             yield from ([row[k] for k in names] for row in table.to_pylist())
@@ -87,7 +89,10 @@ def row_hashes(
     names = list(columns or input_columns(dataset))
     kept = _KEPT.setdefault(dataset, {}) if hasattr(dataset, '__weakref__') and type(dataset).__hash__ else {}
     if (key := (*names, decoded)) not in kept:
-        digests = (blake2b(b'\0'.join(map(_content, row)), digest_size=8).digest() for row in _values(dataset, names, decoded))
+        digests = (
+            blake2b(b'\0'.join(map(_content, row)), digest_size=8).digest()
+            for row in _values(dataset, names, decoded)
+        )
         kept[key] = np.frombuffer(b''.join(digests), np.uint64)
     return kept[key]
 

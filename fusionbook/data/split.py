@@ -12,10 +12,15 @@ from .datasets import opened, take
 # %% ../../nbs/10_data/01c_split.ipynb #9e8323c1
 def _size(n, fraction, size):
     "Rows of the validation part."
-    if (fraction is None) == (size is None): raise FusionError(f'expected one of `validation_fraction` and `validation_size`, got {fraction} and {size}')
-    if size is None and not (isinstance(fraction, float) and 0 < fraction < 1): raise FusionError(f'expected `validation_fraction` in (0, 1), got {fraction}')
+    if (fraction is None) == (size is None):
+        raise FusionError(
+            f'expected one of `validation_fraction` and `validation_size`, got {fraction} and {size}'
+        )
+    if size is None and not (isinstance(fraction, float) and 0 < fraction < 1):
+        raise FusionError(f'expected `validation_fraction` in (0, 1), got {fraction}')
     if size is None: return int(n * fraction)
-    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < n: raise FusionError(f'expected `validation_size` in 1..{n - 1}, got {size}')
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < n:
+        raise FusionError(f'expected `validation_size` in 1..{n - 1}, got {size}')
     return size
 
 # %% ../../nbs/10_data/01c_split.ipynb #91fd9573
@@ -28,7 +33,11 @@ def train_validation_split(
 ):                            # data set, or a pair of them
     "The training or the validation part of a data set, row for row as FusionBench cuts it."
     rows, parts = opened(source), ('train', 'val', 'all')
-    if return_split not in parts: raise FusionError(f'expected `return_split` as one of {", ".join(parts)}, got `{return_split}`; {nearest(str(return_split), parts)}')
+    if return_split not in parts:
+        raise FusionError(
+            f'expected `return_split` as one of {", ".join(parts)}, got `{return_split}`; '
+            f'{nearest(str(return_split), parts)}'
+        )
     import torch
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(random_seed or 0)).tolist()
     at = len(rows) - _size(len(rows), validation_fraction, validation_size)

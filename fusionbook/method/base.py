@@ -24,17 +24,20 @@ from ..core.state_dict import StateDict, meta, select
 from ..modelpool.base import BaseModelPool
 
 # %% ../../nbs/60_method/00_base.ipynb #d167b399
-USES = ('pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test', 'labels') # all that a method can see
+# all that a method can see
+USES = ('pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test', 'labels')
 
 # %% ../../nbs/60_method/00_base.ipynb #7fdb5a1e
 class _Facts:
     "What a method says of itself."
     uses = ('experts',)    # what it sees, from `USES`
-    config_names = ()      # files below `config/method/` that hold its defaults; the first is the name it is known by
+    # files below `config/method/` that hold its defaults; the first is the name it is known by
+    config_names = ()
     symmetric = True       # whether the order of the experts is irrelevant
     paper = None           # where it was published, such as arxiv:2306.01708 or doi:10.1000/182
     year = None            # of the publication, as in the first line of its docstring
-    tune = {}              # field -> values that a comparison tries on validation, such as 0.1:1.5:0.1 or mean,sum
+    # field -> values that a comparison tries on validation, such as 0.1:1.5:0.1 or mean,sum
+    tune = {}
 
 # %% ../../nbs/60_method/00_base.ipynb #dca1183a
 def paper_url(
@@ -48,19 +51,28 @@ def paper_url(
 class BaseAlgorithm(_Facts, BaseYAMLSerializable):
     "A fusion method. Define `direction(pool)` or `merge(pool)`, or `build(pool)` where the architecture changes."
     _program, _config_key = None, 'method'
-    adaptation = None      # what the last run learned, as JSON for the report: coefficients with their names, the curve of the objective
+    # what the last run learned, as JSON for the report: coefficients with their names, the curve of the
+    # objective
+    adaptation = None
     def __setattr__(self, key, value):
-        if key in getattr(self, '__dataclass_fields__', ()) or key in self._config_mapping: check_numbers(key, value)
+        if key in getattr(self, '__dataclass_fields__', ()) or key in self._config_mapping:
+            check_numbers(key, value)
         super().__setattr__(key, value)
     def __post_init__(self): check_fields(self)
     def on_run_start(self): "Called before `run`."
     def on_run_end(self): "Called after `run`, also when it failed."
-    direction = None       # direction(pool) -> v, lazy, where the merge is the base + `scaling_factor` · v; see `engine.direction_of`
-    build = None           # build(pool) -> a network of another architecture, saved with its recipe; see `check_build`
+    # direction(pool) -> v, lazy, where the merge is the base + `scaling_factor` · v; see
+    # `engine.direction_of`
+    direction = None
+    # build(pool) -> a network of another architecture, saved with its recipe; see `check_build`
+    build = None
     known_direction = None # v where it has been computed before; a sweep over `scaling_factor` lends it
     def merge(self, pool:BaseModelPool) -> StateDict:
         "The merged state dict, lazy."
-        if self.direction is None: raise NotImplementedError(f'{type(self).__name__} defines none of `direction`, `merge`, `build`, `run`')
+        if self.direction is None:
+            raise NotImplementedError(
+                f'{type(self).__name__} defines none of `direction`, `merge`, `build`, `run`'
+            )
         v = self.direction(pool) if self.known_direction is None else self.known_direction
         return step_along(pool.pretrained(), v, self.scaling_factor, getattr(self, 'device', 'cpu'))
     def run(self, modelpool:BaseModelPool):
@@ -74,14 +86,22 @@ def _is(*kinds): return lambda x: isinstance(x, kinds) and not isinstance(x, boo
 # %% ../../nbs/60_method/00_base.ipynb #b7ec5099
 def _texts(x, like): return all(isinstance(v, str) for v in x) and (len(x) > 0 or not like)
 
-_TYPES = {'float': ('a number', _is(Real)), 'int': ('a whole number', lambda x: _is(Real)(x) and (not math.isfinite(x) or x == int(x))),
-          'bool': ('true or false', lambda x: isinstance(x, bool)), 'str': ('text', _is(str, Path)), 'list': ('a list', _is(list, tuple)),
-          'dict': ('a mapping', _is(Mapping))}
+_TYPES = {
+    'float': ('a number', _is(Real)),
+    'int': ('a whole number', lambda x: _is(Real)(x) and (not math.isfinite(x) or x == int(x))),
+    'bool': ('true or false', lambda x: isinstance(x, bool)),
+    'str': ('text', _is(str, Path)),
+    'list': ('a list', _is(list, tuple)),
+    'dict': ('a mapping', _is(Mapping)),
+}
 
 # %% ../../nbs/60_method/00_base.ipynb #4654f5b7
 def _device(name):
     try: torch.device(name)
-    except RuntimeError: raise FusionError(f'expected `device` as a name such as cpu, cuda, cuda:1 or mps, got `{name}`') from None
+    except RuntimeError:
+        raise FusionError(
+            f'expected `device` as a name such as cpu, cuda, cuda:1 or mps, got `{name}`'
+        ) from None
 
 # %% ../../nbs/60_method/00_base.ipynb #eead58cb
 def check_fields(
@@ -89,12 +109,16 @@ def check_fields(
 ) -> None:  # raises `FusionError` naming the field
     "Refuse hyper-parameters of another type than their field's."
     for f in fields(method) if is_dataclass(method) else ():
-        value, (kind, *more) = getattr(method, f.name), (f.type.__name__ if isinstance(f.type, type) else str(f.type)).split(' | ')
+        value = getattr(method, f.name)
+        (kind, *more) = (f.type.__name__ if isinstance(f.type, type) else str(f.type)).split(' | ')
         if value is None and (f.default is None or 'None' in more): continue
         expected, right = _TYPES.get(kind, ('', lambda x: True))
         if not right(value): raise FusionError(f'expected `{f.name}` as {expected}, got {value!r:.60}')
         if kind == 'list' and isinstance(f.default, tuple) and not _texts(value, f.default):
-            raise FusionError(f'expected `{f.name}` as a list of texts{", at least one" * bool(f.default)}, got {value!r:.60}')
+            raise FusionError(
+                f'expected `{f.name}` as a list of texts{", at least one" * bool(f.default)}, got '
+                f'{value!r:.60}'
+            )
         if kind == 'int' and not isinstance(value, Integral): setattr(method, f.name, int(value))
         if f.name == 'device': _device(value)
 
@@ -105,7 +129,8 @@ def at_least(
 ) -> None:         # raises `FusionError` naming the field
     "Refuse hyper-parameters below their range."
     for name, low in least.items():
-        if not getattr(method, name) >= low: raise FusionError(f'expected `{name}` of at least {low}, got {getattr(method, name)}')
+        if not getattr(method, name) >= low:
+            raise FusionError(f'expected `{name}` of at least {low}, got {getattr(method, name)}')
 
 # %% ../../nbs/60_method/00_base.ipynb #ff37e071
 def as_pool(
@@ -128,7 +153,11 @@ class BaseModelFusionAlgorithm(BaseAlgorithm):
     "Deprecated name of `BaseAlgorithm`, kept so that older code runs."
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        warnings.warn('`BaseModelFusionAlgorithm` is the older name of `BaseAlgorithm`', DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            '`BaseModelFusionAlgorithm` is the older name of `BaseAlgorithm`',
+            DeprecationWarning,
+            stacklevel=2,
+        )
 
 # %% ../../nbs/60_method/00_base.ipynb #eb7b1c47
 def _notes(cls):
@@ -146,7 +175,8 @@ def method_yaml(
 ) -> str:     # text of its YAML file
     "The configuration file of a method: its docstring's first line, what it sees, its paper, defaults with their comments."
     from omegaconf import OmegaConf
-    module = published('fusionbook.method').get(cls.__name__)  # in a notebook `cls` lives in `__main__`; the file is about the exported class
+    # in a notebook `cls` lives in `__main__`; the file is about the exported class
+    module = published('fusionbook.method').get(cls.__name__)
     cls = getattr(import_module(module), cls.__name__) if module else cls
     notes = _notes(cls) if module else {}
     paper = [f'# paper: {cls.paper}, {cls.year}'] * (cls.paper is not None)
@@ -173,13 +203,19 @@ def expert_weights(
     equal:float=1.,               # each weight when `weights` is None
 ) -> list[float]:                 # T numbers
     "Check a list of weights and normalise it if asked."
-    if isinstance(weights, (str, Mapping)) or not isinstance(weights, (Sequence, type(None))) or not all(map(_is(Real), weights or ())):
+    if (
+        isinstance(weights, (str, Mapping))
+        or not isinstance(weights, (Sequence, type(None)))
+        or not all(map(_is(Real), weights or ()))
+    ):
         raise FusionError(f'expected `weights` as a list of numbers, one per expert, got {weights!r:.60}')
     w = [equal] * count if weights is None else [float(x) for x in weights]
-    if len(w) != count: raise FusionError(f'expected {count} weights, one per expert, got {len(w)}: {list(weights)}')
+    if len(w) != count:
+        raise FusionError(f'expected {count} weights, one per expert, got {len(w)}: {list(weights)}')
     if not all(map(math.isfinite, w)): raise FusionError(f'expected finite `weights`, got {w}')
     if not normalize: return w
-    if abs(sum(w)) < 1e-8: raise FusionError(f'expected weights that do not sum to zero when normalised, got {w}')
+    if abs(sum(w)) < 1e-8:
+        raise FusionError(f'expected weights that do not sum to zero when normalised, got {w}')
     return [x / sum(w) for x in w]
 
 # %% ../../nbs/60_method/00_base.ipynb #941d8383
@@ -203,4 +239,8 @@ def check_finite(
     for k, shape in sorted(seen):
         peers = [sd for sd, info in zip(known, infos) if k in info and info[k].shape == shape]
         for _ in pieces(k, None, peers): pass
-        if len(peers) == 1 and not is_finite(peers[0][k]): raise FusionError(f'expected finite numbers in every model, got NaN or infinity in tensor `{k}` of {peers[0].name}')
+        if len(peers) == 1 and not is_finite(peers[0][k]):
+            raise FusionError(
+                f'expected finite numbers in every model, got NaN or infinity in tensor `{k}` of '
+                f'{peers[0].name}'
+            )

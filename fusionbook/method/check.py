@@ -42,8 +42,12 @@ def toy_pool(
     "A small pool with every kind of tensor that merging meets."
     g = torch.Generator().manual_seed(seed)
     def model(step, base):
-        sd = {'embed': torch.randn(6, 4, generator=g), 'layer.weight': torch.randn(4, 4, generator=g), 'layer.bias': torch.randn(4, generator=g),
-              'norm': torch.randn(4, generator=g)}
+        sd = {
+            'embed': torch.randn(6, 4, generator=g),
+            'layer.weight': torch.randn(4, 4, generator=g),
+            'layer.bias': torch.randn(4, generator=g),
+            'norm': torch.randn(4, generator=g),
+        }
         sd = {k: v if base is None else base[k].float() + .1 * v for k, v in sd.items()}
         sd['norm'] = sd['norm'].bfloat16()
         return sd | {'steps': torch.tensor(step), 'head': sd['embed']}
@@ -63,12 +67,15 @@ class ToyTasks:
     def labels(self, task, dataset=None): return self._labels(self.inputs(task, dataset))
     def logits(self, task): return lambda model, x: model(x)
 
+# %% ../../nbs/60_method/01_check.ipynb #b67ce3de
 class ToyNet(nn.Module):
     "Inputs (n, 6) -> logits (n, 6) with the weights of `toy_pool`; the head is the embedding."
     def __init__(self, sd:StateDict=None):
         super().__init__()
         if sd is None: sd = toy_pool().load_model('_pretrained_')
-        self.embed, self.layer, self.norm = nn.Parameter(sd['embed'].clone()), nn.Linear(4, 4), nn.Parameter(sd['norm'].clone())
+        self.embed = nn.Parameter(sd['embed'].clone())
+        self.layer = nn.Linear(4, 4)
+        self.norm = nn.Parameter(sd['norm'].clone())
         self.layer.load_state_dict({k: sd[f'layer.{k}'] for k in ('weight', 'bias')})
         self.register_buffer('steps', sd['steps'].clone())
         self.head = self.embed
@@ -83,7 +90,10 @@ def toy_data_pool(
     "A small pool for methods that look at data."
     toys, g = toy_pool(count, seed), torch.Generator().manual_seed(seed + 1)
     nets = {n: ToyNet(toys.load_model(n)) for n in toys.all_model_names}
-    data = {k: {n: torch.randn(32, 6, generator=g) for n in toys.model_names} for k in ('train_datasets', 'val_datasets', 'test_datasets')}
+    data = {
+        k: {n: torch.randn(32, 6, generator=g) for n in toys.model_names}
+        for k in ('train_datasets', 'val_datasets', 'test_datasets')
+    }
     return ToyPool(nets, **data).attach(ToyTasks(data['test_datasets']))
 
 # %% ../../nbs/60_method/01_check.ipynb #4a97342a
@@ -91,14 +101,30 @@ def _tensors(model) -> dict[str, Tensor]:
     sd = model.state_dict() if hasattr(model, 'state_dict') else model
     return {k: sd[k].clone() for k in sd}
 
-def _close(a, b, tolerance=1e-6): return all(torch.allclose(a[k].double(), b[k].double(), rtol=2 ** -7 if a[k].dtype == torch.bfloat16 else tolerance, atol=tolerance) for k in a)
+def _close(a, b, tolerance=1e-6):
+    return all(
+        torch.allclose(
+            a[k].double(),
+            b[k].double(),
+            rtol=2**-7 if a[k].dtype == torch.bfloat16 else tolerance,
+            atol=tolerance,
+        )
+        for k in a
+    )
 
 # %% ../../nbs/60_method/01_check.ipynb #bec22d7d
 def _variants(pool):
     "The pool reversed, and the pool whose experts equal the base."
     base, names = pool._models.get('_pretrained_'), pool.model_names
-    data = dict(train_datasets=pool._train_datasets, val_datasets=pool._val_datasets, test_datasets=pool._test_datasets)
-    return [ToyPool(experts, base, **data).attach(pool.taskpool) for experts in ({n: pool._models[n] for n in names[::-1]}, dict.fromkeys(names, base))]
+    data = dict(
+        train_datasets=pool._train_datasets,
+        val_datasets=pool._val_datasets,
+        test_datasets=pool._test_datasets,
+    )
+    return [
+        ToyPool(experts, base, **data).attach(pool.taskpool)
+        for experts in ({n: pool._models[n] for n in names[::-1]}, dict.fromkeys(names, base))
+    ]
 
 # %% ../../nbs/60_method/01_check.ipynb #6e7952f6
 _N = r'[-+]?(?:\d+\.?\d*|\.\d+)'
@@ -135,7 +161,8 @@ def wrong_facts(
         return f'expected `tune` as a mapping of its fields, got a {type(cls.tune).__name__}'
     for name, grid in cls.tune.items():
         if name not in known: return f'expected `tune` of its fields, got `{name}`; {nearest(name, known)}'
-        if not _is_grid(grid): return f'expected values of `{name}` such as 0.1:1.5:0.1 or mean,sum, got {grid!r}'
+        if not _is_grid(grid):
+            return f'expected values of `{name}` such as 0.1:1.5:0.1 or mean,sum, got {grid!r}'
 
 def _facts_form(t): return wrong_facts(type(t.method))
 
@@ -164,7 +191,8 @@ def _form_kept(t):
 
 def _inputs_kept(t):
     for n, sd in t.before.items():
-        if not all(sd[k].equal(v) for k, v in _tensors(t.pool._models[n]).items()): return f'modified its input `{n}`'
+        if not all(sd[k].equal(v) for k, v in _tensors(t.pool._models[n]).items()):
+            return f'modified its input `{n}`'
 
 # %% ../../nbs/60_method/01_check.ipynb #e72ae99d
 def _same_bytes(a, b): return all(a[k].equal(b[k]) for k in a)
@@ -177,7 +205,8 @@ def _counters_kept(t):
 
 def _any_order(t):
     turned, _ = _variants(t.pool)
-    if t.method.symmetric and not _close(t.merged, t.run(turned)): return 'depends on the order of the experts'
+    if t.method.symmetric and not _close(t.merged, t.run(turned)):
+        return 'depends on the order of the experts'
 
 def _stays(t):
     _, same = _variants(t.pool)
@@ -190,9 +219,21 @@ def _any_pieces(t):
 
 def _survives_yaml(t):
     made = type(t.method)(**{k: v for k, v in t.method.config.items() if k != '_target_'})
-    if made.config != t.method.config: return f'does not survive its YAML: {made.config} for {t.method.config}'
+    if made.config != t.method.config:
+        return f'does not survive its YAML: {made.config} for {t.method.config}'
 
-_CHECKS = _facts_form, _uses_known, _uses_true, _form_kept, _inputs_kept, _repeatable, _counters_kept, _any_order, _any_pieces, _survives_yaml
+_CHECKS = (
+    _facts_form,
+    _uses_known,
+    _uses_true,
+    _form_kept,
+    _inputs_kept,
+    _repeatable,
+    _counters_kept,
+    _any_order,
+    _any_pieces,
+    _survives_yaml,
+)
 
 # %% ../../nbs/60_method/01_check.ipynb #3723e6af
 def check_method(
@@ -215,7 +256,8 @@ class _BuildTrial(_Trial):
         if isinstance(self.merged, nn.Module): self.answers = self.outputs(self.merged)
     def run(self, pool): return fuse(self.method, pool)
     def outputs(self, network):
-        with torch.no_grad(): return [x for x in tree_leaves(network.eval()(self.inputs)) if isinstance(x, Tensor)]
+        with torch.no_grad():
+            return [x for x in tree_leaves(network.eval()(self.inputs)) if isinstance(x, Tensor)]
     def agrees(self, network):
         "Whether a network has the same tensors and answers."
         own, other = self.merged.state_dict(), network.state_dict()
@@ -228,11 +270,17 @@ def _repeatable_build(t):
     if not t.agrees(t.run(t.pool)): return 'built two networks that differ from one input'
 
 def _memory_apart(t):
-    inputs = {v.data_ptr(): (n, k) for n in t.pool.all_model_names for k, v in _module_tensors(t.pool._models[n]).items()}
+    inputs = {
+        v.data_ptr(): (n, k)
+        for n in t.pool.all_model_names
+        for k, v in _module_tensors(t.pool._models[n]).items()
+    }
     for k, v in t.merged.state_dict().items():
-        if v.numel() and v.data_ptr() in inputs: return f'shares the memory of `{k}` with its input `{inputs[v.data_ptr()][0]}`'
+        if v.numel() and v.data_ptr() in inputs:
+            return f'shares the memory of `{k}` with its input `{inputs[v.data_ptr()][0]}`'
 
-def _module_tensors(model): return model.state_dict() if isinstance(model, nn.Module) else model if isinstance(model, Mapping) else {}
+def _module_tensors(model):
+    return model.state_dict() if isinstance(model, nn.Module) else model if isinstance(model, Mapping) else {}
 
 def _reopens(t):
     with tempfile.TemporaryDirectory() as folder:
@@ -240,7 +288,15 @@ def _reopens(t):
         except FusionError as e: return f'cannot be saved and opened: {e}'
         if not t.agrees(again): return 'answers otherwise after it was saved and opened'
 
-_BUILD_CHECKS = _uses_known, _uses_true, _inputs_kept, _memory_apart, _repeatable_build, _reopens, _survives_yaml
+_BUILD_CHECKS = (
+    _uses_known,
+    _uses_true,
+    _inputs_kept,
+    _memory_apart,
+    _repeatable_build,
+    _reopens,
+    _survives_yaml,
+)
 
 # %% ../../nbs/60_method/01_check.ipynb #95cd48ac
 def check_build(
@@ -251,7 +307,9 @@ def check_build(
     "The properties of every method that builds a network."
     if inputs is None: inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     trial, name = _BuildTrial(algorithm, pool or toy_data_pool(), inputs), type(algorithm).__name__
-    assert isinstance(trial.merged, nn.Module), f'{name} built a {type(trial.merged).__name__}, expected a network'
+    assert isinstance(trial.merged, nn.Module), (
+        f'{name} built a {type(trial.merged).__name__}, expected a network'
+    )
     faults = [wrong for check in _BUILD_CHECKS if (wrong := check(trial))]
     assert not faults, f'{name} ' + '; '.join(faults)
 

@@ -36,7 +36,10 @@ def family_methods(
     "The methods of a family."
     found = [getattr(import_module(module), name) for name, module in published(package).items()]
     methods = [c for c in found if isinstance(c, type) and issubclass(c, BaseAlgorithm) and c.config_names]
-    if not methods: raise FusionError(f'expected a family of methods, such as `fusionbook.method.average`, got `{package}`')
+    if not methods:
+        raise FusionError(
+            f'expected a family of methods, such as `fusionbook.method.average`, got `{package}`'
+        )
     return methods
 
 # %% ../../nbs/60_method/06_map.ipynb #ac3d9e30
@@ -60,7 +63,15 @@ def family_table(
     lines = []
     for cls in family_methods(package):
         name = cls.config_names[0]
-        lines.append([f'[{cls.__name__}]({root}/{_page(cls)})', f'`{name}`', _idea(cls), ', '.join(cls().uses), cls.year or ''])
+        lines.append(
+            [
+                f'[{cls.__name__}]({root}/{_page(cls)})',
+                f'`{name}`',
+                _idea(cls),
+                ', '.join(cls().uses),
+                cls.year or '',
+            ]
+        )
     return shown_table(['method', 'on the command line', 'idea', 'sees', 'year'], lines)
 
 # %% ../../nbs/60_method/06_map.ipynb #b4195ca9
@@ -97,4 +108,8 @@ def not_held(
     for report in map(Path, reports):
         failed = [c for c in _claims(report) if re.search(about, c[0]) and _failed(c[-1])]
         lines += [[f'[{report.stem}]({report.as_posix()})', *c] for c in failed]
-    return shown_table(['report', 'claim', 'left', 'right', 'held'], lines) if lines else Shown('Every claim of these reports held.')
+    return (
+        shown_table(['report', 'claim', 'left', 'right', 'held'], lines)
+        if lines
+        else Shown('Every claim of these reports held.')
+    )

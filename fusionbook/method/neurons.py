@@ -31,43 +31,67 @@ def spec_of(
     "The specification that a user or a pool gave."
     if isinstance(given, Spec): return given
     if given is None:
-        raise FusionError('expected a specification of who shares a permutation, got none; give `method.spec` (formulas, or the shape of an input '
-                          'of a network), a pool with `spec`, or networks with a task pool that knows their inputs')
+        raise FusionError(
+            'expected a specification of who shares a permutation, got none; give `method.spec` (formulas, '
+            'or the shape of an input '
+            'of a network), a pool with `spec`, or networks with a task pool that knows their inputs'
+        )
     parts = dict(given) if isinstance(given.get('axes'), Mapping) else {'axes': given}
     check_known(parts, ('axes', 'sizes', 'within'), 'a specification')
     for k, v in parts['axes'].items():
-        if not isinstance(v, (list, tuple)): raise FusionError(f'expected a list of formulas, one for each axis of `{k}`, got {v!r:.60}')
+        if not isinstance(v, (list, tuple)):
+            raise FusionError(f'expected a list of formulas, one for each axis of `{k}`, got {v!r:.60}')
     return make_spec({k: tuple(v) for k, v in parts.pop('axes').items()}, sd, **parts)
 
 # %% ../../nbs/60_method/05_neurons.ipynb #c2765be0
-def _is_shape(given): return isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0 and all(isinstance(n, int) and n > 0 for n in given)
+def _is_shape(given):
+    return (
+        isinstance(given, Sequence)
+        and not isinstance(given, str)
+        and len(given) > 0
+        and all(isinstance(n, int) and n > 0 for n in given)
+    )
 
 def _declared(net):
     "The example of a network of `transformers`, or None."
     config, kind = getattr(net, 'config', None), getattr(net, 'main_input_name', None)
     if kind == 'input_ids': return (), dict(net.dummy_inputs)
     sizes = getattr(config, 'num_channels', None), getattr(config, 'image_size', None)
-    return ((torch.zeros(1, sizes[0], sizes[1], sizes[1]),), {}) if all(isinstance(n, int) for n in sizes) else None
+    return (
+        ((torch.zeros(1, sizes[0], sizes[1], sizes[1]),), {})
+        if all(isinstance(n, int) for n in sizes)
+        else None
+    )
 
 def _asked(method, pool, net):
     "How a task's head calls the network on two inputs of the first kind that there is, or None."
     task, seen = pool.model_names[0], set(pool.seen)
     for kind in dict.fromkeys((method.data, *CALIBRATION_SPLITS[::-1])):
-        try: return recorded_call(net, pool.logits(task), next(iter(pool.batches(task, kind, batch_size=2, seed=method.seed))))
+        try:
+            return recorded_call(
+                net, pool.logits(task), next(iter(pool.batches(task, kind, batch_size=2, seed=method.seed)))
+            )
         except FusionError: pass
         finally: pool.seen.clear(), pool.seen.update(seen)
 
+# %% ../../nbs/60_method/05_neurons.ipynb #091a1458
 def _traced(method, pool, shape):
     "The specification of a network from a forward pass."
     net = pool.load_pretrained_or_first_model()
     if not isinstance(net, nn.Module): return spec_of(None, {})
-    args, kwargs = ((torch.zeros(tuple(shape)),), {}) if shape is not None else _asked(method, pool, net) or _declared(net) or ((), {})
+    args, kwargs = (
+        ((torch.zeros(tuple(shape)),), {})
+        if shape is not None
+        else _asked(method, pool, net) or _declared(net) or ((), {})
+    )
     if not (args or kwargs): return spec_of(None, {})
     try: return derive(net, *args, **kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError) as e:
         if isinstance(e, FusionError): raise
         sizes = ', '.join(str(tuple(t.shape)) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        raise FusionError(f'expected an input that {type(net).__name__} takes, got {sizes}: {str(e).splitlines()[0]}') from None
+        raise FusionError(
+            f'expected an input that {type(net).__name__} takes, got {sizes}: {str(e).splitlines()[0]}'
+        ) from None
 
 # %% ../../nbs/60_method/05_neurons.ipynb #c0573221
 def spec_for(
@@ -88,7 +112,11 @@ def anchor_of(
 ) -> int:                 # index of an expert
     "The model whose order of neurons the result has."
     if method.anchor is None: return len(pool) - 1
-    if method.anchor not in pool.model_names: raise FusionError(f'expected `anchor` as one of the experts, got `{method.anchor}`; {nearest(method.anchor, pool.model_names)}')
+    if method.anchor not in pool.model_names:
+        raise FusionError(
+            f'expected `anchor` as one of the experts, got `{method.anchor}`; '
+            f'{nearest(method.anchor, pool.model_names)}'
+        )
     return pool.model_names.index(method.anchor)
 
 # %% ../../nbs/60_method/05_neurons.ipynb #c42cee76
@@ -98,7 +126,10 @@ def calibration_batches(
 ) -> Iterator[Tensor]:    # (batch_size, …)
     "Batches of inputs of every task in turn, about `samples` in all."
     per_task = -(-method.samples // (method.batch_size * len(pool.model_names)))
-    for task in pool.model_names: yield from islice(pool.batches(task, method.data, batch_size=method.batch_size, seed=method.seed), per_task)
+    for task in pool.model_names:
+        yield from islice(
+            pool.batches(task, method.data, batch_size=method.batch_size, seed=method.seed), per_task
+        )
 
 # %% ../../nbs/60_method/05_neurons.ipynb #25f06ece
 def load_network(
@@ -107,7 +138,11 @@ def load_network(
 ) -> nn.Module:  # in evaluation mode
     "A model as a network whose activations can be recorded."
     net = pool.load_model(name)
-    if not isinstance(net, nn.Module): raise FusionError(f'expected `{name}` as a network to record activations, got a {type(net).__name__}; take costs from `weights`')
+    if not isinstance(net, nn.Module):
+        raise FusionError(
+            f'expected `{name}` as a network to record activations, got a {type(net).__name__}; take costs '
+            f'from `weights`'
+        )
     return net.eval()
 
 # %% ../../nbs/60_method/05_neurons.ipynb #ef203752
@@ -117,7 +152,8 @@ def moved_share(
     "The share of a model's members that do not stay in their places."
     total = moved = 0
     for m in maps.values():
-        if m.is_floating_point(): at, whole = (m - torch.eye(*m.shape[-2:], dtype=m.dtype)).abs().amax(-1) > 1e-6, m[..., 0]
+        if m.is_floating_point():
+            at, whole = (m - torch.eye(*m.shape[-2:], dtype=m.dtype)).abs().amax(-1) > 1e-6, m[..., 0]
         else: at, whole = m != torch.arange(m.shape[-1], device=m.device), m
         total, moved = total + whole.numel(), moved + int(at.sum())
     return moved / max(1, total)
@@ -135,8 +171,16 @@ def check_spec_field(
 ) -> None:  # raises `FusionError`
     "Refuse hyper-parameters of the wrong type, and a `spec` that is neither formulas nor a shape."
     check_fields(method)
-    if not (method.spec is None or isinstance(method.spec, (Spec, Mapping)) and method.spec or _is_shape(method.spec)):
-        raise FusionError(f'expected `spec` as formulas by tensor name, or as the shape of an input such as [1, 3, 32, 32], got {method.spec!r:.60}')
+    if not (
+        method.spec is None
+        or isinstance(method.spec, (Spec, Mapping))
+        and method.spec
+        or _is_shape(method.spec)
+    ):
+        raise FusionError(
+            f'expected `spec` as formulas by tensor name, or as the shape of an input such as [1, 3, 32, '
+            f'32], got {method.spec!r:.60}'
+        )
 
 def without_variances(
     sd:StateDict, # a merged model whose BatchNorm statistics will be measured
@@ -153,4 +197,8 @@ def measured_anew(
     merged,               # a network, or anything else
 ):                        # a network with BatchNorm with statistics of the inputs heard; anything else as it came
     "Running statistics that averaging or mixing features has left wrong, measured."
-    return reset_batchnorm(merged.eval(), calibration_batches(method, pool)) if isinstance(merged, nn.Module) and has_batchnorm(merged) else merged
+    return (
+        reset_batchnorm(merged.eval(), calibration_batches(method, pool))
+        if isinstance(merged, nn.Module) and has_batchnorm(merged)
+        else merged
+    )

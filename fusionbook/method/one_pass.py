@@ -35,7 +35,9 @@ def recorded_call(
 ) -> tuple[tuple, dict]: # arguments of the call, by place and by name
     "What a head asks of a network."
     call = []
-    def note(*args, **kwargs): call.append((args, kwargs)); raise _Asked
+    def note(*args, **kwargs):
+        call.append((args, kwargs))
+        raise _Asked
     try:
         with _forward(network, note): head(network, inputs)
     except _Asked: pass
@@ -46,7 +48,10 @@ def _kind(call):
     "Calls of one kind can be one call; None for a call that can not."
     args, kwargs = call
     tensors = [*args, *kwargs.values()]
-    if not tensors or any(not isinstance(t, Tensor) or t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors): return None
+    if not tensors or any(
+        not isinstance(t, Tensor) or t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors
+    ):
+        return None
     return len(args), tuple(kwargs), tuple((t.dtype, t.shape[1:]) for t in tensors)
 
 def _asked_once(network, calls):
@@ -55,7 +60,8 @@ def _asked_once(network, calls):
     kwargs = {k: torch.cat([kw[k] for _, kw in calls]) for k in calls[0][1]}
     sizes = [len(next(iter((*a, *kw.values())))) for a, kw in calls]
     def rows(at, t):
-        if t.ndim < 2 or t.shape[1] != sum(sizes): raise FusionError(f'expected one row for each of {sum(sizes)} inputs, got {tuple(t.shape[1:])}')
+        if t.ndim < 2 or t.shape[1] != sum(sizes):
+            raise FusionError(f'expected one row for each of {sum(sizes)} inputs, got {tuple(t.shape[1:])}')
         return t[0].split(sizes)[at]
     out = network(*args, **kwargs)
     try: return [map_outputs(partial(rows, at), [out]) for at in range(len(sizes))]
@@ -87,6 +93,9 @@ def passes(
     "Share tasks out to passes."
     part, total = {}, 0
     for t, x in inputs.items():
-        if part and total + len(x) > rows: yield part; part, total = {}, 0
-        part[t] = x; total += len(x)
+        if part and total + len(x) > rows:
+            yield part
+            part, total = {}, 0
+        part[t] = x
+        total += len(x)
     if part: yield part

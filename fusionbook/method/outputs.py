@@ -38,7 +38,10 @@ def maximum_of(
 # %% ../../nbs/60_method/03_outputs.ipynb #a6cab9f2
 def _shares(weights):
     "Weights as shares of one."
-    if min(weights) < 0 or sum(weights) <= 0: raise FusionError(f'expected weights of probabilities that are not negative and not all zero, got {list(weights)}')
+    if min(weights) < 0 or sum(weights) <= 0:
+        raise FusionError(
+            f'expected weights of probabilities that are not negative and not all zero, got {list(weights)}'
+        )
     return [w / sum(weights) for w in weights]
 
 # %% ../../nbs/60_method/03_outputs.ipynb #60aac5bf
@@ -48,7 +51,9 @@ def log_mean(
 ) -> Tensor:                 # logarithm of probabilities, (..., C)
     "The mean probability."
     wide = _work(logits)
-    return torch.logsumexp(F.log_softmax(wide, -1) + _column(_shares(weights), wide).log(), 0).to(logits.dtype)
+    return torch.logsumexp(F.log_softmax(wide, -1) + _column(_shares(weights), wide).log(), 0).to(
+        logits.dtype
+    )
 
 def log_geometric(
     logits:Tensor,           # z, (T, ..., C)
@@ -72,7 +77,8 @@ def _won(share, most):
     return share, (top - share.where(share < top, 0).amax(-1, keepdim=True)).clamp(max=most)
 
 # %% ../../nbs/60_method/03_outputs.ipynb #2b4aa1d7
-DRAW = 1e-6 # shares of the votes that differ by less are a draw: weights are decimals, and .1 + .2 is not quite .3
+# shares of the votes that differ by less are a draw: weights are decimals, and .1 + .2 is not quite .3
+DRAW = 1e-6
 
 def log_votes(
     logits:Tensor,           # z, (T, ..., C)
@@ -91,7 +97,10 @@ def _joined(f, tensors):
     facts = [(tuple(t.shape), str(t.dtype).removeprefix('torch.')) for t in tensors]
     if len(set(facts)) > 1:
         other = next(x for x in facts if x != facts[0])
-        raise FusionError(f'expected members whose outputs have the same shape and type, got {facts[0][0]} {facts[0][1]} and {other[0]} {other[1]}')
+        raise FusionError(
+            f'expected members whose outputs have the same shape and type, got {facts[0][0]} {facts[0][1]} '
+            f'and {other[0]} {other[1]}'
+        )
     if tensors[0].is_floating_point(): return f(torch.stack([t.to(tensors[0].device) for t in tensors]))
     if all(t.equal(tensors[0]) for t in tensors): return tensors[0]
     raise FusionError(f'expected outputs in floating point, got different values of type {facts[0][1]}')
@@ -100,7 +109,8 @@ def _parts(outputs):
     "The keys of a mapping, a dataclass or a sequence, and how it is made again; None for anything else."
     x = outputs[0]
     if isinstance(x, Mapping): return list(x), lambda v: type(x)(**v) if is_dataclass(x) else type(x)(v)
-    if isinstance(x, (list, tuple)): return range(len(x)), lambda v: type(x)(*v.values()) if hasattr(x, '_fields') else type(x)(v.values())
+    if isinstance(x, (list, tuple)):
+        return range(len(x)), lambda v: type(x)(*v.values()) if hasattr(x, '_fields') else type(x)(v.values())
 
 # %% ../../nbs/60_method/03_outputs.ipynb #4c51b16f
 def map_outputs(
@@ -109,33 +119,61 @@ def map_outputs(
 ):                    # the same form, combined
     "Apply `f` to every float tensor of several outputs."
     first, parts = outputs[0], _parts(outputs)
-    if {type(o) for o in outputs} != {type(first)} or parts and any(len(o) != len(first) or isinstance(o, Mapping) and list(o) != list(first) for o in outputs):
-        raise FusionError(f'expected members whose outputs have the same form, got {", ".join(sorted({type(o).__name__ for o in outputs}))} with other entries')
+    if (
+        {type(o) for o in outputs} != {type(first)}
+        or parts
+        and any(len(o) != len(first) or isinstance(o, Mapping) and list(o) != list(first) for o in outputs)
+    ):
+        raise FusionError(
+            f'expected members whose outputs have the same form, got '
+            f'{", ".join(sorted({type(o).__name__ for o in outputs}))} with other entries'
+        )
     if first is None: return None
     if isinstance(first, Tensor): return _joined(f, outputs)
-    if parts is None: raise FusionError(f'expected outputs of tensors, mappings, sequences and None, got {type(first).__name__}')
+    if parts is None:
+        raise FusionError(
+            f'expected outputs of tensors, mappings, sequences and None, got {type(first).__name__}'
+        )
     keys, made = parts
     return made({k: map_outputs(f, [o[k] for o in outputs]) for k in keys})
 
 # %% ../../nbs/60_method/03_outputs.ipynb #f73b81f5
 QUANTITIES = ('features', 'logits', 'probabilities')
-COMBINATIONS = dict(mean=(mean_of, log_mean), maximum=(maximum_of, log_maximum), geometric=(None, log_geometric), vote=(None, log_votes)) # of numbers, of probabilities
+# of numbers, of probabilities
+COMBINATIONS = dict(
+    mean=(mean_of, log_mean),
+    maximum=(maximum_of, log_maximum),
+    geometric=(None, log_geometric),
+    vote=(None, log_votes),
+)
 
 def check_rule(
     rule:str,     # a key of `COMBINATIONS`
     quantity:str, # one of `QUANTITIES`
 ) -> None:        # raises `FusionError`
     "Refuse a rule or a quantity that does not exist, or that do not go together."
-    if quantity not in QUANTITIES: raise FusionError(f'expected `quantity` as one of {", ".join(QUANTITIES)}, got `{quantity}`; {nearest(str(quantity), QUANTITIES)}')
-    if rule not in COMBINATIONS: raise FusionError(f'expected `rule` as one of {", ".join(COMBINATIONS)}, got `{rule}`; {nearest(str(rule), COMBINATIONS)}')
-    if quantity != 'probabilities' and COMBINATIONS[rule][0] is None: raise FusionError(f'expected `quantity` probabilities for the rule `{rule}`, got `{quantity}`')
+    if quantity not in QUANTITIES:
+        raise FusionError(
+            f'expected `quantity` as one of {", ".join(QUANTITIES)}, got `{quantity}`; '
+            f'{nearest(str(quantity), QUANTITIES)}'
+        )
+    if rule not in COMBINATIONS:
+        raise FusionError(
+            f'expected `rule` as one of {", ".join(COMBINATIONS)}, got `{rule}`; '
+            f'{nearest(str(rule), COMBINATIONS)}'
+        )
+    if quantity != 'probabilities' and COMBINATIONS[rule][0] is None:
+        raise FusionError(f'expected `quantity` probabilities for the rule `{rule}`, got `{quantity}`')
 
 # %% ../../nbs/60_method/03_outputs.ipynb #cad30f69
 def _logits(output):
     "The logits of a classifier's output."
     found = output.get('logits') if isinstance(output, Mapping) else output
     if isinstance(found, Tensor) and found.is_floating_point() and found.ndim > 1: return found
-    raise FusionError(f'expected members that return logits (n, C) or an output with `logits`, got {type(output).__name__}; `quantity: features` combines any output')
+    raise FusionError(
+        f'expected members that return logits (n, C) or an output with `logits`, got '
+        f'{type(output).__name__}; `quantity: features` combines any output'
+    )
 
 # %% ../../nbs/60_method/03_outputs.ipynb #3fd2c569
 def combine(
@@ -146,7 +184,10 @@ def combine(
 ):                           # features: the same form; logits: (n, C); probabilities: their logarithm, (n, C)
     "Combine what the members of an ensemble say."
     check_rule(rule, quantity)
-    if len(weights) != len(outputs): raise FusionError(f'expected {len(outputs)} weights, one per member, got {len(weights)}')
+    if len(weights) != len(outputs):
+        raise FusionError(f'expected {len(outputs)} weights, one per member, got {len(weights)}')
     numbers, probabilities = COMBINATIONS[rule]
     f = probabilities if quantity == 'probabilities' else numbers
-    return map_outputs(lambda x: f(x, weights), outputs if quantity == 'features' else [_logits(o) for o in outputs])
+    return map_outputs(
+        lambda x: f(x, weights), outputs if quantity == 'features' else [_logits(o) for o in outputs]
+    )

@@ -24,8 +24,10 @@ def _linear(module, x): return x.reshape(-1, x.shape[-1])
 # %% ../../nbs/60_method/02_statistics.ipynb #8ac1c0dd
 def _convolution(module, x):
     "Patches under the kernel, one a row: (positions, in kernel_h kernel_w)."
-    if module.groups != 1: raise FusionError(f'expected a convolution of one group, got {module.groups} groups')
-    if isinstance(module.padding, str): raise FusionError(f'expected padding as numbers, got `{module.padding}`')
+    if module.groups != 1:
+        raise FusionError(f'expected a convolution of one group, got {module.groups} groups')
+    if isinstance(module.padding, str):
+        raise FusionError(f'expected padding as numbers, got `{module.padding}`')
     patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
@@ -52,7 +54,11 @@ def matrix_modules(
     "The modules of a network with a matrix; embeddings, which look rows up, are none."
     found = {n: m for n, m in network.named_modules() if _reader(m)}
     chosen = {n: m for n, m in found.items() if any(fnmatchcase(n, p) for p in include)}
-    if not chosen: raise FusionError(f'expected modules with a matrix that match {", ".join(include)}, got none; {nearest(include[0], found)}')
+    if not chosen:
+        raise FusionError(
+            f'expected modules with a matrix that match {", ".join(include)}, got none; '
+            f'{nearest(include[0], found)}'
+        )
     return chosen
 
 # %% ../../nbs/60_method/02_statistics.ipynb #d3cd885c
@@ -122,9 +128,12 @@ def open_statistics(
 ) -> Checkpoint:   # lazy, read tensor by tensor; `provenance` holds what the file says
     "Statistics from a file, refused where they belong to something else."
     found = Checkpoint(path)
-    if 'statistics' not in found.metadata: raise FusionError(f'expected a file of statistics, got `{path}`, which is none')
+    if 'statistics' not in found.metadata:
+        raise FusionError(f'expected a file of statistics, got `{path}`, which is none')
     found.provenance = json.loads(found.metadata['statistics'])
     for key, value in expected.items():
         if found.provenance.get(key) != value:
-            raise FusionError(f'expected statistics with {key} `{value}`, got `{path}` with `{found.provenance.get(key)}`')
+            raise FusionError(
+                f'expected statistics with {key} `{value}`, got `{path}` with `{found.provenance.get(key)}`'
+            )
     return found

@@ -34,11 +34,17 @@ def magnitude_bound(
     "The magnitude-aware form: ½ Σ ln(…) + ln(m/δ) + 10."
     square = d.cpu().double().square()
     top = EPSILON ** 2 + (sigma ** 2 + b) * square.sum() / len(d)
-    return factor * (top.log() - (EPSILON ** 2 + sigma ** 2 * square).log()).sum().item() + math.log(m / DELTA) + 10
+    return (
+        factor * (top.log() - (EPSILON**2 + sigma**2 * square).log()).sum().item() + math.log(m / DELTA) + 10
+    )
 
 # %% ../../nbs/40_metrics/03b_bounds.ipynb #efd28c7e
 def _check(w, w0, m, **sigmas):
-    if w.shape != w0.shape or w.ndim != 1: raise FusionError(f'expected flat weights and initial weights of one length, got {tuple(w.shape)} and {tuple(w0.shape)}')
+    if w.shape != w0.shape or w.ndim != 1:
+        raise FusionError(
+            f'expected flat weights and initial weights of one length, got {tuple(w.shape)} and '
+            f'{tuple(w0.shape)}'
+        )
     if m < 1: raise FusionError(f'expected a training set of at least one example, got {m}')
     for name, s in sigmas.items():
         if not s > 0: raise FusionError(f'expected `{name}` above 0, got {s}')
@@ -54,9 +60,14 @@ def sharpness_measures(
     "The original's sharpness measures, given the two noise levels."
     _check(w, w0, m, sigma=sigma, sigma_mag=sigma_mag)
     a = math.log(2 * len(w) / DELTA)
-    return dict(sharpness_flatness=1 / sigma ** 2, sharpness_init=norm_bound(w - w0, sigma, m, a=a), sharpness_orig=norm_bound(w, sigma, m, a=a),
-                sharpness_mag_flat=1 / sigma_mag ** 2, sharpness_mag_init=magnitude_bound(w - w0, sigma_mag, m, b=4 * a),
-                sharpness_mag_orig=magnitude_bound(w, sigma_mag, m, b=4 * a))
+    return dict(
+        sharpness_flatness=1 / sigma**2,
+        sharpness_init=norm_bound(w - w0, sigma, m, a=a),
+        sharpness_orig=norm_bound(w, sigma, m, a=a),
+        sharpness_mag_flat=1 / sigma_mag**2,
+        sharpness_mag_init=magnitude_bound(w - w0, sigma_mag, m, b=4 * a),
+        sharpness_mag_orig=magnitude_bound(w, sigma_mag, m, b=4 * a),
+    )
 
 # %% ../../nbs/40_metrics/03b_bounds.ipynb #81b52dbe
 def pac_bayes_measures(
@@ -68,9 +79,14 @@ def pac_bayes_measures(
 ) -> dict[str, float]: # the six numbers under the original's names
     "The original's PAC-Bayes measures, given the two noise levels; note `flatness_init`, not `pac_bayes_init`."
     _check(w, w0, m, sigma=sigma, sigma_mag=sigma_mag)
-    return dict(pac_bayes_flatness=1 / sigma ** 2, flatness_init=norm_bound(w - w0, sigma, m, a=.5), flatness_orig=norm_bound(w, sigma, m, a=.5),
-                pac_bayes_mag_flat=1 / sigma_mag ** 2, flatness_mag_init=magnitude_bound(w - w0, sigma_mag, m, b=1.),
-                flatness_mag_orig=magnitude_bound(w, sigma_mag, m, b=1.))
+    return dict(
+        pac_bayes_flatness=1 / sigma**2,
+        flatness_init=norm_bound(w - w0, sigma, m, a=0.5),
+        flatness_orig=norm_bound(w, sigma, m, a=0.5),
+        pac_bayes_mag_flat=1 / sigma_mag**2,
+        flatness_mag_init=magnitude_bound(w - w0, sigma_mag, m, b=1.0),
+        flatness_mag_orig=magnitude_bound(w, sigma_mag, m, b=1.0),
+    )
 
 # %% ../../nbs/40_metrics/03b_bounds.ipynb #cb280176
 def dziugaite_measures(
@@ -83,7 +99,12 @@ def dziugaite_measures(
     "The PAC-Bayes measures as Dziugaite et al. (2020) define them."
     _check(w, w0, m, sigma=sigma, sigma_mag=sigma_mag)
     plain, mag = (math.log(DELTA / s) for s in (sigma, sigma_mag)) # turns ln(m/δ) into ln(m/σ)
-    raw = dict(flatness=1 / sigma ** 2, init=norm_bound(w - w0, sigma, m, a=.25) + plain, orig=norm_bound(w, sigma, m, a=.25) + plain,
-               mag_flat=1 / sigma_mag ** 2, mag_init=magnitude_bound(w - w0, sigma_mag, m, b=1., factor=.25) + mag,
-               mag_orig=magnitude_bound(w, sigma_mag, m, b=1., factor=.25) + mag)
+    raw = dict(
+        flatness=1 / sigma**2,
+        init=norm_bound(w - w0, sigma, m, a=0.25) + plain,
+        orig=norm_bound(w, sigma, m, a=0.25) + plain,
+        mag_flat=1 / sigma_mag**2,
+        mag_init=magnitude_bound(w - w0, sigma_mag, m, b=1.0, factor=0.25) + mag,
+        mag_orig=magnitude_bound(w, sigma_mag, m, b=1.0, factor=0.25) + mag,
+    )
     return {f'dziugaite_{k}': (v / m) ** .5 for k, v in raw.items()}

@@ -16,7 +16,8 @@ def wilson(
     z:float=1.96, # half-width in standard deviations; 1.96 covers 95 %
 ) -> tuple[float, float]: # (low, high), both in [0, 1]
     "Interval for a proportion (Wilson, 1927)."
-    if not 0 <= correct <= n or n < 1: raise FusionError(f'expected 0 <= correct <= n with n >= 1, got {correct} of {n}')
+    if not 0 <= correct <= n or n < 1:
+        raise FusionError(f'expected 0 <= correct <= n with n >= 1, got {correct} of {n}')
     p, w = correct / n, z * z / n
     centre, radius = p + w / 2, z * (p * (1 - p) / n + w / (4 * n)) ** .5
     low, high = (centre - radius) / (1 + w), (centre + radius) / (1 + w)
@@ -40,7 +41,8 @@ def effective_size(
     x = np.asarray(correct, np.float64)
     n = len(x)
     if clusters is None: return float(n)
-    if (got := np.shape(clusters)) != (n,): raise FusionError(f'expected a cluster for each of {n} answers, got {got}')
+    if (got := np.shape(clusters)) != (n,):
+        raise FusionError(f'expected a cluster for each of {n} answers, got {got}')
     at, m = _sizes(clusters)
     if len(m) == n: return float(n)
     if len(m) < FEW: return None
@@ -71,7 +73,9 @@ def summarise(
     "Accuracy, interval and mean loss of one task."
     correct, losses = np.asarray(correct, bool), np.asarray(losses, np.float64)
     if correct.shape != losses.shape or correct.ndim != 1 or not len(correct):
-        raise FusionError(f'expected two vectors of the same length >= 1, got shapes {correct.shape} and {losses.shape}')
+        raise FusionError(
+            f'expected two vectors of the same length >= 1, got shapes {correct.shape} and {losses.shape}'
+        )
     k, n, size = int(correct.sum()), len(correct), effective_size(correct, clusters)
     low, high = (None, None) if size is None else wilson(k / n * size, size)
     shared = {} if clusters is None else dict(clusters=len(np.unique(clusters)), effective=size)
@@ -83,5 +87,6 @@ def normalised(
     expert_accuracy:float, # of the task's own expert, in (0, 1]
 ) -> float:                # their ratio
     "Share of the expert's accuracy that a merged model keeps."
-    if not expert_accuracy > 0: raise FusionError(f'expected an expert accuracy above 0, got {expert_accuracy}')
+    if not expert_accuracy > 0:
+        raise FusionError(f'expected an expert accuracy above 0, got {expert_accuracy}')
     return accuracy / expert_accuracy

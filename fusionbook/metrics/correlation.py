@@ -24,10 +24,15 @@ def statistic(
     "One correlation coefficient."
     from scipy import stats
     if kind not in COEFFICIENTS: raise FusionError(f'expected one of {", ".join(COEFFICIENTS)}, got `{kind}`')
-    if len(x) != len(y) or len(x) < 2: raise FusionError(f'expected two series of the same length >= 2, got {len(x)} and {len(y)}')
+    if len(x) != len(y) or len(x) < 2:
+        raise FusionError(f'expected two series of the same length >= 2, got {len(x)} and {len(y)}')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', stats.ConstantInputWarning)
-        return float(getattr(stats, {'kendall': 'kendalltau', 'pearson': 'pearsonr', 'spearman': 'spearmanr'}[kind])(x, y).statistic)
+        return float(
+            getattr(stats, {'kendall': 'kendalltau', 'pearson': 'pearsonr', 'spearman': 'spearmanr'}[kind])(
+                x, y
+            ).statistic
+        )
 
 # %% ../../nbs/40_metrics/05_correlation_space.ipynb #9d256170
 def correlations(
@@ -71,7 +76,10 @@ def permutation_p(
     value = statistic(kind, x, y)
     orders, exact = _orders(len(x), draws, np.random.default_rng(seed))
     if math.isnan(value): return math.nan, exact
-    hits = (np.abs(_many(kind, np.broadcast_to(np.asarray(x, float), orders.shape), np.asarray(y)[orders])) >= abs(value) - 1e-9).sum()
+    hits = (
+        np.abs(_many(kind, np.broadcast_to(np.asarray(x, float), orders.shape), np.asarray(y)[orders]))
+        >= abs(value) - 1e-9
+    ).sum()
     return float(hits / len(orders) if exact else (hits + 1) / (len(orders) + 1)), exact
 
 # %% ../../nbs/40_metrics/05_correlation_space.ipynb #f2946f0c

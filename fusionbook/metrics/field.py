@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from ..core.errors import FusionError
 from .landscape import barrier, layer_distances
-from .prediction_space import brier_score, disagreement, expected_calibration_error, js_divergence, negative_log_likelihood
+from fusionbook.metrics.prediction_space import (
+    brier_score,
+    disagreement,
+    expected_calibration_error,
+    js_divergence,
+    negative_log_likelihood,
+)
 from .robustness import accuracy_under, fgsm, gradient_similarity, noisy, pgd
 from .similarity import linear_cka
 
@@ -24,8 +30,11 @@ def robustness(
     seed:int=0,          # of the noise and of PGD's start
 ) -> dict[str, float]:   # accuracies in [0, 1]
     "Accuracy under FGSM, PGD and Gaussian noise."
-    attacks = dict(fgsm_accuracy=lambda a, b, i: fgsm(net, a, b, epsilon=epsilon), pgd_accuracy=lambda a, b, i: pgd(net, a, b, epsilon=epsilon, steps=steps, seed=seed, first=i),
-                   noise_accuracy=noisy(std, seed))
+    attacks = dict(
+        fgsm_accuracy=lambda a, b, i: fgsm(net, a, b, epsilon=epsilon),
+        pgd_accuracy=lambda a, b, i: pgd(net, a, b, epsilon=epsilon, steps=steps, seed=seed, first=i),
+        noise_accuracy=noisy(std, seed),
+    )
     return {k: accuracy_under(f, net, x, y) for k, f in attacks.items()}
 
 # %% ../../nbs/40_metrics/09a_field.ipynb #71788bcb
@@ -48,7 +57,11 @@ def calibration(
 ) -> dict[str, float]:
     "Surprise, Brier score and calibration error."
     p, y = probabilities(net, x), y.cpu().numpy()
-    return dict(negative_log_likelihood=negative_log_likelihood(p, y), brier_score=brier_score(p, y), expected_calibration_error=expected_calibration_error(p, y))
+    return dict(
+        negative_log_likelihood=negative_log_likelihood(p, y),
+        brier_score=brier_score(p, y),
+        expected_calibration_error=expected_calibration_error(p, y),
+    )
 
 # %% ../../nbs/40_metrics/09a_field.ipynb #4469e1d3
 def last_features(
@@ -57,11 +70,14 @@ def last_features(
 ) -> Tensor:       # (n, d)
     "What the last linear layer reads."
     found, kept = [m for m in net.modules() if isinstance(m, nn.Linear)], []
-    if not found: raise FusionError(f'expected a network with a linear layer, got a {type(net).__name__} without one')
+    if not found:
+        raise FusionError(f'expected a network with a linear layer, got a {type(net).__name__} without one')
     hook, mode = found[-1].register_forward_pre_hook(lambda m, a: kept.append(a[0].detach())), net.training
     try:
         with torch.no_grad(): net.eval()(x)
-    finally: hook.remove(); net.train(mode)
+    finally:
+        hook.remove()
+        net.train(mode)
     return kept[-1].flatten(1)
 
 # %% ../../nbs/40_metrics/09a_field.ipynb #37dd0fc6
@@ -77,7 +93,9 @@ def loss_barrier(
         net.load_state_dict(dict(sd))
         return negative_log_likelihood(probabilities(net, x), y.cpu().numpy())
     try: return barrier(loss, own, between, points)['barrier']
-    finally: net.load_state_dict(own); net.train(mode)
+    finally:
+        net.load_state_dict(own)
+        net.train(mode)
 
 # %% ../../nbs/40_metrics/09a_field.ipynb #52e138df
 def beside_parent(
@@ -90,6 +108,12 @@ def beside_parent(
     x, y = test
     total = layer_distances(parent.state_dict(), net.state_dict())['total']
     p, q = probabilities(net, x), probabilities(parent, x)
-    return dict(gradient_cosine=gradient_similarity(net, parent, x[:gradients], y[:gradients])['cosine'], distance=total['relative'], weight_cosine=total['cosine'],
-                loss_barrier=loss_barrier(net, parent, *train), disagreement=disagreement(p, q), js_divergence=js_divergence(p, q),
-                feature_cka=linear_cka(last_features(net, x), last_features(parent, x)))
+    return dict(
+        gradient_cosine=gradient_similarity(net, parent, x[:gradients], y[:gradients])['cosine'],
+        distance=total['relative'],
+        weight_cosine=total['cosine'],
+        loss_barrier=loss_barrier(net, parent, *train),
+        disagreement=disagreement(p, q),
+        js_divergence=js_divergence(p, q),
+        feature_cka=linear_cka(last_features(net, x), last_features(parent, x)),
+    )

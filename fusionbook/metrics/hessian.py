@@ -15,7 +15,8 @@ from ..core.state_dict import generator
 from .objective import Objective, hessian_products
 
 # %% ../../nbs/40_metrics/03_hessian.ipynb #9bba7c8b
-def _random_batch(f, size, seed, name): return torch.randperm(len(f), generator=generator(seed, f'{name} batch'))[:size]
+def _random_batch(f, size, seed, name):
+    return torch.randperm(len(f), generator=generator(seed, f'{name} batch'))[:size]
 
 # %% ../../nbs/40_metrics/03_hessian.ipynb #f547372e
 def _settled(new, old, tolerance): return old is not None and abs(new - old) / (abs(old) + 1e-6) < tolerance
@@ -94,7 +95,9 @@ def row_batches(
     "Random disjoint batches of equal size."
     size = n // batches if batch_size is None else batch_size
     if batches < 1 or size < 1 or batches * size > n:
-        raise FusionError(f'expected at most {n} rows in batches of at least one, got {batches} batches of {size}')
+        raise FusionError(
+            f'expected at most {n} rows in batches of at least one, got {batches} batches of {size}'
+        )
     return torch.randperm(n, generator=generator(seed, 'rows'))[:batches * size].view(batches, size)
 
 # %% ../../nbs/40_metrics/03_hessian.ipynb #c968ca56
@@ -109,7 +112,8 @@ def _krylov(f, rows, start, steps, tolerance):
         value, old, v = values[-1].item(), value, vectors[:, -1].float().to(Q.device) @ Q
         rest = products[-1]
         for _ in range(2): rest = rest - (Q @ rest) @ Q   # twice is enough to stay orthogonal
-        if _settled(value, old, tolerance) or rest.norm() <= 1e-6 * products[-1].norm(): return v / v.norm(), True
+        if _settled(value, old, tolerance) or rest.norm() <= 1e-6 * products[-1].norm():
+            return v / v.norm(), True
         basis.append(rest / rest.norm())
     return v / v.norm(), False
 
@@ -123,7 +127,8 @@ def hessian_top_full(
     tolerance:float=1e-3,   # relative change at which the iteration stops
 ) -> Estimate:
     "Largest eigenvalue of the Hessian over K batches together, with a standard error."
-    before, rows = (f.forward, f.backward), row_batches(len(f), batches=batches, batch_size=batch_size, seed=seed)
+    before = (f.forward, f.backward)
+    rows = row_batches(len(f), batches=batches, batch_size=batch_size, seed=seed)
     start = torch.randn(len(f.w), generator=generator(seed, 'eigenvector'))
     v, settled = _krylov(f, rows.flatten(), start, iterations, tolerance)
     return estimate(hessian_products(f, v.expand(batches, -1), rows) @ v, f, before, settled)
@@ -137,8 +142,15 @@ def hessian_trace_full(
     seed:int=0,             # of the split and the signs
 ) -> Estimate:
     "Trace of the Hessian from K batches with their own signs, with a standard error (Hutchinson, 1989)."
-    before, rows, total = (f.forward, f.backward), row_batches(len(f), batches=batches, batch_size=batch_size, seed=seed), 0.
+    before = (f.forward, f.backward)
+    rows = row_batches(len(f), batches=batches, batch_size=batch_size, seed=seed)
+    total = 0.
     for p in range(probes):
-        Z = torch.stack([torch.randint(2, (len(f.w),), generator=generator(seed, f'signs {p} {k}')).float() * 2 - 1 for k in range(batches)]).to(f.w.device)
+        Z = torch.stack(
+            [
+                torch.randint(2, (len(f.w),), generator=generator(seed, f'signs {p} {k}')).float() * 2 - 1
+                for k in range(batches)
+            ]
+        ).to(f.w.device)
         total = total + (hessian_products(f, Z, rows) * Z).sum(1)
     return estimate(total / probes, f, before)

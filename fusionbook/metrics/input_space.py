@@ -68,12 +68,22 @@ def lipschitz_lower_bound(
     "The largest ‖f(v) - f(0)‖ over inputs of length one that R power iterations find."
     net, device = _still(model), next(model.parameters()).device
     zero = net(torch.zeros(1, *shape, device=device))[0].float()
-    V = torch.stack([torch.randn(shape, generator=generator(seed, f'start {r}')).reshape(-1) for r in range(restarts)]).to(device)
-    V, slope, best = V / V.norm(dim=1, keepdim=True), vmap(_climb(lambda v: net(v.view(1, *shape)), zero)), torch.zeros(restarts, device=device)
+    V = torch.stack(
+        [torch.randn(shape, generator=generator(seed, f'start {r}')).reshape(-1) for r in range(restarts)]
+    ).to(device)
+    V = V / V.norm(dim=1, keepdim=True)
+    slope = vmap(_climb(lambda v: net(v.view(1, *shape)), zero))
+    best = torch.zeros(restarts, device=device)
     for step in range(steps):
         grads, values = slope(V)
         before, best, length = best, torch.maximum(best, values.sqrt()), grads.norm(dim=1, keepdim=True)
         V = torch.where(length > 0, grads / length.clamp(min=1e-30), V)
         still = (best - before) <= tolerance * best
         if still.all(): break
-    return Gain(best.max().item(), best.std().item() if restarts > 1 else float('nan'), still.float().mean().item(), best.cpu(), restarts * (step + 1))
+    return Gain(
+        best.max().item(),
+        best.std().item() if restarts > 1 else float('nan'),
+        still.float().mean().item(),
+        best.cpu(),
+        restarts * (step + 1),
+    )

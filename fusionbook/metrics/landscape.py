@@ -36,7 +36,8 @@ def layer_distances(
         sums = torch.stack([(x - y) @ (x - y), x @ x, y @ y, x @ y]).cpu()
         found[name] = sums.tolist()
         total += sums
-    def of(d, x, y, xy): return dict(l2=d ** .5, relative=(d / x) ** .5 if x else math.nan, cosine=_cosine(xy, x, y))
+    def of(d, x, y, xy):
+        return dict(l2=d ** .5, relative=(d / x) ** .5 if x else math.nan, cosine=_cosine(xy, x, y))
     return {k: of(*v) for k, v in (found | {'total': total.tolist()}).items()}
 
 # %% ../../nbs/40_metrics/03f_landscape.ipynb #24cfa9e5
@@ -69,8 +70,16 @@ def barrier(
     if points < 3: raise FusionError(f'expected at least 3 points, both ends included, got {points}')
     line = [i / (points - 1) for i in range(points)]
     values = [float(measure(interpolated(a, b, t))) for t in line]
-    if not all(map(math.isfinite, values)): raise FusionError(f'expected finite numbers along the line, got {values[[*map(math.isfinite, values)].index(False)]}')
-    return dict(t=line, values=values, barrier=max(v - (1 - t) * values[0] - t * values[-1] for t, v in zip(line, values)))
+    if not all(map(math.isfinite, values)):
+        raise FusionError(
+            f'expected finite numbers along the line, got '
+            f'{values[[*map(math.isfinite, values)].index(False)]}'
+        )
+    return dict(
+        t=line,
+        values=values,
+        barrier=max(v - (1 - t) * values[0] - t * values[-1] for t, v in zip(line, values)),
+    )
 
 # %% ../../nbs/40_metrics/03f_landscape.ipynb #c937dc79
 def plane(
@@ -83,7 +92,8 @@ def plane(
         u, w = (z[name].double().flatten() - a[name].double().flatten() for z in (b, c))
         products += torch.stack([u @ u, u @ w, w @ w])
     uu, uw, ww = products.tolist()
-    if not uu or ww - uw ** 2 / uu <= 1e-12 * ww: raise FusionError('expected three networks that span a plane, got three on one line')
+    if not uu or ww - uw ** 2 / uu <= 1e-12 * ww:
+        raise FusionError('expected three networks that span a plane, got three on one line')
     width, height = uu ** .5, (ww - uw ** 2 / uu) ** .5
     def at(x, y):
         second = y / height
@@ -122,6 +132,8 @@ def plane_figure(
     ax.grid(False)
     for i, (name, (x, y)) in enumerate(zip(names, grid['places'].values())):
         ax.plot(x, y, theme['markers'][i], color=theme['colors'][1], ms=8, mec=theme['ink'])
-        ax.annotate(name, (x, y), (6, 6), textcoords='offset points', fontsize=theme['font'], color=theme['ink'])
+        ax.annotate(
+            name, (x, y), (6, 6), textcoords='offset points', fontsize=theme['font'], color=theme['ink']
+        )
     fig.colorbar(lines, ax=ax).set_label(label, fontsize=theme['font'], color=theme['ink'])
     return fig

@@ -28,7 +28,12 @@ def csv_rows(
     results:Mapping, # model -> space -> metric -> value
 ) -> list[tuple]:    # (model, space, metric, value)
     "One row per number, in order."
-    return [(m, s, k, v) for m, spaces in results.items() for s, metrics in spaces.items() for k, v in metrics.items()]
+    return [
+        (m, s, k, v)
+        for m, spaces in results.items()
+        for s, metrics in spaces.items()
+        for k, v in metrics.items()
+    ]
 
 # %% ../../nbs/40_metrics/09_measurements.ipynb #119c3ecf
 def csv_text(
@@ -41,7 +46,9 @@ def csv_text(
     writer.writerow(HEADER)
     for model, space, *rest in csv_rows(results):
         same_model = readable and model == last[0]
-        writer.writerow(['' if same_model else model, '' if same_model and space == last[1] else space, *rest])
+        writer.writerow(
+            ['' if same_model else model, '' if same_model and space == last[1] else space, *rest]
+        )
         last = model, space
     return lines.getvalue()
 
@@ -61,7 +68,8 @@ def read_csv(
 ) -> dict:         # model -> space -> metric -> float
     "Read the original's CSV, filling forward."
     with open(path, newline='') as f: header, *rows = csv.reader(f)
-    if header != HEADER: raise FusionError(f'expected the header {",".join(HEADER)}, got {",".join(header)} in `{path}`')
+    if header != HEADER:
+        raise FusionError(f'expected the header {",".join(HEADER)}, got {",".join(header)} in `{path}`')
     results, model, space = {}, '', ''
     for row in rows:
         if len(row) != 4: raise FusionError(f'expected four fields, got {row} in `{path}`')
@@ -70,8 +78,22 @@ def read_csv(
     return results
 
 # %% ../../nbs/40_metrics/09_measurements.ipynb #af2e2add
-COLUMNS = dict(model='string', seed='int64', space='string', metric='string', value='float64', error='float64', saturated='bool', n='int64',
-               forward='int64', backward='int64', seconds='float64', p='float64', low='float64', high='float64')
+COLUMNS = dict(
+    model='string',
+    seed='int64',
+    space='string',
+    metric='string',
+    value='float64',
+    error='float64',
+    saturated='bool',
+    n='int64',
+    forward='int64',
+    backward='int64',
+    seconds='float64',
+    p='float64',
+    low='float64',
+    high='float64',
+)
 
 # %% ../../nbs/40_metrics/09_measurements.ipynb #0064ed12
 def split_model(
@@ -90,8 +112,12 @@ def write_parquet(
     "Write the tidy table, atomically."
     import pyarrow as pa
     from pyarrow import parquet
-    if bad := {k for r in rows for k in r} - set(COLUMNS): raise FusionError(f'expected the columns {", ".join(COLUMNS)}, got `{sorted(bad)[0]}`')
-    schema = pa.schema([(k, getattr(pa, t if t != 'bool' else 'bool_')()) for k, t in COLUMNS.items()], metadata=dict(notes) or None)
+    if bad := {k for r in rows for k in r} - set(COLUMNS):
+        raise FusionError(f'expected the columns {", ".join(COLUMNS)}, got `{sorted(bad)[0]}`')
+    schema = pa.schema(
+        [(k, getattr(pa, t if t != 'bool' else 'bool_')()) for k, t in COLUMNS.items()],
+        metadata=dict(notes) or None,
+    )
     table = pa.Table.from_pylist([{k: r.get(k) for k in COLUMNS} for r in rows], schema)
     with atomic(path) as new: parquet.write_table(table, new)
     return Path(path)
@@ -115,10 +141,15 @@ def summary(
         kind, seed = split_model(model)
         if seed is None: continue
         values.setdefault(kind, {}).setdefault(metric, []).append(v)
-        if metric.endswith(('_init', '_orig')): values[kind].setdefault(f'bound_{metric}', []).append(math.sqrt(v / (2 * (m - 1))))
+        if metric.endswith(('_init', '_orig')):
+            values[kind].setdefault(f'bound_{metric}', []).append(math.sqrt(v / (2 * (m - 1))))
     return {k: {n: _mean(vs) for n, vs in metrics.items()} for k, metrics in values.items()}
 
 # %% ../../nbs/40_metrics/09_measurements.ipynb #98384e8e
 def _mean(vs):
     mean = sum(vs) / len(vs)
-    return mean, (sum((v - mean) ** 2 for v in vs) / (len(vs) - 1)) ** .5 if len(vs) > 1 else math.nan, len(vs)
+    return (
+        mean,
+        (sum((v - mean) ** 2 for v in vs) / (len(vs) - 1)) ** 0.5 if len(vs) > 1 else math.nan,
+        len(vs),
+    )

@@ -22,9 +22,11 @@ def flatten(
     "The parameters as one vector; buffers are no parameters."
     own = dict(model.named_parameters())
     sd = own if sd is None else sd
-    if lacks := [k for k in own if k not in sd]: raise FusionError(f'expected weights with the names of the network, got none for `{lacks[0]}`')
+    if lacks := [k for k in own if k not in sd]:
+        raise FusionError(f'expected weights with the names of the network, got none for `{lacks[0]}`')
     if bad := [k for k in own if sd[k].shape != own[k].shape]:
-        raise FusionError(f'expected `{bad[0]}` with shape {tuple(own[bad[0]].shape)}, got {tuple(sd[bad[0]].shape)}')
+        raise FusionError(f'expected `{bad[0]}` with shape {tuple(own[bad[0]].shape)}, got '
+                          f'{tuple(sd[bad[0]].shape)}')
     return torch.cat([sd[k].detach().float().reshape(-1) for k in own])
 
 # %% ../../nbs/40_metrics/02b_objective.ipynb #4ba8b1be
@@ -36,9 +38,15 @@ class Objective:
         y:Tensor,         # labels, (N,), int64
         together:int=8,   # weight vectors in one vectorised pass
     ):
-        if len(x) != len(y) or not len(y): raise FusionError(f'expected one label per input and at least one, got {len(x)} inputs and {len(y)} labels')
+        if len(x) != len(y) or not len(y):
+            raise FusionError(
+                f'expected one label per input and at least one, got {len(x)} inputs and {len(y)} labels'
+            )
         device = next(model.parameters()).device
-        self.model, self.x, self.y, self.together = deepcopy(model).eval().requires_grad_(False), x.to(device), y.to(device), together
+        self.model = deepcopy(model).eval().requires_grad_(False)
+        self.x = x.to(device)
+        self.y = y.to(device)
+        self.together = together
         self.shapes = {k: p.shape for k, p in self.model.named_parameters()}
         self.w, self.forward, self.backward = flatten(self.model), 0, 0
     def __len__(self): return len(self.y)
@@ -61,7 +69,11 @@ def _parts(self, W, rows):
     "Slices of vectors with their rows, `together` at a time."
     rows = torch.as_tensor(rows, device=self.y.device)
     for i in range(0, len(W), self.together):
-        yield W[i:i + self.together], (rows if rows.ndim == 1 else rows[i:i + self.together]), (None if rows.ndim == 1 else 0)
+        yield (
+            W[i : i + self.together],
+            (rows if rows.ndim == 1 else rows[i : i + self.together]),
+            (None if rows.ndim == 1 else 0),
+        )
 
 # %% ../../nbs/40_metrics/02b_objective.ipynb #f7e9af2c
 def losses(
@@ -72,7 +84,12 @@ def losses(
     "Loss of each weight vector; a forward pass."
     objective.forward += len(W) * rows.shape[-1]
     with torch.no_grad():
-        return torch.cat([vmap(lambda w, r: _loss(objective, w, r), (0, d), randomness='same')(w, r) for w, r, d in _parts(objective, W, rows)])
+        return torch.cat(
+            [
+                vmap(lambda w, r: _loss(objective, w, r), (0, d), randomness='same')(w, r)
+                for w, r, d in _parts(objective, W, rows)
+            ]
+        )
 
 # %% ../../nbs/40_metrics/02b_objective.ipynb #bdeb4a40
 def gradients(
@@ -98,5 +115,8 @@ def hessian_products(
     objective.forward += 2 * len(V) * rows.shape[-1]
     objective.backward += 2 * len(V) * rows.shape[-1]
     w = objective.w if w is None else w
-    def product(v, r): return jvp(lambda u: grad_and_value(lambda a: _loss(objective, a, r))(u)[0], (w,), (v,))[1]
-    return torch.cat([vmap(product, (0, d), randomness='same')(v, r) for v, r, d in _parts(objective, V, rows)])
+    def product(v, r):
+        return jvp(lambda u: grad_and_value(lambda a: _loss(objective, a, r))(u)[0], (w,), (v,))[1]
+    return torch.cat(
+        [vmap(product, (0, d), randomness='same')(v, r) for v, r, d in _parts(objective, V, rows)]
+    )

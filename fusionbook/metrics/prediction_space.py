@@ -17,17 +17,26 @@ def checked(
 ) -> np.ndarray:   # float64, (N, C); raises `FusionError` for rows that are no distributions
     "Probabilities as float64, refused where they are none."
     p = np.asarray(p.detach().cpu() if hasattr(p, 'detach') else p, np.float64)
-    if p.ndim != 2 or not len(p): raise FusionError(f'expected probabilities (N, C) with at least one row, got shape {p.shape}')
+    if p.ndim != 2 or not len(p):
+        raise FusionError(f'expected probabilities (N, C) with at least one row, got shape {p.shape}')
     if not (np.isfinite(p).all() and (p >= 0).all() and np.allclose(p.sum(1), 1, atol=1e-4)):
-        raise FusionError('expected rows of probabilities that sum to 1, got others; logits need a softmax first')
+        raise FusionError(
+            'expected rows of probabilities that sum to 1, got others; logits need a softmax first'
+        )
     if labels is not None and (len(labels) != len(p) or np.min(labels) < 0 or np.max(labels) >= p.shape[1]):
-        raise FusionError(f'expected {len(p)} labels in 0..{p.shape[1] - 1}, got {len(labels)} in {np.min(labels)}..{np.max(labels)}')
+        raise FusionError(
+            f'expected {len(p)} labels in 0..{p.shape[1] - 1}, got {len(labels)} in '
+            f'{np.min(labels)}..{np.max(labels)}'
+        )
     return p
 
 # %% ../../nbs/40_metrics/04_prediction_space.ipynb #a4af80ef
 def _pair(p, q):
     p, q = checked(p), checked(q)
-    if p.shape != q.shape: raise FusionError(f'expected two networks on the same examples and classes, got {p.shape} and {q.shape}')
+    if p.shape != q.shape:
+        raise FusionError(
+            f'expected two networks on the same examples and classes, got {p.shape} and {q.shape}'
+        )
     return p, q
 
 # %% ../../nbs/40_metrics/04_prediction_space.ipynb #0ad94b15
@@ -108,7 +117,11 @@ def reliability(
     at = np.clip(np.ceil(sure * bins - 1e-9).astype(int) - 1, 0, bins - 1)
     count = np.bincount(at, minlength=bins)
     with np.errstate(invalid='ignore'):
-        return dict(confidence=np.bincount(at, sure, bins) / count, accuracy=np.bincount(at, right, bins) / count, count=count)
+        return dict(
+            confidence=np.bincount(at, sure, bins) / count,
+            accuracy=np.bincount(at, right, bins) / count,
+            count=count,
+        )
 
 # %% ../../nbs/40_metrics/04_prediction_space.ipynb #921a64d9
 def expected_calibration_error(

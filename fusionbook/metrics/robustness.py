@@ -14,7 +14,8 @@ from ..core.state_dict import generator
 
 # %% ../../nbs/40_metrics/02d_robustness.ipynb #fd43d1ee
 def _check(x, y, **positive):
-    if len(x) != len(y) or not len(x): raise FusionError(f'expected one label per input and at least one, got {len(x)} and {len(y)}')
+    if len(x) != len(y) or not len(x):
+        raise FusionError(f'expected one label per input and at least one, got {len(x)} and {len(y)}')
     for name, value in positive.items():
         if not value > 0: raise FusionError(f'expected `{name}` above 0, got {value}')
 
@@ -58,7 +59,9 @@ def pgd(
     "Projected gradient descent from a random start (Madry et al., 2018)."
     _check(x, y, epsilon=epsilon, steps=steps)
     length = 2.5 * epsilon / steps if step is None else step
-    start = torch.stack([torch.rand(x.shape[1:], generator=generator(seed, f'pgd/{first + i}')) for i in range(len(x))]).to(x)
+    start = torch.stack(
+        [torch.rand(x.shape[1:], generator=generator(seed, f'pgd/{first + i}')) for i in range(len(x))]
+    ).to(x)
     z = (x + epsilon * (2 * start - 1)).clamp(low, high)
     for _ in range(steps):
         z = z + length * input_gradient(model, z, y).sign()
@@ -91,7 +94,9 @@ def noisy(
     "Gaussian noise, seeded by the place of each example in the data."
     if std < 0: raise FusionError(f'expected `std` of at least 0, got {std}')
     def changed(x, y, first):
-        return x + std * torch.stack([torch.randn(x.shape[1:], generator=generator(seed, f'noise/{first + i}')) for i in range(len(x))]).to(x)
+        return x + std * torch.stack(
+            [torch.randn(x.shape[1:], generator=generator(seed, f'noise/{first + i}')) for i in range(len(x))]
+        ).to(x)
     return changed
 
 # %% ../../nbs/40_metrics/02d_robustness.ipynb #b66aade8

@@ -24,7 +24,8 @@ def original_loss(
     "The original's training loss L: the sum of batch means over the number of examples."
     net, total = deepcopy(model).eval(), 0.
     with torch.no_grad():
-        for i in range(0, len(y), batch_size): total += F.cross_entropy(net(x[i:i + batch_size]).float(), y[i:i + batch_size]).item()
+        for i in range(0, len(y), batch_size):
+            total += F.cross_entropy(net(x[i:i + batch_size]).float(), y[i:i + batch_size]).item()
     return total / len(y)
 
 # %% ../../nbs/40_metrics/03c_sigma.ipynb #abd77ad9
@@ -55,7 +56,11 @@ def bisect(
         if abs(d - target) < slack or high - low < width: break
         if d > target: high = sigma
         else: low = sigma
-    return sigma, (low, high) != ends and (low == ends[0] or high == ends[1]) and abs(d - target) >= slack, step + 1
+    return (
+        sigma,
+        (low, high) != ends and (low == ends[0] or high == ends[1]) and abs(d - target) >= slack,
+        step + 1,
+    )
 
 # %% ../../nbs/40_metrics/03c_sigma.ipynb #285f5b18
 class _Shaken:
@@ -78,7 +83,8 @@ class _Shaken:
     def estimate(self, batches):
         "L̂: the mean over batches, divided by the batch size."
         self.net.eval()
-        with torch.no_grad(): return sum(self.loss()[0].item() for _ in range(batches)) / (self.size * batches)
+        with torch.no_grad():
+            return sum(self.loss()[0].item() for _ in range(batches)) / (self.size * batches)
 
 # %% ../../nbs/40_metrics/03c_sigma.ipynb #4ab18a06
 def _ascend(s, rate):
@@ -92,7 +98,11 @@ def _ascend(s, rate):
 def _project(s, sigma, magnitude, eps=1e-3):
     "Back into the ball, or the box."
     moves = [p.data - h for p, h in zip(s.params, s.home)]
-    if magnitude: moves = [torch.minimum(torch.maximum(m, -(h.abs() + eps) * sigma), (h.abs() + eps) * sigma) for m, h in zip(moves, s.home)]
+    if magnitude:
+        moves = [
+            torch.minimum(torch.maximum(m, -(h.abs() + eps) * sigma), (h.abs() + eps) * sigma)
+            for m, h in zip(moves, s.home)
+        ]
     else:
         length = sum(m.square().sum() for m in moves).sqrt()
         moves = [m * min(1., (sigma / length).item()) if length > 0 else m for m in moves]
@@ -115,12 +125,21 @@ def sharpness_sigma(
         found = []
         for _ in range(restarts):
             s.place(lambda c: (s.draw(torch.rand, c) - .5) * sigma)
-            for _ in range(ascent): _ascend(s, .01); _project(s, sigma, magnitude)
+            for _ in range(ascent):
+                _ascend(s, .01)
+                _project(s, sigma, magnitude)
             found.append(s.estimate(batches))
         return min(found)
     with torch.random.fork_rng(devices=[]): # dropout, where there is any
         torch.manual_seed(seed)
-        sigma, saturated, tried = bisect(lambda t: abs(loss - lowest(t)), low=0., high=2. if magnitude else 7., steps=searches, slack=1e-2, width=5e-3)
+        sigma, saturated, tried = bisect(
+            lambda t: abs(loss - lowest(t)),
+            low=0.0,
+            high=2.0 if magnitude else 7.0,
+            steps=searches,
+            slack=1e-2,
+            width=5e-3,
+        )
     return Sigma(sigma, None, saturated, tried, s.forward, s.backward)
 
 # %% ../../nbs/40_metrics/03c_sigma.ipynb #c349c2aa
@@ -139,9 +158,17 @@ def pac_bayes_sigma(
     def mean(sigma):
         found = []
         for _ in range(draws):
-            s.place(lambda c: s.draw(torch.randn, c) * ((sigma * c).square() + eps ** 2).sqrt() if magnitude else s.draw(torch.randn, c) * sigma)
+            s.place(
+                lambda c: (
+                    s.draw(torch.randn, c) * ((sigma * c).square() + eps**2).sqrt()
+                    if magnitude
+                    else s.draw(torch.randn, c) * sigma
+                )
+            )
             found.append(s.estimate(batches))
         return sum(found) / draws
     low, high = (.5, 4.) if magnitude else (0., .2)
-    sigma, saturated, tried = bisect(lambda t: abs(loss - mean(t)), low=low, high=high, steps=searches, slack=5e-3, width=1e-4)
+    sigma, saturated, tried = bisect(
+        lambda t: abs(loss - mean(t)), low=low, high=high, steps=searches, slack=5e-3, width=1e-4
+    )
     return Sigma(sigma, None, saturated, tried, s.forward, s.backward)

@@ -35,13 +35,23 @@ def solve(
 ) -> tuple[float, float, bool, int]: # σ, slope of ln(rise) in ln σ, saturated, evaluations
     "The noise level at which the mean rise reaches the target."
     t, tried = math.log(start), []
-    def h(t): tried.append(t); return _log_rise(rise(math.exp(t)), target)
-    a = b = t; ha = hb = h(t)
-    while ha > 0 and a > math.log(low): b, hb = a, ha; a = max(a - math.log(4), math.log(low)); ha = h(a)
-    while hb < 0 and b < math.log(high): a, ha = b, hb; b = min(b + math.log(4), math.log(high)); hb = h(b)
+    def h(t):
+        tried.append(t)
+        return _log_rise(rise(math.exp(t)), target)
+    a = b = t
+    ha = hb = h(t)
+    while ha > 0 and a > math.log(low):
+        b, hb = a, ha
+        a = max(a - math.log(4), math.log(low))
+        ha = h(a)
+    while hb < 0 and b < math.log(high):
+        a, ha = b, hb
+        b = min(b + math.log(4), math.log(high))
+        hb = h(b)
     if ha > 0 or hb < 0: return (low if ha > 0 else high), 2., True, len(tried)
     while b - a > tolerance and min(abs(ha), abs(hb)) > tolerance:
-        t = _inside(a, b, ha, hb); ht = h(t)
+        t = _inside(a, b, ha, hb)
+        ht = h(t)
         if ht > 0: b, hb = t, ht
         else: a, ha = t, ht
     return math.exp(a if abs(ha) < abs(hb) else b), max((hb - ha) / max(b - a, 1e-9), .1), False, len(tried)
@@ -63,7 +73,11 @@ def refine(
         if before and abs(t - before[0]) > .01: slope = max((now[1] - before[1]) / (t - before[0]), .1)
         t, before = t - max(min(now[1] / slope, 1), -1), now
         if abs(now[1]) < near: break
-    return math.exp(t), (parts.std() / len(parts) ** .5 / parts.mean() / slope).item() if len(parts) > 1 else None, look + 1
+    return (
+        math.exp(t),
+        (parts.std() / len(parts) ** 0.5 / parts.mean() / slope).item() if len(parts) > 1 else None,
+        look + 1,
+    )
 
 # %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #efca8069
 def _rows(n, parts, size, seed, name):
@@ -75,7 +89,8 @@ def _rows(n, parts, size, seed, name):
 def _scale(f, magnitude): return (f.w.square() + EPSILON ** 2).sqrt() if magnitude else torch.ones_like(f.w)
 
 # %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #b6107dcc
-def _noise(f, k, seed, scale): return torch.randn(len(f.w), generator=generator(seed, f'noise {k}')).to(f.w.device) * scale
+def _noise(f, k, seed, scale):
+    return torch.randn(len(f.w), generator=generator(seed, f'noise {k}')).to(f.w.device) * scale
 
 # %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #c9a91c17
 def mean_rises(
@@ -88,7 +103,9 @@ def mean_rises(
 ) -> Tensor:            # (K,)
     "Rise of the loss under a noise direction and its mirror image, for each part."
     scale, out, half = _scale(f, magnitude), [], max(1, f.together // 2)
-    for ks in torch.arange(len(rows)).split(half): # noise is drawn again at each σ: the same numbers, no memory
+    for ks in torch.arange(len(rows)).split(
+        half
+    ):  # noise is drawn again at each σ: the same numbers, no memory
         noise = sigma * torch.stack([_noise(f, k, seed, scale) for k in ks.tolist()])
         up, down = losses(f, torch.cat([f.w + noise, f.w - noise]), rows[ks].repeat(2, 1)).chunk(2)
         out.append((up + down) / 2)
@@ -99,7 +116,9 @@ def _search(f, rises, start, target, low, high):
     "Solve with the first rise, refine with the second, count both."
     f.forward = f.backward = 0
     few, many = rises
-    sigma, slope, saturated, tried = solve(few, start=min(max(start, low), high), target=target, low=low, high=high)
+    sigma, slope, saturated, tried = solve(
+        few, start=min(max(start, low), high), target=target, low=low, high=high
+    )
     error = None
     if not saturated:
         sigma, error, looks = refine(many, sigma, slope, target=target)
@@ -152,7 +171,12 @@ def worst_rises(
     D = torch.stack([_noise(f, f'{k // restarts} {k % restarts}', seed, scale) for k in range(len(rows))])
     D = _clip(sigma * D if magnitude else sigma * D / D.norm(dim=1, keepdim=True), sigma, scale, magnitude)
     for step in range(rows.shape[1]):
-        D = _clip(D + _uphill(gradients(f, f.w + D, rows[:, step])[0], sigma, scale, magnitude), sigma, scale, magnitude)
+        D = _clip(
+            D + _uphill(gradients(f, f.w + D, rows[:, step])[0], sigma, scale, magnitude),
+            sigma,
+            scale,
+            magnitude,
+        )
     return losses(f, f.w + D, measure).view(K, restarts).amax(1) - still
 
 # %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #94ff8301
@@ -170,7 +194,9 @@ def sharpness_worst(
         climb = _rows(len(f), k * ascent, n, seed, 'rows to climb on').view(k, ascent, n)
         own = _rows(len(f), k, N, seed, 'rows to measure on')
         still = torch.cat([losses(f, f.w[None], r) for r in own])
-        return lambda s: worst_rises(f, s, climb, own, still, magnitude=magnitude, restarts=restarts, seed=seed)
+        return lambda s: worst_rises(
+            f, s, climb, own, still, magnitude=magnitude, restarts=restarts, seed=seed
+        )
     start = .03 if magnitude else .03 * f.w.norm().item()
     return _search(f, map(rises, parts, rows, measure), start, target, low, high)
 
@@ -187,5 +213,12 @@ def with_errors(
     above = measures(plain.sigma * math.exp(step), mag.sigma * math.exp(step), *place)
     def one(k, v):
         s = mag if '_mag_' in k else plain
-        return Estimate(v, math.nan if s.error is None else abs(above[k] - v) / step * s.error, s.evaluations, s.forward, s.backward, not s.saturated)
+        return Estimate(
+            v,
+            math.nan if s.error is None else abs(above[k] - v) / step * s.error,
+            s.evaluations,
+            s.forward,
+            s.backward,
+            not s.saturated,
+        )
     return {f'{k}_{ending}': one(k, v) for k, v in value.items()}

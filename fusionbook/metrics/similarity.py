@@ -15,14 +15,19 @@ def _centred(x):
     "Activations as float64 (N, d) with mean zero; convolutional ones (N, C, H, W) as (N H W, C)."
     x = np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x, np.float64)
     if x.ndim == 4: x = np.moveaxis(x, 1, -1).reshape(-1, x.shape[1])
-    if x.ndim != 2 or len(x) < 2: raise FusionError(f'expected activations (N, d) or (N, C, H, W) of at least two examples, got shape {x.shape}')
+    if x.ndim != 2 or len(x) < 2:
+        raise FusionError(
+            f'expected activations (N, d) or (N, C, H, W) of at least two examples, got shape {x.shape}'
+        )
     if not np.isfinite(x).all(): raise FusionError('expected finite activations, got NaN or infinity')
     return x - x.mean(0)
 
 def _both(x, y):
     x, y = _centred(x), _centred(y)
-    if len(x) != len(y): raise FusionError(f'expected activations on the same inputs, got {len(x)} and {len(y)} rows')
-    if not (np.any(x) and np.any(y)): raise FusionError('expected activations that vary over the inputs, got a layer that is constant')
+    if len(x) != len(y):
+        raise FusionError(f'expected activations on the same inputs, got {len(x)} and {len(y)} rows')
+    if not (np.any(x) and np.any(y)):
+        raise FusionError('expected activations that vary over the inputs, got a layer that is constant')
     return x, y
 
 # %% ../../nbs/40_metrics/06_similarity.ipynb #4112c807
@@ -38,12 +43,17 @@ def linear_cka(
 def _hsic(k, l):
     "Unbiased estimate from two kernels (N, N)."
     n, k, l = len(k), k - np.diag(np.diag(k)), l - np.diag(np.diag(l))
-    return (np.sum(k * l) + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * k.sum(0) @ l.sum(0) / (n - 2)) / (n * (n - 3))
+    return (np.sum(k * l) + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * k.sum(0) @ l.sum(0) / (n - 2)) / (
+        n * (n - 3)
+    )
 
 def _aligned(k, l):
     if len(k) < 4: raise FusionError(f'expected at least 4 examples for the unbiased form, got {len(k)}')
     scale = _hsic(k, k) * _hsic(l, l)
-    if not scale > 0: raise FusionError('expected activations with enough variation for the unbiased form, got too few different rows')
+    if not scale > 0:
+        raise FusionError(
+            'expected activations with enough variation for the unbiased form, got too few different rows'
+        )
     return float(_hsic(k, l) / scale ** .5)
 
 # %% ../../nbs/40_metrics/06_similarity.ipynb #2a28d458
@@ -118,7 +128,9 @@ def matching_correlation(
 ) -> float: # in [-1, 1]
     "Mean correlation of neurons in the best one-to-one matching (Li et al., 2016)."
     from scipy.optimize import linear_sum_assignment
-    def unit(z): n = np.linalg.norm(z, axis=0); return z / np.where(n > 0, n, 1)
+    def unit(z):
+        n = np.linalg.norm(z, axis=0)
+        return z / np.where(n > 0, n, 1)
     x, y = _both(x, y)
     correlation = unit(x).T @ unit(y)
     return float(correlation[linear_sum_assignment(correlation, maximize=True)].mean())

@@ -33,7 +33,8 @@ def lanczos(
     steps:int,                          # m, products; fewer are used where the space is exhausted
 ) -> tuple[Tensor, Tensor]:             # eigenvalues (k,), rising, and their weights (k,), which sum to 1; float64, k <= m
     "Eigenvalues and weights of the tridiagonal matrix (Lanczos, 1950)."
-    if steps < 1 or not start.norm() > 0: raise FusionError(f'expected at least one step and a start that is not zero, got {steps} steps')
+    if steps < 1 or not start.norm() > 0:
+        raise FusionError(f'expected at least one step and a start that is not zero, got {steps} steps')
     alpha, beta = _coefficients(product, [start / start.norm()], min(steps, len(start)))
     matrix = torch.diag(torch.tensor(alpha, dtype=torch.float64))
     for i, b in enumerate(beta): matrix[i, i + 1] = matrix[i + 1, i] = b
@@ -51,12 +52,23 @@ def spectrum(
 ) -> dict: # top, bottom: extreme eigenvalues; trace, trace_error: mean and standard error; values, weights: (starts, k) lists; products
     "Ends, trace and quadrature of the spectrum of a symmetric operator."
     if starts < 2: raise FusionError(f'expected at least 2 starts, since one has no error bar, got {starts}')
-    def signs(i): return torch.randint(0, 2, (size,), generator=generator(seed, f'lanczos/{i}')).to(device, torch.float32) * 2 - 1
+    def signs(i):
+        return (
+            torch.randint(0, 2, (size,), generator=generator(seed, f'lanczos/{i}')).to(device, torch.float32)
+            * 2
+            - 1
+        )
     found = [lanczos(product, signs(i), steps) for i in range(starts)]
     traces = torch.stack([size * (w * x).sum() for x, w in found])
-    return dict(top=max(x[-1].item() for x, _ in found), bottom=min(x[0].item() for x, _ in found), trace=traces.mean().item(),
-                trace_error=(traces.std() / starts ** .5).item(), values=[x for x, _ in found], weights=[w for _, w in found],
-                products=sum(len(x) for x, _ in found))
+    return dict(
+        top=max(x[-1].item() for x, _ in found),
+        bottom=min(x[0].item() for x, _ in found),
+        trace=traces.mean().item(),
+        trace_error=(traces.std() / starts**0.5).item(),
+        values=[x for x, _ in found],
+        weights=[w for _, w in found],
+        products=sum(len(x) for x, _ in found),
+    )
 
 # %% ../../nbs/40_metrics/03e_spectrum.ipynb #f4896cfc
 def density(
@@ -68,5 +80,8 @@ def density(
     low, high = found['bottom'], found['top']
     sigma = width * (high - low) or 1e-12
     x = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64)
-    each = [(w * torch.exp(-(x[:, None] - v) ** 2 / (2 * sigma ** 2))).sum(1) for v, w in zip(found['values'], found['weights'])]
+    each = [
+        (w * torch.exp(-((x[:, None] - v) ** 2) / (2 * sigma**2))).sum(1)
+        for v, w in zip(found['values'], found['weights'])
+    ]
     return x.tolist(), (torch.stack(each).mean(0) / (sigma * (2 * torch.pi) ** .5)).tolist()

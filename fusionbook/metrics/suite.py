@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from ..core.errors import FusionError, nearest
 from .bounds import pac_bayes_measures, sharpness_measures
 from .field import beside_parent, calibration, robustness
-from .hessian import hessian_top_eigenvalue, hessian_top_full, hessian_trace, hessian_trace_full, row_batches
+from fusionbook.metrics.hessian import (
+    hessian_top_eigenvalue,
+    hessian_top_full,
+    hessian_trace,
+    hessian_trace_full,
+    row_batches,
+)
 from .input_space import lipschitz_constant, lipschitz_lower_bound
 from .objective import Objective, flatten
 from .sigma import original_loss, pac_bayes_sigma, sharpness_sigma
@@ -23,20 +29,58 @@ from .sigma_ce import pac_bayes_ce, sharpness_worst, with_errors
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #e40d3bb4
 _SHARP = [f'sharpness_{k}' for k in ('flatness', 'init', 'orig', 'mag_flat', 'mag_init', 'mag_orig')]
-_PAC = ['pac_bayes_flatness', 'flatness_init', 'flatness_orig', 'pac_bayes_mag_flat', 'flatness_mag_init', 'flatness_mag_orig']
+_PAC = [
+    'pac_bayes_flatness',
+    'flatness_init',
+    'flatness_orig',
+    'pac_bayes_mag_flat',
+    'flatness_mag_init',
+    'flatness_mag_orig',
+]
 _INPUT, _PARAM, _PRED = 'input_space', 'parameter_space', 'prediction_space'
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #1acfd7f4
-ORIGINAL = {'lipschitz_constant': (_INPUT, 'lipschitz_constant'), 'hessian_top_eigenvalue': (_PARAM, 'hessian_top_eigenvalue'),
-            'hessian_trace': (_PARAM, 'hessian_trace')} | {k: (_PARAM, 'sharpness') for k in _SHARP} | {k: (_PARAM, 'pac_bayes') for k in _PAC} | {
-            'accuracy': (_PRED, 'accuracy'), 'generalisation_gap': (_PRED, 'generalisation_gap')} # name -> space, group
-CORRECTED = {'lipschitz_lower_bound': (_INPUT, 'lipschitz_lower_bound'), 'hessian_top_full': (_PARAM, 'hessian_top_full'),
-             'hessian_trace_full': (_PARAM, 'hessian_trace_full')} | {f'{k}_worst': (_PARAM, 'sharpness_worst') for k in _SHARP} | {
-             f'{k}_ce': (_PARAM, 'pac_bayes_ce') for k in _PAC} | {'accuracy_drop': (_PRED, 'accuracy_drop')}
-_BESIDE = dict(gradient_cosine=_INPUT, distance=_PARAM, weight_cosine=_PARAM, loss_barrier=_PARAM, disagreement=_PRED, js_divergence=_PRED, feature_cka=_PRED)
-FIELD = {f'{k}_accuracy': (_INPUT, 'robustness') for k in ('fgsm', 'pgd', 'noise')} | {
-         k: (_PRED, 'calibration') for k in ('negative_log_likelihood', 'brier_score', 'expected_calibration_error')} | {
-         f'{k}_parent_{i}': (space, f'beside_parent_{i}') for i in (1, 2) for k, space in _BESIDE.items()}
+ORIGINAL = (
+    {
+        'lipschitz_constant': (_INPUT, 'lipschitz_constant'),
+        'hessian_top_eigenvalue': (_PARAM, 'hessian_top_eigenvalue'),
+        'hessian_trace': (_PARAM, 'hessian_trace'),
+    }
+    | {k: (_PARAM, 'sharpness') for k in _SHARP}
+    | {k: (_PARAM, 'pac_bayes') for k in _PAC}
+    | {
+        # name -> space, group
+        'accuracy': (_PRED, 'accuracy'),
+        'generalisation_gap': (_PRED, 'generalisation_gap'),
+    }
+)
+CORRECTED = (
+    {
+        'lipschitz_lower_bound': (_INPUT, 'lipschitz_lower_bound'),
+        'hessian_top_full': (_PARAM, 'hessian_top_full'),
+        'hessian_trace_full': (_PARAM, 'hessian_trace_full'),
+    }
+    | {f'{k}_worst': (_PARAM, 'sharpness_worst') for k in _SHARP}
+    | {f'{k}_ce': (_PARAM, 'pac_bayes_ce') for k in _PAC}
+    | {'accuracy_drop': (_PRED, 'accuracy_drop')}
+)
+_BESIDE = dict(
+    gradient_cosine=_INPUT,
+    distance=_PARAM,
+    weight_cosine=_PARAM,
+    loss_barrier=_PARAM,
+    disagreement=_PRED,
+    js_divergence=_PRED,
+    feature_cka=_PRED,
+)
+FIELD = (
+    {f'{k}_accuracy': (_INPUT, 'robustness') for k in ('fgsm', 'pgd', 'noise')}
+    | {
+        k: (_PRED, 'calibration')
+        for k in ('negative_log_likelihood', 'brier_score', 'expected_calibration_error')
+    }
+    | {f'{k}_parent_{i}': (space, f'beside_parent_{i}') for i in (1, 2) for k, space in _BESIDE.items()}
+)
 _KNOWN = ORIGINAL | CORRECTED | FIELD
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #1b8af316
@@ -49,7 +93,8 @@ def metric_names(
     first = {k: v for k, v in ORIGINAL.items() if v[0] != _PRED or k == accuracy}
     families = {'original': first, 'corrected': CORRECTED, 'field': FIELD, 'all': first | CORRECTED | FIELD}
     for w in words:
-        if w not in families and w not in _KNOWN: raise FusionError(f'expected a metric, got `{w}`; {nearest(w, [*families, *_KNOWN])}')
+        if w not in families and w not in _KNOWN:
+            raise FusionError(f'expected a metric, got `{w}`; {nearest(w, [*families, *_KNOWN])}')
     names = dict.fromkeys(n for w in words for n in families.get(w, [w]))
     return [n for n in names if _KNOWN[n][0] in spaces]
 
@@ -76,7 +121,12 @@ def farther_parent(
     second:Mapping[str, Tensor],  # weights of parent 2
 ) -> Mapping[str, Tensor]:
     "What stands for the initial weights of a fused model: its farther parent; parent 2 in a draw."
-    def far(p): return sum((fused[k].double() - p[k].double()).square().sum().item() for k in fused if fused[k].is_floating_point())
+    def far(p):
+        return sum(
+            (fused[k].double() - p[k].double()).square().sum().item()
+            for k in fused
+            if fused[k].is_floating_point()
+        )
     return first if far(first) > far(second) else second
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #963d18a2
@@ -89,7 +139,10 @@ def accuracy(
     "Fraction of right answers; the mode of the network is the same afterwards."
     mode = net.training
     net.eval()
-    with torch.no_grad(): right = sum((net(a).argmax(1) == b).sum().item() for a, b in zip(x.split(batch_size), y.split(batch_size)))
+    with torch.no_grad():
+        right = sum(
+            (net(a).argmax(1) == b).sum().item() for a, b in zip(x.split(batch_size), y.split(batch_size))
+        )
     net.train(mode)
     return right / len(y)
 
@@ -104,16 +157,29 @@ def generalisation_gap(
 # %% ../../nbs/40_metrics/09b_suite.ipynb #87fd31a7
 def _row(found):
     "Fields of the tidy table from an estimate."
-    return dict(value=found.value, error=found.error, saturated=not found.settled, n=found.n, forward=found.forward, backward=found.backward)
+    return dict(
+        value=found.value,
+        error=found.error,
+        saturated=not found.settled,
+        n=found.n,
+        forward=found.forward,
+        backward=found.backward,
+    )
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #6f02b14b
 def _original_search(s, find, measures, **counts):
     "Six rows from a plain and a magnitude-aware search."
     L = original_loss(s.net, *s.train, s.batch_size)
-    two = [find(s.net, *s.train, loss=L, magnitude=m, seed=s.seed, **{k: s.count(n) for k, n in counts.items()}) for m in (False, True)]
+    two = [
+        find(s.net, *s.train, loss=L, magnitude=m, seed=s.seed, **{k: s.count(n) for k, n in counts.items()})
+        for m in (False, True)
+    ]
     values = measures(two[0].sigma, two[1].sigma, *s.place)
     own = {k: two['_mag_' in k] for k in values}
-    return {k: dict(value=v, saturated=own[k].saturated, forward=own[k].forward, backward=own[k].backward) for k, v in values.items()}
+    return {
+        k: dict(value=v, saturated=own[k].saturated, forward=own[k].forward, backward=own[k].backward)
+        for k, v in values.items()
+    }
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #eb8d7dfb
 def _corrected_search(s, find, measures, ending, **counts):
@@ -127,7 +193,12 @@ def _counted(f, value): return dict(value=value, forward=f.forward, backward=f.b
 # %% ../../nbs/40_metrics/09b_suite.ipynb #29b98820
 def _hessian(s, run, **counts):
     f = Objective(s.net, *s.test)
-    return _counted(f, run(f, batch_size=min(s.batch_size, len(f)), seed=s.seed, **{k: s.count(n) for k, n in counts.items()}))
+    return _counted(
+        f,
+        run(
+            f, batch_size=min(s.batch_size, len(f)), seed=s.seed, **{k: s.count(n) for k, n in counts.items()}
+        ),
+    )
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #8e3ec7f4
 def _full(s, run, batches):
@@ -144,7 +215,13 @@ def _drop(s):
 # %% ../../nbs/40_metrics/09b_suite.ipynb #2b450706
 def _gain(s):
     found = lipschitz_lower_bound(s.net, tuple(s.train[0].shape[1:]), seed=s.seed, restarts=s.count(16, 2))
-    return dict(value=found.value, saturated=found.settled < 1, n=len(found.starts), forward=found.passes, backward=found.passes)
+    return dict(
+        value=found.value,
+        saturated=found.settled < 1,
+        n=len(found.starts),
+        forward=found.passes,
+        backward=found.passes,
+    )
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #8abe3626
 def _some(s, data, n):
@@ -158,27 +235,47 @@ def _robust(s):
     return {k: dict(value=v, error=(v * (1 - v) / len(y)) ** .5, n=len(y)) for k, v in found.items()}
 
 def _beside(s, i):
-    if s.parent is None: raise FusionError(f'expected the parents of a model, to measure it beside parent {i}, got none')
-    found = beside_parent(s.net, s.parent(i), _some(s, s.train, 2000), _some(s, s.test, 1000), gradients=s.count(200, 10))
+    if s.parent is None:
+        raise FusionError(f'expected the parents of a model, to measure it beside parent {i}, got none')
+    found = beside_parent(
+        s.net, s.parent(i), _some(s, s.train, 2000), _some(s, s.test, 1000), gradients=s.count(200, 10)
+    )
     return {f'{k}_parent_{i}': dict(value=v) for k, v in found.items()}
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #7076f9df
 _GROUPS = {
-    'lipschitz_constant': lambda s: dict(lipschitz_constant=dict(value=lipschitz_constant(s.net, tuple(s.train[0].shape[1:]), seed=s.seed))),
-    'hessian_top_eigenvalue': lambda s: dict(hessian_top_eigenvalue=_hessian(s, hessian_top_eigenvalue, iterations=100)),
+    'lipschitz_constant': lambda s: dict(
+        lipschitz_constant=dict(value=lipschitz_constant(s.net, tuple(s.train[0].shape[1:]), seed=s.seed))
+    ),
+    'hessian_top_eigenvalue': lambda s: dict(
+        hessian_top_eigenvalue=_hessian(s, hessian_top_eigenvalue, iterations=100)
+    ),
     'hessian_trace': lambda s: dict(hessian_trace=_hessian(s, hessian_trace, iterations=100)),
-    'sharpness': lambda s: _original_search(s, sharpness_sigma, sharpness_measures, restarts=15, ascent=20, batches=10),
+    'sharpness': lambda s: _original_search(
+        s, sharpness_sigma, sharpness_measures, restarts=15, ascent=20, batches=10
+    ),
     'pac_bayes': lambda s: _original_search(s, pac_bayes_sigma, pac_bayes_measures, draws=20, batches=20),
     'accuracy': lambda s: dict(accuracy=dict(value=accuracy(s.net, *s.test), n=len(s.test[1]))),
-    'generalisation_gap': lambda s: dict(generalisation_gap=dict(value=generalisation_gap(accuracy(s.net, *s.train), accuracy(s.net, *s.test)))),
+    'generalisation_gap': lambda s: dict(
+        generalisation_gap=dict(value=generalisation_gap(accuracy(s.net, *s.train), accuracy(s.net, *s.test)))
+    ),
     'lipschitz_lower_bound': lambda s: dict(lipschitz_lower_bound=_gain(s)),
     'hessian_top_full': lambda s: dict(hessian_top_full=_full(s, hessian_top_full, 10)),
     'hessian_trace_full': lambda s: dict(hessian_trace_full=_full(s, hessian_trace_full, 50)),
-    'sharpness_worst': lambda s: _corrected_search(s, sharpness_worst, sharpness_measures, 'worst', parts=(2, s.count(8, 2))),
-    'pac_bayes_ce': lambda s: _corrected_search(s, pac_bayes_ce, pac_bayes_measures, 'ce', parts=(s.count(16, 4), s.count(128, 8))),
-    'accuracy_drop': lambda s: dict(accuracy_drop=_drop(s)), 'robustness': _robust,
-    'calibration': lambda s: {k: dict(value=v, n=len(s.test[1])) for k, v in calibration(s.net, *s.test).items()},
-    'beside_parent_1': lambda s: _beside(s, 1), 'beside_parent_2': lambda s: _beside(s, 2)}
+    'sharpness_worst': lambda s: _corrected_search(
+        s, sharpness_worst, sharpness_measures, 'worst', parts=(2, s.count(8, 2))
+    ),
+    'pac_bayes_ce': lambda s: _corrected_search(
+        s, pac_bayes_ce, pac_bayes_measures, 'ce', parts=(s.count(16, 4), s.count(128, 8))
+    ),
+    'accuracy_drop': lambda s: dict(accuracy_drop=_drop(s)),
+    'robustness': _robust,
+    'calibration': lambda s: {
+        k: dict(value=v, n=len(s.test[1])) for k, v in calibration(s.net, *s.test).items()
+    },
+    'beside_parent_1': lambda s: _beside(s, 1),
+    'beside_parent_2': lambda s: _beside(s, 2),
+}
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #8bb818de
 def groups_of(
@@ -198,4 +295,7 @@ def measure_group(
     start = time.perf_counter()
     rows = _GROUPS[group](s)
     seconds = time.perf_counter() - start
-    return [dict(space=_KNOWN[k][0], metric=k, **{c: v for c, v in r.items() if v is not None}, seconds=seconds) for k, r in rows.items()]
+    return [
+        dict(space=_KNOWN[k][0], metric=k, **{c: v for c, v in r.items() if v is not None}, seconds=seconds)
+        for k, r in rows.items()
+    ]

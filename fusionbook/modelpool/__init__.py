@@ -6,7 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/50_modelpool/02_names.ipynb #34ff2956
-import fusionbook.modelpool.calls, fusionbook.modelpool.data, fusionbook.modelpool.moved, fusionbook.modelpool.saving
+import fusionbook.modelpool.calls
+import fusionbook.modelpool.data
+import fusionbook.modelpool.moved
+import fusionbook.modelpool.saving
 from ..core.config import lazy_attributes
 
 # %% ../../nbs/50_modelpool/02_names.ipynb #e4f6c888

@@ -33,7 +33,8 @@ def module_state(
     if not parts: return select(sd)
     known = dict(module.named_modules())
     if lost := [p for p in parts if p not in known]:
-        raise FusionError(f'expected target modules that exist in {type(module).__name__}, got `{lost[0]}`; {nearest(lost[0], known)}')
+        raise FusionError(f'expected target modules that exist in {type(module).__name__}, got `{lost[0]}`; '
+                          f'{nearest(lost[0], known)}')
     return select(sd, [f'{p}.*' for p in parts])
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #ed7f311a
@@ -42,7 +43,10 @@ def _check_ties(module, own, tied, sd):
     for alias, owner in shared(own).items():
         if alias not in sd or owner not in sd or tied.get(alias, alias) == tied.get(owner, owner): continue
         if not torch.equal(sd[alias], sd[owner]):
-            raise FusionError(f'expected one tensor for `{alias}` and `{owner}`, which {type(module).__name__} ties, got two that differ')
+            raise FusionError(
+                f'expected one tensor for `{alias}` and `{owner}`, which {type(module).__name__} ties, got '
+                f'two that differ'
+            )
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #906fd8b2
 def fill(
@@ -52,14 +56,22 @@ def fill(
     "Copy a state dict into a network, tensor by tensor."
     own, tied = module.state_dict(keep_vars=True), shared(sd)
     _check_ties(module, own, tied, sd)
-    if lost := [k for k in sd if k not in own]: raise FusionError(f'expected tensors of {type(module).__name__}, got `{lost[0]}`; {nearest(lost[0], own)}')
+    if lost := [k for k in sd if k not in own]:
+        raise FusionError(
+            f'expected tensors of {type(module).__name__}, got `{lost[0]}`; {nearest(lost[0], own)}'
+        )
     with torch.no_grad():
         for k in track(list(sd), 'merging'):
             if k not in tied: own[k].copy_(sd[k])
     return module
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #8205a9b0
-_ALIASES = {'_models': 'models', '_train_datasets': 'train_datasets', '_val_datasets': 'val_datasets', '_test_datasets': 'test_datasets'}
+_ALIASES = {
+    '_models': 'models',
+    '_train_datasets': 'train_datasets',
+    '_val_datasets': 'val_datasets',
+    '_test_datasets': 'test_datasets',
+}
 
 def _named(models):
     if isinstance(models, Mapping): return dict(models)
@@ -68,13 +80,20 @@ def _named(models):
 
 def _special(name): return name.startswith('_') and name.endswith('_')
 
-def _is_state(x): return isinstance(x, Mapping) and '_target_' not in x and all(isinstance(v, Tensor) for v in getattr(x, 'meta', x).values())
+def _is_state(x):
+    return (
+        isinstance(x, Mapping)
+        and '_target_' not in x
+        and all(isinstance(v, Tensor) for v in getattr(x, 'meta', x).values())
+    )
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #1b760b3e
 class BaseModelPool(BaseYAMLSerializable):
     "Models by name: modules, state dicts, paths or configurations with `_target_`; a list is named `0`, `1`, …"
     _config_key, has_words = 'modelpool', True # the second: whether a row of some tensor stands for a word
-    _config_mapping = BaseYAMLSerializable._config_mapping | _ALIASES | {k: k for k in ('common_only', 'check_vocabulary')}
+    _config_mapping = (
+        BaseYAMLSerializable._config_mapping | _ALIASES | {k: k for k in ('common_only', 'check_vocabulary')}
+    )
     def __init__(self,
         models,                       # name -> model, or a list of models; `_pretrained_` is the base
         *, train_datasets:Mapping|None=None, # task -> data set or its configuration; likewise the next two
@@ -87,12 +106,16 @@ class BaseModelPool(BaseYAMLSerializable):
     ):
         super().__init__(**kwargs)
         self._models = _named(models)
-        self._train_datasets, self._val_datasets, self._test_datasets = train_datasets, val_datasets, test_datasets
+        self._train_datasets = train_datasets
+        self._val_datasets = val_datasets
+        self._test_datasets = test_datasets
         self.common_only, self.check_vocabulary = common_only, check_vocabulary
         self.allow_target, self.seen = list(allow_target), set()
-        self._states, self._networks, self._hashes, self._words_agree, self.taskpool = {}, {}, {}, None, None # the last is lent for a run
+        # the last is lent for a run
+        self._states, self._networks, self._hashes, self._words_agree, self.taskpool = {}, {}, {}, None, None
     @property
-    def config(self) -> dict: return super().config | {'_recursive_': False} # models and data are opened when needed
+    def config(self) -> dict:
+        return super().config | {'_recursive_': False} # models and data are opened when needed
     def __len__(self): return len(self.model_names)
     def __contains__(self, name): return name in self._models
     def __repr__(self): return f'{type(self).__name__}({", ".join(self.all_model_names)})'
@@ -126,7 +149,8 @@ def place(self:BaseModelPool, model) -> Path|None:
 # %% ../../nbs/50_modelpool/00_base.ipynb #a277bdf1
 def _open(pool, name):
     "The lazy state dict of one model, opened once."
-    if name not in pool._models: raise FusionError(f'expected a model of the pool, got `{name}`; {nearest(name, pool._models)}')
+    if name not in pool._models:
+        raise FusionError(f'expected a model of the pool, got `{name}`; {nearest(name, pool._models)}')
     if name not in pool._states:
         model = pool._models[name]
         if isinstance(model, nn.Module): sd = module_state(model)
@@ -139,13 +163,18 @@ def _open(pool, name):
         pool._states[name] = sd
     return pool._states[name]
 
+# %% ../../nbs/50_modelpool/00_base.ipynb #5c192178
 def _like(sd, names):
     "A state dict under other names, where a shared prefix is all that differs."
     pairs = None if sd.keys() == names.keys() else renamed(sd, names)
     if pairs is None: return sd
     back, info = {old: new for new, old in pairs.items()}, meta(sd)
     tied = {back[a]: back[o] for a, o in shared(sd).items()}
-    new = Lazy({k: partial(sd.__getitem__, old) for k, old in pairs.items()}, {k: info[old] for k, old in pairs.items()}, tied)
+    new = Lazy(
+        {k: partial(sd.__getitem__, old) for k, old in pairs.items()},
+        {k: info[old] for k, old in pairs.items()},
+        tied,
+    )
     new.name = sd.name
     return new
 
@@ -184,7 +213,8 @@ def opened(self:BaseModelPool, name:str) -> StateDict:
 @patch
 def pretrained(self:BaseModelPool) -> StateDict:
     "The base's tensors, lazy."
-    if not self.has_pretrained: raise FusionError('expected a pool with a base model `_pretrained_`, got none; this method needs one')
+    if not self.has_pretrained:
+        raise FusionError('expected a pool with a base model `_pretrained_`, got none; this method needs one')
     self.seen.add('pretrained')
     return _matching(self)['_pretrained_']
 
@@ -205,7 +235,8 @@ def reference(self:BaseModelPool) -> StateDict:
 @patch
 def load_model(self:BaseModelPool, name:str) -> nn.Module|dict:
     "A model by name as a network of its own; a bare state dict stays a dictionary."
-    if name not in self._models: raise FusionError(f'expected a model of the pool, got `{name}`; {nearest(name, self._models)}')
+    if name not in self._models:
+        raise FusionError(f'expected a model of the pool, got `{name}`; {nearest(name, self._models)}')
     model = self._models[name]
     if isinstance(model, nn.Module): return copy.deepcopy(model)
     if _is_state(model): return {k: v.clone() for k, v in model.items()}
@@ -214,7 +245,11 @@ def load_model(self:BaseModelPool, name:str) -> nn.Module|dict:
 @patch
 def build_model(self:BaseModelPool, model) -> nn.Module|dict:
     "A network from a configuration or a path; this kind of pool knows no architecture, so a path gives tensors."
-    return dict(self.open_path(model)) if isinstance(model, (str, Path)) else instantiate(model, allow=self.allow_target)
+    return (
+        dict(self.open_path(model))
+        if isinstance(model, (str, Path))
+        else instantiate(model, allow=self.allow_target)
+    )
 
 @patch
 def load(self:BaseModelPool, sd:StateDict) -> nn.Module|dict:
@@ -249,8 +284,13 @@ def models(self:BaseModelPool) -> Iterator:
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #59dacee0
 def _dataset(pool, kind, name):
-    table = {'train': pool._train_datasets, 'validation': pool._val_datasets, 'unlabeled_test': pool._test_datasets}[kind] or {}
-    if name not in table: raise FusionError(f'expected a {kind} data set of the pool, got `{name}`; {nearest(name, table)}')
+    table = {
+        'train': pool._train_datasets,
+        'validation': pool._val_datasets,
+        'unlabeled_test': pool._test_datasets,
+    }[kind] or {}
+    if name not in table:
+        raise FusionError(f'expected a {kind} data set of the pool, got `{name}`; {nearest(name, table)}')
     pool.seen.add(kind)
     return opened(table[name], pool.allow_target)
 

@@ -19,7 +19,8 @@ from .base import BaseModelPool
 def _known(pool, name):
     "The name of a model of the pool; `pretrained` is the base where nothing else is called that."
     if name not in pool._models and f'_{name}_' in pool._models: name = f'_{name}_'
-    if name not in pool._models: raise FusionError(f'expected a model of the pool, got `{name}`; {nearest(str(name), pool._models)}')
+    if name not in pool._models:
+        raise FusionError(f'expected a model of the pool, got `{name}`; {nearest(str(name), pool._models)}')
     return name
 
 # %% ../../nbs/50_modelpool/00d_calls.ipynb #c1e6a2c1
@@ -48,7 +49,8 @@ def add_model(self:BaseModelPool,
     model,     # a network, state dict, path or configuration
 ) -> None:
     "One more model; the pool keeps the object, not a copy."
-    if name in self._models: raise FusionError(f'expected a new name for a model, got `{name}`, which the pool has')
+    if name in self._models:
+        raise FusionError(f'expected a new name for a model, got `{name}`, which the pool has')
     self._models[name] = model
 
 # %% ../../nbs/50_modelpool/00d_calls.ipynb #b2fe1a3e
@@ -59,14 +61,25 @@ def get_model_config(self:BaseModelPool,
 ):                         # mapping or path
     "How a model was given: its configuration or its path."
     found = self._models[_known(self, name)]
-    if not isinstance(found, (str, Path, Mapping)): raise FusionError(f'expected `{name}` as a configuration or a path, got a {type(found).__name__} in memory')
+    if not isinstance(found, (str, Path, Mapping)):
+        raise FusionError(
+            f'expected `{name}` as a configuration or a path, got a {type(found).__name__} in memory'
+        )
     return copy.deepcopy(found) if return_copy else found
 
 @patch
 def get_model_path(self:BaseModelPool, name:str) -> str:
     "The path or the hub name of a model."
     found = self.get_model_config(name)
-    if isinstance(found, Mapping): found = next((found[k] for k in ('pretrained_model_name_or_path', 'path', 'base') if isinstance(found.get(k), str)), None)
+    if isinstance(found, Mapping):
+        found = next(
+            (
+                found[k]
+                for k in ('pretrained_model_name_or_path', 'path', 'base')
+                if isinstance(found.get(k), str)
+            ),
+            None,
+        )
     if found is None: raise FusionError(f'expected `{name}` with a path, got a configuration without one')
     return str(found)
 
@@ -106,13 +119,16 @@ def has_test_dataset(self:BaseModelPool, name:str) -> bool: return name in self.
 
 # %% ../../nbs/50_modelpool/00d_calls.ipynb #d9c916f3
 @patch
-def train_datasets(self:BaseModelPool) -> Iterator: return (self.load_train_dataset(n) for n in self.train_dataset_names)
+def train_datasets(self:BaseModelPool) -> Iterator:
+    return (self.load_train_dataset(n) for n in self.train_dataset_names)
 
 @patch
-def val_datasets(self:BaseModelPool) -> Iterator: return (self.load_val_dataset(n) for n in self.val_dataset_names)
+def val_datasets(self:BaseModelPool) -> Iterator:
+    return (self.load_val_dataset(n) for n in self.val_dataset_names)
 
 @patch
-def test_datasets(self:BaseModelPool) -> Iterator: return (self.load_test_dataset(n) for n in self.test_dataset_names)
+def test_datasets(self:BaseModelPool) -> Iterator:
+    return (self.load_test_dataset(n) for n in self.test_dataset_names)
 
 # %% ../../nbs/50_modelpool/00d_calls.ipynb #a69fda0c
 @patch

@@ -53,7 +53,8 @@ def path_facts(self:CLIPVisionModelPool, path:str|Path) -> dict:
 @patch
 def build_model(self:CLIPVisionModelPool, model) -> nn.Module:
     "The vision tower that a path names, with its weights, or a base and its LoRA adapter as `{base: …, adapter: …}`."
-    if isinstance(model, Mapping) and set(model) == {'base', 'adapter'}: return fill(vision_model(model['base']), _with_adapter(**model))
+    if isinstance(model, Mapping) and set(model) == {'base', 'adapter'}:
+        return fill(vision_model(model['base']), _with_adapter(**model))
     if not isinstance(model, (str, Path)): return super(CLIPVisionModelPool, self).build_model(model)
     return fill(vision_model(model), vision_state(model))
 
@@ -68,7 +69,8 @@ def load_processor(self:CLIPVisionModelPool):
     "The image preprocessing of the pool."
     from fusionbook.models.clip import Processor
     base = self._models.get('_pretrained_')
-    if not (self.processor or isinstance(base, (str, Path))): raise FusionError('expected `processor` or a base with a path, got neither')
+    if not (self.processor or isinstance(base, (str, Path))):
+        raise FusionError('expected `processor` or a base with a path, got neither')
     return Processor(self.processor or base)
 
 # %% ../../nbs/50_modelpool/01_clip.ipynb #fef88435
@@ -92,8 +94,12 @@ def load_clip_model(self:CLIPVisionModelPool, name:str) -> nn.Module:
     "The base's whole CLIP with the vision tower of one model."
     from transformers import CLIPModel
     base = self._models.get('_pretrained_', self._models.get(name))
-    if not isinstance(base, (str, Path)): raise FusionError(f'expected a base with a path, where the text side of CLIP lies, got {type(base).__name__}')
-    whole, model = CLIPModel.from_pretrained(find(base), trust_remote_code=False).eval(), self.load_model(name)
+    if not isinstance(base, (str, Path)):
+        raise FusionError(
+            f'expected a base with a path, where the text side of CLIP lies, got {type(base).__name__}'
+        )
+    whole = CLIPModel.from_pretrained(find(base), trust_remote_code=False).eval()
+    model = self.load_model(name)
     tower = model.state_dict() if isinstance(model, nn.Module) else model
     fill(whole.vision_model, {k.removeprefix('vision_model.'): v for k, v in tower.items()})
     return whole

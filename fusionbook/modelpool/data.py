@@ -31,12 +31,20 @@ _TABLE = {'train': 'train_datasets', 'validation': 'val_datasets', 'unlabeled_te
 
 def _source(pool, task, kind):
     "The data set of one kind; None for the test set of the task pool."
-    if kind not in _TABLE: raise FusionError(f'expected a kind of data, got `{kind}`; {nearest(str(kind), _TABLE)}')
-    if pool.taskpool is None: raise FusionError(f'expected a task pool that says what inputs of `{task}` are, got none; give `taskpool=…`, or call `pool.attach(taskpool)`')
+    if kind not in _TABLE:
+        raise FusionError(f'expected a kind of data, got `{kind}`; {nearest(str(kind), _TABLE)}')
+    if pool.taskpool is None:
+        raise FusionError(
+            f'expected a task pool that says what inputs of `{task}` are, got none; give `taskpool=…`, or '
+            f'call `pool.attach(taskpool)`'
+        )
     table = getattr(pool, f'_{_TABLE[kind]}') or {}
     if task in table: return opened(table[task], pool.allow_target)
     if kind == 'unlabeled_test' and task in pool.taskpool.task_names: return None
-    raise FusionError(f'expected {kind} inputs of task `{task}`, got none; give a data set as `modelpool.{_TABLE[kind]}.{task}`')
+    raise FusionError(
+        f'expected {kind} inputs of task `{task}`, got none; give a data set as '
+        f'`modelpool.{_TABLE[kind]}.{task}`'
+    )
 
 # %% ../../nbs/50_modelpool/00b_data.ipynb #c5fdd5c0
 @patch
@@ -48,7 +56,8 @@ def inputs(self:BaseModelPool,
     if (key := (task, kind)) not in self.__dict__.setdefault('_inputs', {}):
         source = _source(self, task, kind)
         self._inputs[key] = self.taskpool.inputs(task, source)
-        if not len(self._inputs[key]): raise FusionError(f'expected {kind} inputs of task `{task}`, got an empty data set')
+        if not len(self._inputs[key]):
+            raise FusionError(f'expected {kind} inputs of task `{task}`, got an empty data set')
     self.seen.add(kind)
     return self._inputs[key]
 
@@ -64,7 +73,10 @@ def batches(self:BaseModelPool,
     rows = self.inputs(task, kind)
     return (rows[at] for at in _order(rows, task, kind, batch_size, seed, start))
 
-def _order(rows, task, kind, batch_size, seed, start): return islice(shuffled(len(rows), batch_size, seed=generator(seed, f'{task}/{kind}').initial_seed()), start, None)
+def _order(rows, task, kind, batch_size, seed, start):
+    return islice(
+        shuffled(len(rows), batch_size, seed=generator(seed, f'{task}/{kind}').initial_seed()), start, None
+    )
 
 # %% ../../nbs/50_modelpool/00b_data.ipynb #ed43cd81
 @patch
@@ -73,7 +85,8 @@ def labelled(self:BaseModelPool,
 ) -> Iterator[tuple[Tensor, Tensor]]: # endless; inputs (n, …) and classes (n,)
     "The same batches with the class of each row; recorded as `labels` in `seen`."
     rows = self.inputs(task, kind)
-    if not hasattr(self.taskpool, 'labels'): raise FusionError(f'expected a task pool that knows labels, got a {type(self.taskpool).__name__}')
+    if not hasattr(self.taskpool, 'labels'):
+        raise FusionError(f'expected a task pool that knows labels, got a {type(self.taskpool).__name__}')
     classes = torch.as_tensor(self.taskpool.labels(task, _source(self, task, kind)))
     self.seen.add('labels')
     return ((rows[at], classes[at]) for at in _order(rows, task, kind, batch_size, seed, start))
@@ -83,5 +96,9 @@ def logits(self:BaseModelPool,
     task:str,   # name of a task
 ) -> Callable:  # (model, inputs (n, …)) -> (n, C)
     "What turns a model and inputs into logits: the task's frozen head."
-    if self.taskpool is None: raise FusionError(f'expected a task pool with the head of `{task}`, got none; give `taskpool=…`, or call `pool.attach(taskpool)`')
+    if self.taskpool is None:
+        raise FusionError(
+            f'expected a task pool with the head of `{task}`, got none; give `taskpool=…`, or call '
+            f'`pool.attach(taskpool)`'
+        )
     return self.taskpool.logits(task)

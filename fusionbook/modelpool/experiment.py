@@ -39,7 +39,8 @@ def kind_file(
     *, initial:bool=False,# its first weights
 ) -> Path:                # ends in `.pth`
     "The file of one model."
-    if kind not in MODEL_KINDS: raise FusionError(f'expected a kind of model, got `{kind}`; {nearest(str(kind), MODEL_KINDS)}')
+    if kind not in MODEL_KINDS:
+        raise FusionError(f'expected a kind of model, got `{kind}`; {nearest(str(kind), MODEL_KINDS)}')
     return seed_folder(experiment, seed)/f'{kind}{"_initial_weights" * initial}.pth'
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #3fb49576
@@ -52,7 +53,8 @@ def write_kind(
 ) -> Path:                # the `.pth` file; a `.safetensors` file is beside it
     "Write a model in both formats, each atomically."
     file = kind_file(experiment, seed, kind, initial=initial)
-    if kind in MODEL_KINDS[2:]: sd = finite(sd, dict) # what was fused; a training that went astray is written as it is
+    if kind in MODEL_KINDS[2:]:
+        sd = finite(sd, dict) # what was fused; a training that went astray is written as it is
     with atomic(file) as new: torch.save({k: sd[k].detach().cpu().clone() for k in sd}, new)
     save(sd, file.with_suffix('.safetensors'))
     return file
@@ -71,7 +73,10 @@ def read_kind(
     there = ', '.join(sorted(f.name for f in file.parent.glob('*.pth'))) or 'no .pth file'
     if file.parent.is_dir(): raise FusionError(f'expected `{file.name}` in `{file.parent}`, got {there}')
     found = ', '.join(map(str, seeds_of(experiment)[:12]))
-    raise FusionError(f'expected the folder `{file.parent}`, got ' + (f'only seeds {found}' if found else f'no seed in `{experiment}`'))
+    raise FusionError(
+        f'expected the folder `{file.parent}`, got '
+        + (f'only seeds {found}' if found else f'no seed in `{experiment}`')
+    )
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #6e9bb811
 def seeds_of(
@@ -79,7 +84,11 @@ def seeds_of(
 ) -> list[int]:          # in numerical order
     "The seeds that an experiment has."
     name = Path(experiment).name
-    found = [re.fullmatch(rf'{re.escape(name)}_seed(\d+)', f.name) for f in Path(experiment).glob(f'{name}_seed*') if f.is_dir()]
+    found = [
+        re.fullmatch(rf'{re.escape(name)}_seed(\d+)', f.name)
+        for f in Path(experiment).glob(f'{name}_seed*')
+        if f.is_dir()
+    ]
     return sorted(int(m[1]) for m in found if m)
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #00f07742
@@ -97,10 +106,18 @@ def check_parents(
     "Refuse parents of different architecture and name the first tensor that differs."
     a, b = (_bare(sd) for sd in (first, second))
     kinds = [type_of(x) for x in (a, b)]
-    if kinds[0]['name'] != kinds[1]['name']: raise FusionError(f'expected parents of one type, got {kinds[0]["name"]} in {names[0]} and {kinds[1]["name"]} in {names[1]}')
+    if kinds[0]['name'] != kinds[1]['name']:
+        raise FusionError(
+            f'expected parents of one type, got {kinds[0]["name"]} in {names[0]} and {kinds[1]["name"]} in '
+            f'{names[1]}'
+        )
     for k in {**a, **b}:
         sizes = ['no tensor' if k not in x else tuple(x[k].shape) for x in (a, b)]
-        if sizes[0] != sizes[1]: raise FusionError(f'expected parents of one shape, got {sizes[0]} in {names[0]} and {sizes[1]} in {names[1]} for `{k}`')
+        if sizes[0] != sizes[1]:
+            raise FusionError(
+                f'expected parents of one shape, got {sizes[0]} in {names[0]} and {sizes[1]} in {names[1]} '
+                f'for `{k}`'
+            )
     return kinds[0]
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #ab02f1d1
@@ -118,14 +135,31 @@ class ExperimentPool(BaseModelPool):
         **kwargs,             # arguments of `BaseModelPool`
     ):
         for k in kinds: read_kind(experiment, seed, k)
-        super().__init__({k: str(kind_file(experiment, seed, k)) for k in kinds}, **_data(dataset_name, data, kinds) | kwargs)
-        self.experiment, self.seed, self.kinds, self.model_type, self.dataset_name, self.data = str(experiment), seed, list(kinds), model_type, dataset_name, data
+        super().__init__(
+            {k: str(kind_file(experiment, seed, k)) for k in kinds},
+            **_data(dataset_name, data, kinds) | kwargs,
+        )
+        self.experiment = str(experiment)
+        self.seed = seed
+        self.kinds = list(kinds)
+        self.model_type = model_type
+        self.dataset_name = dataset_name
+        self.data = data
         self.type = _checked(self)
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #87ecda70
 def _data(name, data, kinds):
     "Training and test images, under the name of the task and of every model."
-    return {f'{s}_datasets': {k: dataset_source(name, s, data) for k in (known_dataset(name)['folder'], *kinds)} for s in ('train', 'test')} if name else {}
+    return (
+        {
+            f'{s}_datasets': {
+                k: dataset_source(name, s, data) for k in (known_dataset(name)['folder'], *kinds)
+            }
+            for s in ('train', 'test')
+        }
+        if name
+        else {}
+    )
 
 def _checked(pool):
     "The type of all models of the pool."
@@ -133,7 +167,8 @@ def _checked(pool):
     if not states: raise FusionError('expected at least one kind of model, got none')
     first, *rest = states
     found = type_of(_bare(states[first]))
-    if pool.model_type and pool.model_type != found['name']: raise FusionError(f'expected a {pool.model_type} in {first}, got a {found["name"]}')
+    if pool.model_type and pool.model_type != found['name']:
+        raise FusionError(f'expected a {pool.model_type} in {first}, got a {found["name"]}')
     for k in rest: check_parents(states[first], states[k], (first, k))
     return found
 
@@ -145,7 +180,10 @@ def open_path(self:ExperimentPool, path:str|Path) -> Lazy:
     like = model_type(**self.type).state_dict()
     pairs = matched(sd, like, Path(path).stem)
     info = meta(sd)
-    return Lazy({k: partial(sd.__getitem__, came) for k, came in pairs.items()}, {k: info[came] for k, came in pairs.items()})
+    return Lazy(
+        {k: partial(sd.__getitem__, came) for k, came in pairs.items()},
+        {k: info[came] for k, came in pairs.items()},
+    )
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #ac5c013e
 @patch
@@ -162,7 +200,11 @@ def path_facts(self:ExperimentPool, path:str|Path) -> dict:
 @patch
 def build_model(self:ExperimentPool, model) -> nn.Module:
     "The network of a path, in evaluation mode."
-    return network_of(self.open_path(model)) if isinstance(model, (str, Path)) else super(ExperimentPool, self).build_model(model)
+    return (
+        network_of(self.open_path(model))
+        if isinstance(model, (str, Path))
+        else super(ExperimentPool, self).build_model(model)
+    )
 
 # %% ../../nbs/50_modelpool/04_experiment.ipynb #66109be8
 @patch

@@ -29,7 +29,8 @@ def with_experts(self:BaseModelPool,
     states:Sequence[StateDict], # one state dict per expert, in the order of `model_names`
 ) -> BaseModelPool:             # of a class derived from the pool's own
     "The pool with other tensors for its experts."
-    if len(states) != len(self): raise FusionError(f'expected {len(self)} state dicts, one per expert, got {len(states)}')
+    if len(states) != len(self):
+        raise FusionError(f'expected {len(self)} state dicts, one per expert, got {len(states)}')
     new, kind = copy.copy(self), type(self)
     new.__class__ = type(f'Moved{kind.__name__}', (_Moved, kind), {})
     new._exchanged, new._hashes = dict(zip(self.model_names, states)), {}

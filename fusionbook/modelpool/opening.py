@@ -24,9 +24,15 @@ from ..models.recipe import adopt, check_config, network_class, network_from
 def _recipe(file):
     "What a `fusionbook.json` says."
     told = read_json(file)
-    if not isinstance(told, Mapping) or 'format' not in told: raise FusionError(f'expected the recipe of a network in `{file}`, got one without `format`')
-    if told['format'] != FORMAT: raise FusionError(f'expected a recipe of format {FORMAT} in `{file}`, got {told["format"]!r:.20}: another version of fusionbook wrote it')
-    if lost := [k for k in ('network', 'tensors') if k not in told]: raise FusionError(f'expected `{lost[0]}` in `{file}`, got {", ".join(map(str, told)):.80}')
+    if not isinstance(told, Mapping) or 'format' not in told:
+        raise FusionError(f'expected the recipe of a network in `{file}`, got one without `format`')
+    if told['format'] != FORMAT:
+        raise FusionError(
+            f'expected a recipe of format {FORMAT} in `{file}`, got {told["format"]!r:.20}: another version '
+            f'of fusionbook wrote it'
+        )
+    if lost := [k for k in ('network', 'tensors') if k not in told]:
+        raise FusionError(f'expected `{lost[0]}` in `{file}`, got {", ".join(map(str, told)):.80}')
     return told
 
 # %% ../../nbs/50_modelpool/05_opening.ipynb #d293d142
@@ -38,9 +44,13 @@ def from_recipe(
     if not file.is_file(): raise FusionError(f'expected `{RECIPE}` in `{folder}`, got a folder without it')
     told, sd = _recipe(file), Checkpoint(folder)
     try: network = network_from(told['network'], sd, f'`{folder}`')
-    except RecursionError: raise FusionError(f'expected the recipe of a network in `{file}`, got one that is nested too deeply') from None
+    except RecursionError:
+        raise FusionError(
+            f'expected the recipe of a network in `{file}`, got one that is nested too deeply'
+        ) from None
     except FusionError as e: raise FusionError(f'{e} (`{file}`)') from None
-    if content_hash(network.state_dict()) != told['tensors']: raise FusionError(f'expected the tensors that `{file}` was written with, got others')
+    if content_hash(network.state_dict()) != told['tensors']:
+        raise FusionError(f'expected the tensors that `{file}` was written with, got others')
     return network
 
 # %% ../../nbs/50_modelpool/05_opening.ipynb #ca076f8f
@@ -66,7 +76,9 @@ def from_config(
     Checkpoint(folder) # a damaged file is refused in our words
     network, found = described(lambda _: kind.from_pretrained(folder, dtype=dtype, **how), config, file)
     if wrong := sorted(map(str, [*found['missing_keys'], *found['mismatched_keys']])):
-        raise FusionError(f'expected all tensors of {kind.__name__} in `{folder}`, got none for {", ".join(wrong[:3])}')
+        raise FusionError(
+            f'expected all tensors of {kind.__name__} in `{folder}`, got none for {", ".join(wrong[:3])}'
+        )
     return network.eval()
 
 # %% ../../nbs/50_modelpool/05_opening.ipynb #f7bb4b48
@@ -78,7 +90,10 @@ def from_tower(
     base, own = vision_model('mini8/pretrained'), meta(vision_state(file))
     known = {k: t.shape for k, t in meta(vision_state('mini8/pretrained')).items()}
     if {k: t.shape for k, t in own.items()} != known:
-        raise FusionError(f'expected a tower like `mini8/pretrained` in a file alone, got `{file}`; put its `config.json` beside it')
+        raise FusionError(
+            f'expected a tower like `mini8/pretrained` in a file alone, got `{file}`; put its `config.json` '
+            f'beside it'
+        )
     if dtype == 'auto': return adopt(base, dict(vision_state(file))).eval()
     return fill(base, vision_state(file)).to(getattr(torch, dtype)).eval()
 
@@ -101,4 +116,5 @@ def open_model(
     if (folder/RECIPE).is_file(): return from_recipe(folder)
     if (folder/'config.json').is_file(): return from_config(folder, dtype)
     if where.is_file(): return from_tower(where, dtype)
-    raise FusionError(f'expected `{RECIPE}` or `config.json` in `{where}`, which say what computes with the tensors, got a folder without them')
+    raise FusionError(f'expected `{RECIPE}` or `config.json` in `{where}`, which say what computes with the '
+                      f'tensors, got a folder without them')

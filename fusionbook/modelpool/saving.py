@@ -55,8 +55,16 @@ def _tensor_hash(pool, name):
     sd, model = _all_tensors(pool, name), pool._models[name]
     if not isinstance(model, (str, Path)): return content_hash(sd)
     info = sorted((k, str(t.dtype), list(t.shape)) for k, t in meta(sd).items())
-    key = dict(pool=code_hash(type(pool)), reading=text_hash(*_READING), tensors=info, common_only=pool.common_only)
-    return while_unchanged(model_files(find(model)), lambda: content_hash(sd), folder=cache_folder()/'hashes', kind='hash', key=key)
+    key = dict(
+        pool=code_hash(type(pool)), reading=text_hash(*_READING), tensors=info, common_only=pool.common_only
+    )
+    return while_unchanged(
+        model_files(find(model)),
+        lambda: content_hash(sd),
+        folder=cache_folder() / 'hashes',
+        kind='hash',
+        key=key,
+    )
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #9dfd9de2
 @patch
@@ -71,7 +79,13 @@ def hash(self:BaseModelPool, name:str) -> str:
 def source(self:BaseModelPool, name:str) -> dict:
     "Where a model came from and its identity."
     model = self._models[name]
-    path = str(model) if isinstance(model, (str, Path)) else model.get('pretrained_model_name_or_path') if isinstance(model, Mapping) else None
+    path = (
+        str(model)
+        if isinstance(model, (str, Path))
+        else model.get('pretrained_model_name_or_path')
+        if isinstance(model, Mapping)
+        else None
+    )
     return {'path': path if isinstance(path, str) else None, 'hash': self.hash(name)}
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #5ae6a451
@@ -87,7 +101,11 @@ def _own_config(model):
     if not hasattr(config, 'to_json_string'): return {}
     told = json.loads(config.to_json_string(use_diff=False)) | {'architectures': [type(model).__name__]}
     found = {'config.json': json.dumps(told, indent=2) + '\n'}
-    return found | ({'generation_config.json': generation.to_json_string()} if hasattr(generation, 'to_json_string') else {})
+    return found | (
+        {'generation_config.json': generation.to_json_string()}
+        if hasattr(generation, 'to_json_string')
+        else {}
+    )
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #9aba6836
 @patch
@@ -126,8 +144,16 @@ def recipe_file(
 ) -> dict[str, str]:          # the file and its content; raises `FusionError` for a network that no recipe describes
     "What must lie beside a network's tensors for it to be opened again."
     lineage = dict(lineage)
-    versions = dict(fusionbook=fusionbook.__version__, torch=str(torch.__version__)) | dict(lineage.pop('versions', {}))
-    told = dict(format=FORMAT, network=recipe_of(network), tensors=content_hash(network.state_dict()), **lineage, versions=versions)
+    versions = dict(fusionbook=fusionbook.__version__, torch=str(torch.__version__)) | dict(
+        lineage.pop('versions', {})
+    )
+    told = dict(
+        format=FORMAT,
+        network=recipe_of(network),
+        tensors=content_hash(network.state_dict()),
+        **lineage,
+        versions=versions,
+    )
     return {RECIPE: json_text(told)}
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #0e3c3dcd
@@ -139,7 +165,9 @@ def _around(pool, network, sd, whole, notes, built):
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #f99ef053
 @patch
-def save_model(self:BaseModelPool, sd:StateDict|nn.Module, path:str|Path, *, built:bool=False, **kwargs) -> Path:
+def save_model(
+    self: BaseModelPool, sd: StateDict | nn.Module, path: str | Path, *, built: bool = False, **kwargs
+) -> Path:
     "Write a whole model, see `core.checkpoint.save`: one of this pool's kind, or one that was `built` and needs its recipe; its tensors must be finite."
     network, sd, whole = sd, _as_state(sd), self.whole()
     around = _around(self, network, sd, whole, kwargs.get('metadata', {}), built)

@@ -31,10 +31,23 @@ def _tokenizer(sentences, length):
     from tokenizers import pre_tokenizers, trainers
     marks, letters = ['<|startoftext|>', '<|endoftext|>'], sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = CLIPTokenizer()._tokenizer
-    learner.train_from_iterator(sentences, trainers.BpeTrainer(vocab_size=600, special_tokens=marks, initial_alphabet=letters,
-        end_of_word_suffix='</w>', show_progress=False))
+    learner.train_from_iterator(
+        sentences,
+        trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=marks,
+            initial_alphabet=letters,
+            end_of_word_suffix='</w>',
+            show_progress=False,
+        ),
+    )
     learnt = json.loads(learner.to_str())['model']
-    vocab = {t: i for i, t in enumerate(dict.fromkeys([*marks, *letters, *(c + '</w>' for c in letters), *learnt['vocab']]))}
+    vocab = {
+        t: i
+        for i, t in enumerate(
+            dict.fromkeys([*marks, *letters, *(c + '</w>' for c in letters), *learnt['vocab']])
+        )
+    }
     return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in learnt['merges']], model_max_length=length)
 
 # %% ../../nbs/20_models/01_clip.ipynb #bce670cd
@@ -43,9 +56,14 @@ def _tiny_config(vocabulary, length, image_size, patch_size, width, layers, proj
     from transformers import CLIPConfig
     tower = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=max(1, width // 16), projection_dim=projection)
-    text = dict(vocab_size=vocabulary, max_position_embeddings=length, bos_token_id=0, eos_token_id=1, pad_token_id=1)
-    return CLIPConfig(text_config=tower | text, vision_config=tower | dict(image_size=image_size, patch_size=patch_size),
-        projection_dim=projection)
+    text = dict(
+        vocab_size=vocabulary, max_position_embeddings=length, bos_token_id=0, eos_token_id=1, pad_token_id=1
+    )
+    return CLIPConfig(
+        text_config=tower | text,
+        vision_config=tower | dict(image_size=image_size, patch_size=patch_size),
+        projection_dim=projection,
+    )
 
 # %% ../../nbs/20_models/01_clip.ipynb #42465247
 def tiny_clip(
@@ -70,15 +88,35 @@ def tiny_clip(
     with atomic(folder) as new:
         save(model.state_dict(), new, extras={'config.json': config.to_json_string()})
         tokenizer.save_pretrained(new)
-        CLIPImageProcessorPil(size=dict(shortest_edge=image_size), crop_size=dict(height=image_size, width=image_size)).save_pretrained(new)
+        CLIPImageProcessorPil(
+            size=dict(shortest_edge=image_size), crop_size=dict(height=image_size, width=image_size)
+        ).save_pretrained(new)
     return Path(folder)
 
 # %% ../../nbs/20_models/01_clip.ipynb #389c6d63
-_SETTINGS = ('do_resize', 'size', 'resample', 'do_center_crop', 'crop_size', 'do_rescale', 'rescale_factor', 'do_normalize', 'image_mean', 'image_std')
+_SETTINGS = (
+    'do_resize',
+    'size',
+    'resample',
+    'do_center_crop',
+    'crop_size',
+    'do_rescale',
+    'rescale_factor',
+    'do_normalize',
+    'image_mean',
+    'image_std',
+)
 
 def _plain(v): # sizes as dictionaries without empty keys, enumerations as numbers
-    if hasattr(v, 'keys') or hasattr(v, 'shortest_edge'): return {k: x for k, x in dict(v).items() if x is not None}
-    return list(v) if isinstance(v, (list, tuple)) else int(v) if isinstance(v, int) and not isinstance(v, bool) else v
+    if hasattr(v, 'keys') or hasattr(v, 'shortest_edge'):
+        return {k: x for k, x in dict(v).items() if x is not None}
+    return (
+        list(v)
+        if isinstance(v, (list, tuple))
+        else int(v)
+        if isinstance(v, int) and not isinstance(v, bool)
+        else v
+    )
 
 # %% ../../nbs/20_models/01_clip.ipynb #688f7897
 def _processor_config(source):
@@ -103,9 +141,16 @@ class Processor:
         told = {k: v for k, v in _processor_config(source).items() if k not in skip}
         self.slow = described(lambda c: CLIPImageProcessorPil(**c), told, source)
         s, crop, edge = self.slow, dict(self.slow.crop_size or {}), dict(self.slow.size or {})
-        self.size = tuple((crop if s.do_center_crop else edge).get(k) or edge.get('shortest_edge') for k in ('height', 'width'))
+        self.size = tuple(
+            (crop if s.do_center_crop else edge).get(k) or edge.get('shortest_edge')
+            for k in ('height', 'width')
+        )
         plain = s.do_rescale and s.do_normalize and not getattr(s, 'do_pad', None)
-        kept = not s.do_resize or edge.get('shortest_edge') == min(self.size) or (edge.get('height'), edge.get('width')) == self.size
+        kept = (
+            not s.do_resize
+            or edge.get('shortest_edge') == min(self.size)
+            or (edge.get('height'), edge.get('width')) == self.size
+        )
         self.table = self._table() if plain and kept else None
         self.settings = {k: _plain(getattr(s, k, None)) for k in _SETTINGS} # what the pixel values depend on
     def _table(self): # value of each byte in each channel, (3, 256)
@@ -135,26 +180,37 @@ def _frozen(folder, prompts):
     table = Checkpoint(folder/'text_features.safetensors')
     known = {p: i for i, p in enumerate(json.loads(table.metadata['prompts']))}
     for p in prompts:
-        if p not in known: raise FusionError(f'expected a prompt with frozen features in `{folder}`, got {p!r}; {nearest(p, known)}')
+        if p not in known:
+            raise FusionError(
+                f'expected a prompt with frozen features in `{folder}`, got {p!r}; {nearest(p, known)}'
+            )
     return table['text_features'][[known[p] for p in prompts]].float()
 
 # %% ../../nbs/20_models/01_clip.ipynb #6cdf3396
 def _text_state(folder):
     state = select(Checkpoint(folder), ['text_model.*', 'text_projection.weight'], exclude=['*position_ids'])
     if 'text_projection.weight' in state: return state
-    raise FusionError(f'expected a whole CLIP model with its text tower in `{folder}`, got one without `text_projection.weight`')
+    raise FusionError(
+        f'expected a whole CLIP model with its text tower in `{folder}`, got one without '
+        f'`text_projection.weight`'
+    )
 
 @lru_cache(8)
-def _text_hash(folder, stamp): return content_hash(_text_state(folder)) # one pass over the text tower per file
+def _text_hash(folder, stamp):
+    return content_hash(_text_state(folder)) # one pass over the text tower per file
 
-def _text_stamp(folder): return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob('*')) if f.is_file())
+def _text_stamp(folder):
+    return tuple(
+        (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob('*')) if f.is_file()
+    )
 
 # %% ../../nbs/20_models/01_clip.ipynb #43ebd34a
 def _text_model(folder, config):
     "The text tower with its projection, in float32."
     from transformers import CLIPTextModelWithProjection
     state = _text_state(folder)
-    config.projection_dim = meta(state)['text_projection.weight'].shape[0] # some published files contradict their weights
+    # some published files contradict their weights
+    config.projection_dim = meta(state)['text_projection.weight'].shape[0]
     with torch.random.fork_rng(devices=[]): model = CLIPTextModelWithProjection(config)
     model.load_state_dict(dict(state))
     return model.float().eval()
@@ -164,7 +220,8 @@ def _encode(folder, config, ids, mask):
     "Unit features (P, D) of tokenised prompts."
     model, rows = _text_model(folder, config), []
     with torch.inference_mode():
-        for i, m in zip(ids.split(256), mask.split(256)): rows.append(F.normalize(model(input_ids=i, attention_mask=m).text_embeds, dim=-1))
+        for i, m in zip(ids.split(256), mask.split(256)):
+            rows.append(F.normalize(model(input_ids=i, attention_mask=m).text_embeds, dim=-1))
     return torch.cat(rows).clone()
 
 # %% ../../nbs/20_models/01_clip.ipynb #38b198b1
@@ -183,11 +240,30 @@ def text_features(
     folder, prompts = find(clip_path), list(prompts)
     if (folder/'text_features.safetensors').exists(): return _frozen(folder, prompts)
     weights = _text_hash(folder, _text_stamp(folder))
-    config, tokenizer = (described(partial(k.from_pretrained, trust_remote_code=False), folder, folder) for k in (CLIPTextConfig, CLIPTokenizer))
-    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=config.max_position_embeddings, return_tensors='pt')
-    key = [weights, told_config(config.to_dict()), tokens['input_ids'].tolist(), tokens['attention_mask'].tolist(), _code()]
-    file = cache_folder()/'text'/(hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32] + '.safetensors')
-    def compute(): return {'text_features': _encode(folder, config, tokens['input_ids'], tokens['attention_mask'])}
+    config, tokenizer = (
+        described(partial(k.from_pretrained, trust_remote_code=False), folder, folder)
+        for k in (CLIPTextConfig, CLIPTokenizer)
+    )
+    tokens = tokenizer(
+        prompts, padding=True, truncation=True, max_length=config.max_position_embeddings, return_tensors='pt'
+    )
+    key = [
+        weights,
+        told_config(config.to_dict()),
+        tokens['input_ids'].tolist(),
+        tokens['attention_mask'].tolist(),
+        _code(),
+    ]
+    file = (
+        cache_folder()
+        / 'text'
+        / (
+            hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
+            + '.safetensors'
+        )
+    )
+    def compute():
+        return {'text_features': _encode(folder, config, tokens['input_ids'], tokens['attention_mask'])}
     return remembered(file, compute, kind='text features', key=file.stem)['text_features']
 
 # %% ../../nbs/20_models/01_clip.ipynb #9d07ae68
@@ -208,20 +284,41 @@ class ZeroShotHead(nn.Module):
     ) -> Tensor:       # (N, C)
         "Scaled cosine of each image with each class."
         return self.scale * F.normalize(F.linear(pooled, self.projection), dim=-1) @ self.text.T
-    def extra_repr(self): return f'{len(self.text)} classes, {self.text.shape[1]} dimensions, scale {self.scale:.1f}'
+    def extra_repr(self):
+        return f'{len(self.text)} classes, {self.text.shape[1]} dimensions, scale {self.scale:.1f}'
 
 # %% ../../nbs/20_models/01_clip.ipynb #e9de192c
 def _head_parts(folder):
     "What a zero-shot head is made of: frozen features or the text tower, the visual projection, the scale."
     frozen = folder/'text_features.safetensors'
-    return Checkpoint(frozen) if frozen.exists() else select(Checkpoint(folder), ['text_*', 'visual_projection.weight', 'logit_scale'], exclude=['*position_ids'])
+    return (
+        Checkpoint(frozen)
+        if frozen.exists()
+        else select(
+            Checkpoint(folder),
+            ['text_*', 'visual_projection.weight', 'logit_scale'],
+            exclude=['*position_ids'],
+        )
+    )
 
 def _head_facts(folder):
     "What computes sentences into features: configuration and tokenizer; nothing where features are frozen."
     from transformers import CLIPTextConfig
     if (folder/'text_features.safetensors').exists(): return None
-    files = [folder/n for n in ('tokenizer.json', 'vocab.json', 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json')]
-    return [told_config(CLIPTextConfig.from_pretrained(folder, trust_remote_code=False).to_dict()), [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()]]
+    files = [
+        folder / n
+        for n in (
+            'tokenizer.json',
+            'vocab.json',
+            'merges.txt',
+            'tokenizer_config.json',
+            'special_tokens_map.json',
+        )
+    ]
+    return [
+        told_config(CLIPTextConfig.from_pretrained(folder, trust_remote_code=False).to_dict()),
+        [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()],
+    ]
 
 @lru_cache(8)
 def _head_hash(folder, stamp): return identity(content_hash(_head_parts(folder)), _head_facts(folder))
@@ -241,13 +338,18 @@ def zero_shot_head(
     templates:list[str],      # sentences with {} for the name
 ) -> ZeroShotHead:            # frozen; on the CPU
     "The classifier that a CLIP makes of class names."
-    if not classnames or not templates: raise FusionError(f'expected class names and templates, got {classnames} and {templates}')
-    if bad := [t for t in templates if t.count('{}') != 1]: raise FusionError(f'expected templates with one {{}}, got {bad}')
+    if not classnames or not templates:
+        raise FusionError(f'expected class names and templates, got {classnames} and {templates}')
+    if bad := [t for t in templates if t.count('{}') != 1]:
+        raise FusionError(f'expected templates with one {{}}, got {bad}')
     folder = find(clip_path)
     rows = text_features(folder, [t.replace('{}', c) for c in classnames for t in templates])
     text = F.normalize(rows.view(len(classnames), len(templates), -1).mean(1), dim=-1)
     frozen = folder/'text_features.safetensors'
     saved = Checkpoint(frozen if frozen.exists() else folder)
     for key in ('visual_projection.weight', 'logit_scale'):
-        if key not in saved: raise FusionError(f'expected a whole CLIP model, got `{clip_path}` without `{key}`')
-    return ZeroShotHead(text, saved['visual_projection.weight'].float(), saved['logit_scale'].double().exp(), classnames)
+        if key not in saved:
+            raise FusionError(f'expected a whole CLIP model, got `{clip_path}` without `{key}`')
+    return ZeroShotHead(
+        text, saved['visual_projection.weight'].float(), saved['logit_scale'].double().exp(), classnames
+    )

@@ -45,7 +45,8 @@ def epoch_rows(
     seed:int,       # of the run
 ) -> list[Tensor]:  # row numbers of each batch
     "The batches of one pass."
-    if n < 1 or batch_size < 1: raise FusionError(f'expected at least one row and one row per batch, got {n} and {batch_size}')
+    if n < 1 or batch_size < 1:
+        raise FusionError(f'expected at least one row and one row per batch, got {n} and {batch_size}')
     parts = torch.randperm(n, generator=generator(seed, f'order {epoch}')).split(batch_size)
     return list(parts[:-1] if len(parts) > 1 and len(parts[-1]) == 1 else parts)
 
@@ -60,9 +61,15 @@ def save_progress(
 ) -> Path:
     "Write all that is needed to go on."
     names = {p: k for k, p in model.named_parameters()}
-    momentum = {f'momentum.{names[p]}': s['momentum_buffer'] for p, s in optimizer.state.items() if s.get('momentum_buffer') is not None}
+    momentum = {
+        f'momentum.{names[p]}': s['momentum_buffer']
+        for p, s in optimizer.state.items()
+        if s.get('momentum_buffer') is not None
+    }
     tensors = {f'model.{k}': v for k, v in model.state_dict().items()} | momentum
-    return write_kept(file, tensors, kind='training', key=dict(recipe), facts=dict(history=history, best=best))
+    return write_kept(
+        file, tensors, kind='training', key=dict(recipe), facts=dict(history=history, best=best)
+    )
 
 # %% ../../nbs/20_models/02c_epochs.ipynb #d538daf1
 def load_progress(
@@ -75,17 +82,24 @@ def load_progress(
     found = read_kept(file, kind='training')
     if found is None: return None
     _same_recipe(found.key, json.loads(json.dumps(recipe)), file)
-    model.load_state_dict({k.removeprefix('model.'): v for k, v in found.tensors.items() if k.startswith('model.')})
+    model.load_state_dict(
+        {k.removeprefix('model.'): v for k, v in found.tensors.items() if k.startswith('model.')}
+    )
     for k, p in model.named_parameters():
-        if f'momentum.{k}' in found.tensors: optimizer.state[p]['momentum_buffer'] = found.tensors[f'momentum.{k}'].to(p.device, copy=True)
+        if f'momentum.{k}' in found.tensors:
+            optimizer.state[p]['momentum_buffer'] = found.tensors[f'momentum.{k}'].to(p.device, copy=True)
     return found.facts
 
 # %% ../../nbs/20_models/02c_epochs.ipynb #7cc4bb6a
 def _same_recipe(there, wanted, file):
     "Refuse to go on with another recipe, and say what differs."
     odd = [k for k in {**there, **wanted} if there.get(k) != wanted.get(k)]
-    if odd: raise FusionError(f'expected the recipe of the run in `{Path(file).parent}`, where `{odd[0]}` is {there.get(odd[0])}, got {wanted.get(odd[0])}; '
-                              'choose another folder, or remove that one')
+    if odd:
+        raise FusionError(
+            f'expected the recipe of the run in `{Path(file).parent}`, where `{odd[0]}` is '
+            f'{there.get(odd[0])}, got {wanted.get(odd[0])}; '
+            'choose another folder, or remove that one'
+        )
 
 # %% ../../nbs/20_models/02c_epochs.ipynb #83c2e699
 def best_epoch(
@@ -113,10 +127,20 @@ def train_epochs(
     label:str='training',      # what the progress bar says
 ) -> list[dict]:               # for each pass: epoch, rate, loss, and what `score` says
     "Train by SGD with momentum; go on where an earlier run with the same recipe stopped."
-    recipe = dict(rows=n, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, momentum=momentum, cosine=cosine, precision=precision, seed=seed,
-                  chosen='last' if score is None else 'validation') | dict(facts)
+    recipe = dict(
+        rows=n,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        cosine=cosine,
+        precision=precision,
+        seed=seed,
+        chosen='last' if score is None else 'validation',
+    ) | dict(facts)
     run = _Run(Path(folder), model, recipe)
-    for epoch in track(range(len(run.history), epochs), label): run.note(_pass(model, run.optimizer, batch, recipe, epoch) | (score(model) if score else {}), keep)
+    for epoch in track(range(len(run.history), epochs), label):
+        run.note(_pass(model, run.optimizer, batch, recipe, epoch) | (score(model) if score else {}), keep)
     run.choose()
     return run.history
 
@@ -126,13 +150,27 @@ def _entropy(net, xy): return F.cross_entropy(net(xy[0]), xy[1])
 def _pass(model, optimizer, batch, recipe, epoch):
     "One pass: its number, first rate and mean loss. Draws from torch, such as dropout's, depend on seed and pass alone."
     seed, first, total = recipe['seed'], recipe['learning_rate'], recipe['epochs']
-    rows, rng = epoch_rows(recipe['rows'], recipe['batch_size'], epoch=epoch, seed=seed), generator(seed, f'augmentation {epoch}')
-    rates = [first * rate_factor(epoch + i / len(rows), epochs=total, steps=milestones(total), cosine=recipe['cosine']) for i in range(len(rows))]
+    rows = epoch_rows(recipe['rows'], recipe['batch_size'], epoch=epoch, seed=seed)
+    rng = generator(seed, f'augmentation {epoch}')
+    rates = [
+        first
+        * rate_factor(epoch + i / len(rows), epochs=total, steps=milestones(total), cosine=recipe['cosine'])
+        for i in range(len(rows))
+    ]
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(generator(seed, f'torch {epoch}').initial_seed())
-        walk = descend(model, (batch(r, rng) for r in rows), _entropy, optimizer, rates=rates, clip=None, precision=recipe['precision'],
-                       place=f'step {{}} of {len(rates)} in epoch {epoch + 1}', advice=f'a smaller learning_rate (now {first:g})')
+        walk = descend(
+            model,
+            (batch(r, rng) for r in rows),
+            _entropy,
+            optimizer,
+            rates=rates,
+            clip=None,
+            precision=recipe['precision'],
+            place=f'step {{}} of {len(rates)} in epoch {epoch + 1}',
+            advice=f'a smaller learning_rate (now {first:g})',
+        )
         losses = list(track(walk, f'epoch {epoch + 1}', len(rates)))
     return dict(epoch=epoch + 1, rate=rates[0], loss=math.fsum(losses) / len(losses))
 
@@ -140,7 +178,10 @@ def _pass(model, optimizer, batch, recipe, epoch):
 def _check(recipe):
     "Refuse numbers that make no sense."
     e, r, m = (recipe[k] for k in ('epochs', 'learning_rate', 'momentum'))
-    if e < 1 or not r > 0 or not 0 <= m < 1: raise FusionError(f'expected epochs >= 1, learning_rate > 0 and momentum in [0, 1), got {e}, {r}, {m}')
+    if e < 1 or not r > 0 or not 0 <= m < 1:
+        raise FusionError(
+            f'expected epochs >= 1, learning_rate > 0 and momentum in [0, 1), got {e}, {r}, {m}'
+        )
 
 # %% ../../nbs/20_models/02c_epochs.ipynb #ee7b7ca1
 def _weights(file):
@@ -151,7 +192,8 @@ def _weights(file):
 # %% ../../nbs/20_models/02c_epochs.ipynb #5730bc3b
 def _mended(folder, found):
     "Whether the weights of the best pass are there, or come back from the file of that pass."
-    best, kept = folder/'best_val_epoch.safetensors', folder/f'checkpoint_epoch{best_epoch(found["history"])}.safetensors'
+    best = folder/'best_val_epoch.safetensors'
+    kept = folder/f'checkpoint_epoch{best_epoch(found["history"])}.safetensors'
     if _weights(best) == found['best']: return True
     if _weights(kept) != found['best']: return False
     save(Checkpoint(kept), best)
@@ -161,7 +203,8 @@ def _resume(run):
     "Go on where the last whole pass ended, if its files are what they were."
     start, last = {k: v.clone() for k, v in run.model.state_dict().items()}, run.folder/'last.safetensors'
     found = load_progress(last, run.model, run.optimizer, run.recipe)
-    if _weights(run.folder/'initial_weights.safetensors') != content_hash(start): save(start, run.folder/'initial_weights.safetensors')
+    if _weights(run.folder/'initial_weights.safetensors') != content_hash(start):
+        save(start, run.folder/'initial_weights.safetensors')
     if found and _mended(run.folder, found): run.history, run.best = found['history'], found['best']
     elif last.exists():
         logging.getLogger('fusionbook').warning('damaged files in %s: training starts again', run.folder)
@@ -174,7 +217,9 @@ class _Run:
     def __init__(self, folder, model, recipe):
         _check(recipe)
         self.folder, self.model, self.recipe, self.history, self.best = folder, model, recipe, [], ''
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=recipe['learning_rate'], momentum=recipe['momentum'])
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=recipe['learning_rate'], momentum=recipe['momentum']
+        )
         _resume(self)
     def write(self, name): save(self.model.state_dict(), self.folder/f'{name}.safetensors')
     def note(self, row, keep):
@@ -184,5 +229,12 @@ class _Run:
         if best_epoch(self.history) == row['epoch']:
             self.write('best_val_epoch')
             self.best = content_hash(self.model.state_dict())
-        save_progress(self.folder/'last.safetensors', self.model, self.optimizer, recipe=self.recipe, history=self.history, best=self.best)
+        save_progress(
+            self.folder / 'last.safetensors',
+            self.model,
+            self.optimizer,
+            recipe=self.recipe,
+            history=self.history,
+            best=self.best,
+        )
     def choose(self): self.model.load_state_dict(dict(Checkpoint(self.folder/'best_val_epoch.safetensors')))

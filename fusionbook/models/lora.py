@@ -14,7 +14,16 @@ from ..core.files import read_json
 from ..core.state_dict import Lazy, StateDict, meta
 
 # %% ../../nbs/20_models/01b_lora.ipynb #a3a8b668
-_PLAIN = dict(peft_type='LORA', use_dora=False, fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, modules_to_save=None, bias='none') # what is applied exactly
+# what is applied exactly
+_PLAIN = dict(
+    peft_type='LORA',
+    use_dora=False,
+    fan_in_fan_out=False,
+    rank_pattern={},
+    alpha_pattern={},
+    modules_to_save=None,
+    bias='none',
+)
 
 def _settings(folder):
     "The settings of an adapter, refused where they say more than this page applies."
@@ -27,13 +36,21 @@ def _settings(folder):
 # %% ../../nbs/20_models/01b_lora.ipynb #01346612
 def _factors(folder):
     "Name of a weight -> its factors' names; and the file that holds them."
-    file = next((folder/n for n in ('adapter_model.safetensors', 'adapter_model.bin') if (folder/n).exists()), None)
+    file = next(
+        (folder / n for n in ('adapter_model.safetensors', 'adapter_model.bin') if (folder / n).exists()),
+        None,
+    )
     if file is None: raise FusionError(f'expected `adapter_model.safetensors` in `{folder}`, got none')
     saved, out = Checkpoint(file), {}
     for name in saved:
         stem, dot, _ = name.partition('.lora_A.')
-        if not dot and '.lora_B.' not in name: raise FusionError(f'expected `lora_A` and `lora_B` in `{file.name}`, got `{name}`')
-        if dot: out[stem.removeprefix('base_model.model.').removeprefix('vision_model.') + '.weight'] = (name, name.replace('.lora_A.', '.lora_B.'))
+        if not dot and '.lora_B.' not in name:
+            raise FusionError(f'expected `lora_A` and `lora_B` in `{file.name}`, got `{name}`')
+        if dot:
+            out[stem.removeprefix('base_model.model.').removeprefix('vision_model.') + '.weight'] = (
+                name,
+                name.replace('.lora_A.', '.lora_B.'),
+            )
     if not out: raise FusionError(f'expected `lora_A` and `lora_B` in `{file}`, got neither')
     return out, saved
 
@@ -60,10 +77,17 @@ def adapted(
     folder = find(path)
     how = _settings(folder)
     factors, saved = _factors(folder)
-    if lost := [k for k in factors if k not in state]: raise FusionError(f'expected an adapter of this base, got `{lost[0]}`, which the base lacks')
+    if lost := [k for k in factors if k not in state]:
+        raise FusionError(f'expected an adapter of this base, got `{lost[0]}`, which the base lacks')
     scale = how.get('lora_alpha', how['r']) / (sqrt(how['r']) if how.get('use_rslora') else how['r'])
     for k, (a, b) in factors.items():
         got, want = (saved.meta[b].shape[0], saved.meta[a].shape[1]), tuple(meta(state)[k].shape)
-        if got != want: raise FusionError(f'expected an adapter of this base, got {got} for `{k}` of shape {want}')
-    read = {k: partial(_applied, state, saved, k, factors[k], scale) if k in factors else partial(state.__getitem__, k) for k in state}
+        if got != want:
+            raise FusionError(f'expected an adapter of this base, got {got} for `{k}` of shape {want}')
+    read = {
+        k: partial(_applied, state, saved, k, factors[k], scale)
+        if k in factors
+        else partial(state.__getitem__, k)
+        for k in state
+    }
     return Lazy(read, {k: meta(state)[k] for k in state})

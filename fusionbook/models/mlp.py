@@ -20,13 +20,15 @@ class MLP(nn.Module):
         bias:bool=True,      # whether each layer adds a vector
     ):
         super().__init__()
-        if len(sizes) < 2 or min(sizes) < 1: raise FusionError(f'expected at least two positive sizes (inputs and classes), got {list(sizes)}')
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise FusionError(f'expected at least two positive sizes (inputs and classes), got {list(sizes)}')
         self.sizes = tuple(sizes)
         for i, (n, m) in enumerate(pairwise(sizes), 1): self.add_module(f'fc{i}', nn.Linear(n, m, bias=bias))
     def recipe(self): return dict(sizes=list(self.sizes), bias=self.fc1.bias is not None)
     def forward(self, x): # (N, ...) -> (N, C)
         x = x.flatten(1)
-        if x.shape[1] != self.sizes[0]: raise FusionError(f'expected {self.sizes[0]} numbers for each input, got {x.shape[1]}')
+        if x.shape[1] != self.sizes[0]:
+            raise FusionError(f'expected {self.sizes[0]} numbers for each input, got {x.shape[1]}')
         *hidden, last = self.children()
         for layer in hidden: x = F.relu(layer(x))
         return last(x)

@@ -17,14 +17,19 @@ from .resnet18 import ResNet18
 from .vgg import VGG11
 
 # %% ../../nbs/20_models/04c_named.ipynb #7fac4254
-MODEL_TYPES = {f'{family}{bias}{norm}': (make, not bias, not norm) for family, make in (('VGG11', VGG11), ('RESNET18', ResNet18))
-               for bias in ('', '_NOBIAS') for norm in ('', '_NOBN')} | {'MLP': (MLP, True, False), 'MLP_NOBIAS': (MLP, False, False)}
+MODEL_TYPES = {
+    f'{family}{bias}{norm}': (make, not bias, not norm)
+    for family, make in (('VGG11', VGG11), ('RESNET18', ResNet18))
+    for bias in ('', '_NOBIAS')
+    for norm in ('', '_NOBN')
+} | {'MLP': (MLP, True, False), 'MLP_NOBIAS': (MLP, False, False)}
 HIDDEN = 400, 200, 100 # units of the hidden layers of an `MLP` of width 1
 
 # %% ../../nbs/20_models/04c_named.ipynb #7d217290
 def _built(name, classes, width, inputs):
     "A network whose weights are torch's first; the random state outside stays as it is."
-    if name not in MODEL_TYPES: raise FusionError(f'expected a model type, got `{name}`; {nearest(str(name), MODEL_TYPES)}')
+    if name not in MODEL_TYPES:
+        raise FusionError(f'expected a model type, got `{name}`; {nearest(str(name), MODEL_TYPES)}')
     make, bias, norm = MODEL_TYPES[name]
     if classes < 1: raise FusionError(f'expected at least one class, got {classes}')
     if not width > 0: raise FusionError(f'expected a positive width, got {width}')
@@ -40,10 +45,14 @@ def initialise(
 ) -> nn.Module:    # the same network
     "He's first weights; smaller at the end of residual branches without normalisation and in the class layer; biases 0."
     modules, last = dict(net.named_modules()), [m for m in net.modules() if isinstance(m, nn.Linear)][-1:]
-    blocks = [m.conv2 for m in modules.values() if hasattr(m, 'shortcut') and not isinstance(m.bn2, nn.BatchNorm2d)]
+    blocks = [
+        m.conv2 for m in modules.values() if hasattr(m, 'shortcut') and not isinstance(m.bn2, nn.BatchNorm2d)
+    ]
     for key, m in modules.items():
         if not isinstance(m, (nn.Conv2d, nn.Linear)): continue
-        size = (2 / m.weight[0].numel()) ** .5 * (.1 if m in last else len(blocks) ** -.5 if m in blocks else 1)
+        size = (2 / m.weight[0].numel()) ** 0.5 * (
+            0.1 if m in last else len(blocks) ** -0.5 if m in blocks else 1
+        )
         with torch.no_grad():
             m.weight.copy_(size * torch.randn(m.weight.shape, generator=generator(seed, f'{name}/{key}')))
             if m.bias is not None: m.bias.zero_()
@@ -66,13 +75,32 @@ def type_of(
     sd:StateDict, # tensors of one of our networks; only names and shapes are read
 ) -> dict:        # name, classes, width, inputs: arguments of `model_type`
     "The model type that a state dict belongs to."
-    info, where = meta(sd), 'features.0.weight' if 'features.0.weight' in sd else 'conv1.weight' if 'layer4.0.conv1.weight' in sd else 'fc1.weight'
-    head = {'features.0.weight': 'classifier', 'conv1.weight': 'linear', 'fc1.weight': list(info)[-1].rpartition('.')[0] if info else ''}[where]
-    if where not in info or f'{head}.weight' not in info: raise FusionError(f'expected tensors of VGG11, RESNET18 or MLP, got {", ".join(list(info)[:3]) or "none"}')
+    info = meta(sd)
+    where = (
+        'features.0.weight'
+        if 'features.0.weight' in sd
+        else 'conv1.weight'
+        if 'layer4.0.conv1.weight' in sd
+        else 'fc1.weight'
+    )
+    head = {
+        'features.0.weight': 'classifier',
+        'conv1.weight': 'linear',
+        'fc1.weight': list(info)[-1].rpartition('.')[0] if info else '',
+    }[where]
+    if where not in info or f'{head}.weight' not in info:
+        raise FusionError(
+            f'expected tensors of VGG11, RESNET18 or MLP, got {", ".join(list(info)[:3]) or "none"}'
+        )
     first, bare = info[where].shape, not any(k.endswith('running_mean') for k in info)
     family = {'features.0.weight': 'VGG11', 'conv1.weight': 'RESNET18', 'fc1.weight': 'MLP'}[where]
     name = family + '_NOBIAS' * (f'{head}.bias' not in info) + '_NOBN' * (bare and family != 'MLP')
-    return dict(name=name, classes=info[f'{head}.weight'].shape[0], width=first[0] / (400 if family == 'MLP' else 64), inputs=first[1] if family == 'MLP' else 784)
+    return dict(
+        name=name,
+        classes=info[f'{head}.weight'].shape[0],
+        width=first[0] / (400 if family == 'MLP' else 64),
+        inputs=first[1] if family == 'MLP' else 784,
+    )
 
 # %% ../../nbs/20_models/04c_named.ipynb #e1ae0986
 _ENDS = {'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'}
@@ -93,12 +121,22 @@ def matched(
     by_name, pairs = without_wrappers(info), renamed(info, wanted)
     if pairs is None and len(info) == len(wanted): pairs = dict(zip(wanted, _in_order(info)))
     if pairs is None:
-        odd = next((k for k in by_name if k not in wanted), None) or next(k for k in wanted if k not in by_name)
-        raise FusionError(f'expected {len(wanted)} tensors in {what}, got {len(info)}; the first that differs is `{odd}`')
+        odd = next((k for k in by_name if k not in wanted), None) or next(
+            k for k in wanted if k not in by_name
+        )
+        raise FusionError(
+            f'expected {len(wanted)} tensors in {what}, got {len(info)}; the first that differs is `{odd}`'
+        )
     for k, came in pairs.items():
-        if {k.rpartition('.')[2], came.rpartition('.')[2]} <= _ENDS and k.rpartition('.')[2] != came.rpartition('.')[2]:
+        if {k.rpartition('.')[2], came.rpartition('.')[2]} <= _ENDS and k.rpartition('.')[
+            2
+        ] != came.rpartition('.')[2]:
             raise FusionError(f'expected `{k}`, got `{came}` in its place in {what}')
-        if wanted[k].shape != info[came].shape: raise FusionError(f'expected `{k}` as {tuple(wanted[k].shape)}, got `{came}` as {tuple(info[came].shape)} in {what}')
+        if wanted[k].shape != info[came].shape:
+            raise FusionError(
+                f'expected `{k}` as {tuple(wanted[k].shape)}, got `{came}` as {tuple(info[came].shape)} in '
+                f'{what}'
+            )
     return pairs
 
 # %% ../../nbs/20_models/04c_named.ipynb #e5bf5f84
@@ -110,7 +148,8 @@ def network_of(
     "Build the network that tensors belong to, and fill it."
     info = meta(sd)
     found = type_of({k: info[v] for k, v in without_wrappers(info).items()})
-    if name and name != found['name']: raise FusionError(f'expected a {name} in {what}, got a {found["name"]}')
+    if name and name != found['name']:
+        raise FusionError(f'expected a {name} in {what}, got a {found["name"]}')
     net = _built(**found)
     pairs = matched(sd, net.state_dict(), what)
     net.load_state_dict({k: sd[came] for k, came in pairs.items()})

@@ -29,16 +29,21 @@ def network_class(
     target, # of a recipe
 ) -> type:  # derived from `nn.Module`; raises `FusionError`
     "The class that a recipe names: one of the allowed targets, and a network."
-    if not isinstance(target, str): raise FusionError(f'expected the name of a class as `_target_`, got {target!r:.60}')
+    if not isinstance(target, str):
+        raise FusionError(f'expected the name of a class as `_target_`, got {target!r:.60}')
     try: check_targets({'_target_': target})
-    except FusionError: raise FusionError(f'expected a class of fusionbook or transformers, got `{target}`') from None
+    except FusionError:
+        raise FusionError(f'expected a class of fusionbook or transformers, got `{target}`') from None
     found = locate(target)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)): raise FusionError(f'expected the class of a network, got `{target}`')
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise FusionError(f'expected the class of a network, got `{target}`')
     return found
 
 # %% ../../nbs/20_models/06_recipe.ipynb #ae108a1e
 ATTENTION = 'eager', 'sdpa', 'flash_attention_2', 'flash_attention_3', 'flex_attention'
-_ELSEWHERE = re.compile(r'_?attn_implementation\w*|auto_map|quantization_config|use_\w*backbone|\w*remote\w*|code_revision', re.I)
+_ELSEWHERE = re.compile(
+    r'_?attn_implementation\w*|auto_map|quantization_config|use_\w*backbone|\w*remote\w*|code_revision', re.I
+)
 
 # %% ../../nbs/20_models/06_recipe.ipynb #955dd128
 def check_config(
@@ -47,15 +52,18 @@ def check_config(
 ) -> None:     # raises `FusionError`
     "Refuse a configuration that names code, or a model that would have to be fetched."
     for k, v in config.items() if isinstance(config, Mapping) else ():
-        if _ELSEWHERE.fullmatch(str(k)) and v and v not in ATTENTION: raise FusionError(f'expected a configuration without `{k}` in {where}, got {v!r:.60}')
+        if _ELSEWHERE.fullmatch(str(k)) and v and v not in ATTENTION:
+            raise FusionError(f'expected a configuration without `{k}` in {where}, got {v!r:.60}')
         check_config(v, where)
     for v in config if isinstance(config, list) else (): check_config(v, where)
 
 # %% ../../nbs/20_models/06_recipe.ipynb #d961cb54
 def _from_config(kind, config, attention):
     "A network of `transformers` with untrained weights."
-    if not isinstance(config, Mapping): raise FusionError(f'expected `config` of `{kind.__name__}` as a mapping, got {config!r:.60}')
-    if attention not in (None, *ATTENTION): raise FusionError(f'expected `attention` as one of {", ".join(ATTENTION)}, got {attention!r:.60}')
+    if not isinstance(config, Mapping):
+        raise FusionError(f'expected `config` of `{kind.__name__}` as a mapping, got {config!r:.60}')
+    if attention not in (None, *ATTENTION):
+        raise FusionError(f'expected `attention` as one of {", ".join(ATTENTION)}, got {attention!r:.60}')
     check_config(config, f'the recipe of `{kind.__name__}`')
     def make(told):
         made = kind.config_class.from_dict(dict(told))
@@ -76,14 +84,21 @@ def _constructed(kind, told):
     try: return kind(**told)
     except FusionError: raise
     except Exception as e: # the constructor's, of any kind
-        raise FusionError(f'expected the arguments of `{kind.__name__}`, got {", ".join(told)}: {" ".join(str(e).split()):.120}') from None
+        raise FusionError(
+            f'expected the arguments of `{kind.__name__}`, got {", ".join(told)}: '
+            f'{" ".join(str(e).split()):.120}'
+        ) from None
 
 def _leaf(node):
     "One network whose arguments are plain data; the random state outside stays as it is."
     kind, told = network_class(node['_target_']), {k: v for k, v in node.items() if k != '_target_'}
     with torch.random.fork_rng(devices=[]):
         if node['_target_'].startswith('transformers.'):
-            if told.keys() - {'config', 'attention'}: raise FusionError(f'expected `config` and `attention` in the recipe of `{kind.__name__}`, got {", ".join(told)}')
+            if told.keys() - {'config', 'attention'}:
+                raise FusionError(
+                    f'expected `config` and `attention` in the recipe of `{kind.__name__}`, got '
+                    f'{", ".join(told)}'
+                )
             return _from_config(kind, told.get('config'), told.get('attention'))
         return _constructed(kind, told)
 
@@ -121,8 +136,11 @@ def untrained(
 def _arguments(network):
     "What the constructor of a network was given."
     if hasattr(network, 'recipe'): return dict(network.recipe())
-    if hasattr(getattr(network, 'config', None), 'to_json_string') and hasattr(type(network), 'config_class'): return _its_config(network)
-    raise FusionError(f'expected a network that says its `recipe`, or one of transformers, got {type(network).__name__}')
+    if hasattr(getattr(network, 'config', None), 'to_json_string') and hasattr(type(network), 'config_class'):
+        return _its_config(network)
+    raise FusionError(
+        f'expected a network that says its `recipe`, or one of transformers, got {type(network).__name__}'
+    )
 
 def _plain(x):
     "An argument with recipes in place of networks."
@@ -132,15 +150,23 @@ def _plain(x):
     return x
 
 # %% ../../nbs/20_models/06_recipe.ipynb #3166d2e5
-def _facts(network): return {k: v for k, v in network_facts(network).items() if k != 'code'} | {'names': list(network.state_dict())}
+def _facts(network):
+    return {k: v for k, v in network_facts(network).items() if k != 'code'} | {
+        'names': list(network.state_dict())
+    }
 
 def _check_told(network, node):
     "Refuse a recipe that makes another network."
     if _nodes({k: v for k, v in node.items() if k != '_target_'}): return # its parts have been compared
     was, made = _facts(network), _facts(untrained(node))
     if was == made: return
-    odd = next((a[0] or 'itself' for a, b in zip(was['parts'], made['parts'], strict=False) if a != b), 'its parts')
-    raise FusionError(f'expected a {type(network).__name__} as its constructor makes it, got one that was changed afterwards in `{odd}`: no recipe describes it')
+    odd = next(
+        (a[0] or 'itself' for a, b in zip(was['parts'], made['parts'], strict=False) if a != b), 'its parts'
+    )
+    raise FusionError(
+        f'expected a {type(network).__name__} as its constructor makes it, got one that was changed '
+        f'afterwards in `{odd}`: no recipe describes it'
+    )
 
 # %% ../../nbs/20_models/06_recipe.ipynb #fdf03c31
 def recipe_of(
@@ -148,19 +174,28 @@ def recipe_of(
 ) -> dict:             # what JSON can hold; raises `FusionError` for a network that no recipe describes
     "The class of a network and its arguments, all the way down."
     target = _target(type(network))
-    if target is None: raise FusionError(f'expected a network of fusionbook or transformers, whose architecture can be written down, got {type(network).__name__}')
+    if target is None:
+        raise FusionError(
+            f'expected a network of fusionbook or transformers, whose architecture can be written down, got '
+            f'{type(network).__name__}'
+        )
     network_class(target)
     node = {'_target_': target} | _plain(_arguments(network))
     try: node = json.loads(json.dumps(node, allow_nan=False))
-    except (TypeError, ValueError) as e: raise FusionError(f'expected plain arguments in the recipe of {type(network).__name__}, got {e}') from None
+    except (TypeError, ValueError) as e:
+        raise FusionError(
+            f'expected plain arguments in the recipe of {type(network).__name__}, got {e}'
+        ) from None
     _check_told(network, node)
     return node
 
 # %% ../../nbs/20_models/06_recipe.ipynb #1e70de7e
 def _mismatch(own, info):
     "What is wrong with the tensors for a network, or None."
-    if lost := [k for k in own if k not in info]: return f'lack `{lost[0]}`' + f' and {len(lost) - 1} more' * (len(lost) > 1)
-    if more := [k for k in info if k not in own]: return f'add `{more[0]}`' + f' and {len(more) - 1} more' * (len(more) > 1)
+    if lost := [k for k in own if k not in info]:
+        return f'lack `{lost[0]}`' + f' and {len(lost) - 1} more' * (len(lost) > 1)
+    if more := [k for k in info if k not in own]:
+        return f'add `{more[0]}`' + f' and {len(more) - 1} more' * (len(more) > 1)
     odd = next((k for k in own if own[k].shape != info[k].shape), None)
     return odd and f'have `{odd}` as {tuple(info[odd].shape)}, not {tuple(own[odd].shape)}'
 
@@ -171,7 +206,10 @@ def check_tensors(
     what:str,                   # they are, for the message
 ) -> None:                      # raises `FusionError`
     "Refuse tensors of other names or shapes."
-    if wrong := _mismatch(network.state_dict(), info): raise FusionError(f'expected in {what} the tensors of its {type(network).__name__}, got tensors that {wrong}')
+    if wrong := _mismatch(network.state_dict(), info):
+        raise FusionError(
+            f'expected in {what} the tensors of its {type(network).__name__}, got tensors that {wrong}'
+        )
 
 def adopt(
     network:nn.Module, # changed in place
@@ -185,7 +223,12 @@ def adopt(
         module, owner = network.get_submodule(where), tied.get(name, name)
         own = getattr(module, last)
         key = owner, isinstance(own, nn.Parameter)
-        if key not in made: made[key] = nn.Parameter(sd[owner], own.requires_grad and sd[owner].is_floating_point()) if key[1] else sd[owner]
+        if key not in made:
+            made[key] = (
+                nn.Parameter(sd[owner], own.requires_grad and sd[owner].is_floating_point())
+                if key[1]
+                else sd[owner]
+            )
         setattr(module, last, made[key])
     return network
 

@@ -46,10 +46,16 @@ class CifarResNet(nn.Module):
         classes:int=10,   # C
     ):
         super().__init__()
-        if depth < 8 or (depth - 2) % 6: raise FusionError(f'expected a depth of 6n + 2 such as 20, 32, 44 or 56, got {depth}')
+        if depth < 8 or (depth - 2) % 6:
+            raise FusionError(f'expected a depth of 6n + 2 such as 20, 32, 44 or 56, got {depth}')
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         def stage(before, channels, stride):
-            return nn.Sequential(*[Block(before if i == 0 else channels, channels, stride if i == 0 else 1) for i in range((depth - 2) // 6)])
+            return nn.Sequential(
+                *[
+                    Block(before if i == 0 else channels, channels, stride if i == 0 else 1)
+                    for i in range((depth - 2) // 6)
+                ]
+            )
         self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
         self.linear = nn.Linear(64, classes)
     def recipe(self): return dict(depth=6 * len(self.layer1) + 2, classes=self.linear.out_features)
@@ -65,8 +71,15 @@ def cifar_resnet(
     saved = Checkpoint(path)
     sd = {k: saved[v] for k, v in without_wrappers(saved).items()}
     blocks = len({k.split('.')[1] for k in sd if k.startswith('layer1.')})
-    if 'linear.weight' not in sd or not blocks: raise FusionError(f'expected a CIFAR ResNet with `layer1` and `linear`, got `{path}` with {", ".join(list(sd)[:3])}')
+    if 'linear.weight' not in sd or not blocks:
+        raise FusionError(
+            f'expected a CIFAR ResNet with `layer1` and `linear`, got `{path}` with {", ".join(list(sd)[:3])}'
+        )
     net = CifarResNet(6 * blocks + 2, len(sd['linear.weight']))
     try: net.load_state_dict(sd)
-    except RuntimeError as e: raise FusionError(f'expected the tensors of a ResNet-{6 * blocks + 2}, got `{path}`: {str(e).splitlines()[1].strip()}') from None
+    except RuntimeError as e:
+        raise FusionError(
+            f'expected the tensors of a ResNet-{6 * blocks + 2}, got `{path}`: '
+            f'{str(e).splitlines()[1].strip()}'
+        ) from None
     return net.eval()

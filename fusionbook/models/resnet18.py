@@ -27,11 +27,15 @@ class BasicBlock(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(before, channels, 3, stride, 1, bias=False), _norm(channels, norm)
         self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), _norm(channels, norm)
         changes = stride != 1 or before != channels
-        self.shortcut = nn.Sequential(*[nn.Conv2d(before, channels, 1, stride, bias=False), _norm(channels, norm)] if changes else [])
-    def forward(self, x): return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
+        self.shortcut = nn.Sequential(
+            *[nn.Conv2d(before, channels, 1, stride, bias=False), _norm(channels, norm)] if changes else []
+        )
+    def forward(self, x):
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
 
 # %% ../../nbs/20_models/04b_resnet18.ipynb #832e1679
-def _stage(before, channels, stride, norm): return nn.Sequential(BasicBlock(before, channels, stride, norm), BasicBlock(channels, channels, 1, norm))
+def _stage(before, channels, stride, norm):
+    return nn.Sequential(BasicBlock(before, channels, stride, norm), BasicBlock(channels, channels, 1, norm))
 
 # %% ../../nbs/20_models/04b_resnet18.ipynb #22b5c75b
 class ResNet18(nn.Module):
@@ -50,8 +54,11 @@ class ResNet18(nn.Module):
         self.linear = nn.Linear(8 * n, classes, bias=bias)
     def recipe(self): # what the constructor was given
         norm, width = isinstance(self.bn1, nn.BatchNorm2d), self.conv1.out_channels / 64
-        return dict(classes=self.linear.out_features, bias=self.linear.bias is not None, norm=norm, width=width)
+        return dict(
+            classes=self.linear.out_features, bias=self.linear.bias is not None, norm=norm, width=width
+        )
     def forward(self, x): # (N, 3, H, W) -> (N, C)
-        if x.ndim != 4 or x.shape[1] != 3: raise FusionError(f'expected images (N, 3, H, W), got {tuple(x.shape)}')
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise FusionError(f'expected images (N, 3, H, W), got {tuple(x.shape)}')
         x = F.relu(self.bn1(self.conv1(x)))
         return self.linear(self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3)))

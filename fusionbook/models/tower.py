@@ -27,13 +27,21 @@ def vision_config(
     "The configuration of a CLIP's vision tower."
     from transformers import CLIPVisionConfig
     file = beside(find(path))/'config.json'
-    if not file.exists(): raise FusionError(f'expected a CLIP model with its config.json, got `{path}` without one')
+    if not file.exists():
+        raise FusionError(f'expected a CLIP model with its config.json, got `{path}` without one')
     config = read_json(file)
     tower = config.get('vision_config', config)
-    if not isinstance(tower, dict): raise FusionError(f'expected `vision_config` with the settings of a tower in `{file}`, got {str(tower):.40}')
+    if not isinstance(tower, dict):
+        raise FusionError(
+            f'expected `vision_config` with the settings of a tower in `{file}`, got {str(tower):.40}'
+        )
     if tower.get('model_type', 'clip_vision_model') not in ('clip', 'clip_vision_model'):
         raise FusionError(f"expected a CLIP model, got `{path}` of type {tower['model_type']!r}")
-    return described(CLIPVisionConfig.from_dict, {k: v for k, v in tower.items() if k not in ('model_type', 'architectures')}, file)
+    return described(
+        CLIPVisionConfig.from_dict,
+        {k: v for k, v in tower.items() if k not in ('model_type', 'architectures')},
+        file,
+    )
 
 # %% ../../nbs/20_models/00_tower.ipynb #09a9b017
 def vision_model(
@@ -41,7 +49,8 @@ def vision_model(
 ):        # `transformers.CLIPVisionModel` in evaluation mode; its weights are not the checkpoint's
     "A vision tower of the checkpoint's architecture, ready for `load_state_dict`."
     from transformers import CLIPVisionModel
-    with torch.random.fork_rng(devices=[]): return described(CLIPVisionModel, vision_config(path), path).eval()
+    with torch.random.fork_rng(devices=[]):
+        return described(CLIPVisionModel, vision_config(path), path).eval()
 
 # %% ../../nbs/20_models/00_tower.ipynb #4aad75a3
 def _noted(path):
@@ -49,7 +58,12 @@ def _noted(path):
     with torch.device('meta'): network = vision_model(path)
     tensors = [[k, list(v.shape)] for k, v in network.state_dict().items()]
     numbers = [[p.numel(), p.requires_grad] for p in network.parameters()]
-    return dict(tensors=tensors, parameters=numbers, facts=network_facts(network), config=network.config.to_json_string(use_diff=False))
+    return dict(
+        tensors=tensors,
+        parameters=numbers,
+        facts=network_facts(network),
+        config=network.config.to_json_string(use_diff=False),
+    )
 
 def _plain(facts):
     "What computes, as JSON gives it back; None where it would not be the same."
@@ -64,7 +78,8 @@ _SEEN = {} # what was read or noted in this process
 def _key(path):
     "What a note depends on: the configuration, the libraries, this page."
     file = beside(find(path))/'config.json'
-    if not file.exists(): raise FusionError(f'expected a CLIP model with its config.json, got `{path}` without one')
+    if not file.exists():
+        raise FusionError(f'expected a CLIP model with its config.json, got `{path}` without one')
     return [read_json(file), version('torch'), version('transformers'), text_hash(*_CODE)]
 
 # %% ../../nbs/20_models/00_tower.ipynb #defabaa1
@@ -101,9 +116,20 @@ def vision_state(
     names = {k: v for k, v in names.items() if not k.endswith('position_ids')}
     info = {k: saved.meta[v] for k, v in names.items()}
     expected = _expected(path) or {k: list(t.shape) for k, t in info.items()}
-    if not info: raise FusionError(f'expected a CLIP vision tower in `{path}`, got {", ".join(list(saved)[:3])} …; models of other kinds are merged by `modelpool=folders`')
-    for what, bad in dict(lacks=[k for k in expected if k not in info], adds=[k for k in info if k not in expected],
-                          reshapes=[k for k in expected if k in info and list(info[k].shape) != expected[k]]).items():
-        if bad: raise FusionError(f'expected the vision tower that its config.json describes, got `{path}`, which {what} {", ".join(bad[:3])}'
-                                  + f' and {len(bad) - 3} more' * (len(bad) > 3))
+    if not info:
+        raise FusionError(
+            f'expected a CLIP vision tower in `{path}`, got {", ".join(list(saved)[:3])} …; models of other '
+            f'kinds are merged by `modelpool=folders`'
+        )
+    for what, bad in dict(
+        lacks=[k for k in expected if k not in info],
+        adds=[k for k in info if k not in expected],
+        reshapes=[k for k in expected if k in info and list(info[k].shape) != expected[k]],
+    ).items():
+        if bad:
+            raise FusionError(
+                f'expected the vision tower that its config.json describes, got `{path}`, which {what} '
+                f'{", ".join(bad[:3])}'
+                + f' and {len(bad) - 3} more' * (len(bad) > 3)
+            )
     return Lazy({k: partial(saved.__getitem__, names[k]) for k in expected}, {k: info[k] for k in expected})

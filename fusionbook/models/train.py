@@ -29,7 +29,8 @@ def shuffled(
     *, seed:int,      # of the shuffles
 ):                    # endless iterator of row numbers, (batch_size,) int64
     "Row numbers in random order, pass after pass."
-    if n < 1 or batch_size < 1: raise FusionError(f'expected at least one row and one row per batch, got {n} and {batch_size}')
+    if n < 1 or batch_size < 1:
+        raise FusionError(f'expected at least one row and one row per batch, got {n} and {batch_size}')
     rng, rest = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
     while True:
         while len(rest) < batch_size: rest = torch.cat([rest, torch.randperm(n, generator=rng)])
@@ -40,13 +41,16 @@ def shuffled(
 def _finite(value, place, advice):
     "The loss as a number; stops at the first that is none."
     if math.isfinite(number := value.item()): return number
-    raise FusionError(f'expected a finite loss, got {number} at {place}; try {advice}, or look for NaN in the data')
+    raise FusionError(
+        f'expected a finite loss, got {number} at {place}; try {advice}, or look for NaN in the data'
+    )
 
 def _move(optimizer, value, clip, rate):
     "One step down the gradient of `value`."
     for g in optimizer.param_groups: g['lr'] = rate
     value.backward()
-    if clip is not None: torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g['params']], clip)
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g['params']], clip)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -63,10 +67,12 @@ def descend(
     advice:str,              # what to try when the loss is not finite
 ):                           # yields the loss of each step
     "Follow the gradient, one step for each rate."
-    if precision not in ('float32', 'bfloat16'): raise FusionError(f'expected precision float32 or bfloat16, got {precision}')
+    if precision not in ('float32', 'bfloat16'):
+        raise FusionError(f'expected precision float32 or bfloat16, got {precision}')
     device = optimizer.param_groups[0]['params'][0].device.type
     for step, (rate, batch) in enumerate(zip(rates, batches), 1):
-        with torch.autocast(device, torch.bfloat16, enabled=precision == 'bfloat16'): value = loss(model, batch)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == 'bfloat16'):
+            value = loss(model, batch)
         number = _finite(value, place.format(step), advice)
         _move(optimizer, value, clip, rate)
         yield number
@@ -91,7 +97,10 @@ def _endless(batches):
         for batch in batches:
             empty = False
             yield batch
-        if empty: raise FusionError('expected at least one batch, got none (an iterator that is used up cannot be read again)')
+        if empty:
+            raise FusionError(
+                'expected at least one batch, got none (an iterator that is used up cannot be read again)'
+            )
 
 # %% ../../nbs/20_models/02_train.ipynb #83199ee7
 def train(
@@ -109,12 +118,23 @@ def train(
 ) -> list:                      # the loss of each step
     "Train `model` in place; a loss that is not finite raises `FusionError`."
     optimizer = adamw(model, learning_rate, weight_decay)
-    rates, was_training = [learning_rate * schedule(s, steps=steps, warmup=warmup) for s in range(steps)], model.training
+    rates = [learning_rate * schedule(s, steps=steps, warmup=warmup) for s in range(steps)]
+    was_training = model.training
     advice = f'a smaller learning_rate (now {learning_rate:g}), a longer warmup (now {warmup:g})'
     model.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        walk = descend(model, _endless(batches), loss, optimizer, rates=rates, clip=clip, precision=precision, place=f'step {{}} of {steps}', advice=advice)
+        walk = descend(
+            model,
+            _endless(batches),
+            loss,
+            optimizer,
+            rates=rates,
+            clip=clip,
+            precision=precision,
+            place=f'step {{}} of {steps}',
+            advice=advice,
+        )
         curve = list(track(walk, label, steps))
     model.train(was_training)
     return curve

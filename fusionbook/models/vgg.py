@@ -10,7 +10,8 @@ from torch import nn
 from ..core.errors import FusionError
 
 # %% ../../nbs/20_models/03_vgg.ipynb #10a2b0cd
-PLAN = 1, 'M', 2, 'M', 4, 4, 'M', 8, 8, 'M', 8, 8, 'M' # channels of each convolution over those of the first; M halves the image
+# channels of each convolution over those of the first; M halves the image
+PLAN = 1, 'M', 2, 'M', 4, 4, 'M', 8, 8, 'M', 8, 8, 'M'
 
 def unit(
     width:float, # 1 is the published network
@@ -31,13 +32,25 @@ class VGG11(nn.Module):
         super().__init__()
         first, before, layers = unit(width), 3, []
         for n in PLAN:
-            if n == 'M': layers.append(nn.MaxPool2d(2)); continue
-            layers += [nn.Conv2d(before, n * first, 3, padding=1, bias=bias), *([nn.BatchNorm2d(n * first)] if norm else []), nn.ReLU()]
+            if n == 'M':
+                layers.append(nn.MaxPool2d(2))
+                continue
+            layers += [
+                nn.Conv2d(before, n * first, 3, padding=1, bias=bias),
+                *([nn.BatchNorm2d(n * first)] if norm else []),
+                nn.ReLU(),
+            ]
             before = n * first
         self.features, self.classifier = nn.Sequential(*layers), nn.Linear(before, classes, bias=bias)
     def recipe(self): # what the constructor was given
         first, last = self.features[0], self.classifier
-        return dict(classes=last.out_features, bias=last.bias is not None, norm=isinstance(self.features[1], nn.BatchNorm2d), width=first.out_channels / 64)
+        return dict(
+            classes=last.out_features,
+            bias=last.bias is not None,
+            norm=isinstance(self.features[1], nn.BatchNorm2d),
+            width=first.out_channels / 64,
+        )
     def forward(self, x): # (N, 3, 32, 32) -> (N, C)
-        if x.shape[1:] != (3, 32, 32): raise FusionError(f'expected images (N, 3, 32, 32), got {tuple(x.shape)}')
+        if x.shape[1:] != (3, 32, 32):
+            raise FusionError(f'expected images (N, 3, 32, 32), got {tuple(x.shape)}')
         return self.classifier(self.features(x).flatten(1))

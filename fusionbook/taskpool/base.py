@@ -37,6 +37,7 @@ class _Rows:
         try: return list(zip(indices, self.dataset.__getitems__(indices)))
         except Exception: return [self[i] for i in indices]
 
+# %% ../../nbs/55_taskpool/00_base.ipynb #bf29d08b
 class _Collate:
     "Numbered rows to inputs and labels, or what is wrong with them; a class, so that worker processes can receive it."
     def __init__(self, prepare, keys): self.prepare, self.keys = prepare, keys
@@ -51,7 +52,8 @@ def _cell(i, row, key):
     "One column of one row."
     if isinstance(row, FusionError): raise row
     try: return row[key]
-    except (KeyError, IndexError, TypeError): raise FusionError(f'expected a column {key!r} in row {i}, got {row!r:.80}') from None
+    except (KeyError, IndexError, TypeError):
+        raise FusionError(f'expected a column {key!r} in row {i}, got {row!r:.80}') from None
 
 def _workers(wanted, steps): return min(wanted, os.cpu_count() or 1) if steps >= 16 else 0
 
@@ -67,11 +69,17 @@ def batches(
     "All rows in their order, as inputs and labels."
     if isinstance(dataset, Images):
         for i in range(0, len(dataset), batch_size):
-            yield prepare(dataset.images[i:i + batch_size]), torch.from_numpy(dataset.labels[i:i + batch_size])
+            yield (
+                prepare(dataset.images[i : i + batch_size]),
+                torch.from_numpy(dataset.labels[i : i + batch_size]),
+            )
         return
     from torch.utils.data import DataLoader
-    collate, workers = _Collate(prepare, columns(dataset, image, label)), _workers(num_workers, len(dataset) / batch_size)
-    for batch in DataLoader(_Rows(dataset), batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator()):
+    collate = _Collate(prepare, columns(dataset, image, label))
+    workers = _workers(num_workers, len(dataset) / batch_size)
+    for batch in DataLoader(
+        _Rows(dataset), batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator()
+    ):
         if isinstance(batch, FusionError): raise batch
         yield batch
 
@@ -88,14 +96,23 @@ class Inputs:
         if isinstance(self.rows, Images): return self.prepare(self.rows.images[np.asarray(indices)])
         at = [int(i) for i in indices]
         rows = [row_of(self.rows, i) for i in at]
-        return prepared(self.prepare, rows if self.column is None else [_cell(i, r, self.column) for i, r in zip(at, rows)], at)
+        return prepared(
+            self.prepare,
+            rows if self.column is None else [_cell(i, r, self.column) for i, r in zip(at, rows)],
+            at,
+        )
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #61e93137
 def _score(logits, labels, task):
     "Labels, predictions and losses of one batch, checked."
     if logits.ndim != 2 or len(logits) != len(labels):
-        raise FusionError(f'{task}: expected logits (n, C) for {len(labels)} examples, got {tuple(logits.shape)}')
-    if not torch.isfinite(logits).all(): raise FusionError(f'{task}: expected finite logits, got NaN or infinity; some weight of the model is not a number')
+        raise FusionError(
+            f'{task}: expected logits (n, C) for {len(labels)} examples, got {tuple(logits.shape)}'
+        )
+    if not torch.isfinite(logits).all():
+        raise FusionError(
+            f'{task}: expected finite logits, got NaN or infinity; some weight of the model is not a number'
+        )
     if len(bad := labels[(labels < 0) | (labels >= logits.shape[1])]):
         raise FusionError(f'{task}: expected labels in 0..{logits.shape[1] - 1}, got {bad[0]}')
     logits = logits.float().cpu()
@@ -141,7 +158,9 @@ def model_info(
     "Size of a model."
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total, trainable = sum(n for n, _ in counts), sum(n for n, g in counts if g)
-    return dict(trainable_params=trainable, all_params=total, trainable_percentage=trainable / total if total else 0.)
+    return dict(
+        trainable_params=trainable, all_params=total, trainable_percentage=trainable / total if total else 0.0
+    )
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #a774b1ae
 @contextmanager
@@ -170,7 +189,8 @@ class BaseTaskPool(BaseYAMLSerializable):
     "The evaluations of one run; a subclass has `task_names`, `predict` and `fingerprint`."
     _config_key, task_names = 'taskpool', ()
     @property
-    def config(self) -> dict: return super().config | {'_recursive_': False} # data sets are loaded when needed
+    def config(self) -> dict:
+        return super().config | {'_recursive_': False} # data sets are loaded when needed
     def predict(self,
         model:nn.Module, # network of the kind that the pool evaluates
         task:str,        # one of `task_names`
@@ -188,9 +208,15 @@ class BaseTaskPool(BaseYAMLSerializable):
         "Report in FusionBench's shape: model_info, a row for each task, their average."
         if isinstance(model, nn.Module): return _report(self, model)
         if isinstance(model, Mapping):
-            return {k: self.evaluate(v) if k == 'models' or isinstance(v, nn.Module) else v for k, v in model.items()}
-        if isinstance(model, Iterable) and not isinstance(model, str): return [self.evaluate(m) for m in model]
-        raise FusionError(f'expected a network, or a dictionary or list of networks, got {type(model).__name__}')
+            return {
+                k: self.evaluate(v) if k == 'models' or isinstance(v, nn.Module) else v
+                for k, v in model.items()
+            }
+        if isinstance(model, Iterable) and not isinstance(model, str):
+            return [self.evaluate(m) for m in model]
+        raise FusionError(
+            f'expected a network, or a dictionary or list of networks, got {type(model).__name__}'
+        )
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #adf59f9d
 @patch
@@ -226,7 +252,11 @@ class DummyTaskPool(BaseTaskPool):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if model_save_path: raise FusionError(f'expected `merged_model_save_path` for saving a model, got `model_save_path={model_save_path}`')
+        if model_save_path:
+            raise FusionError(
+                f'expected `merged_model_save_path` for saving a model, got '
+                f'`model_save_path={model_save_path}`'
+            )
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #1cc49a7d
 def load_taskpool_from_config(

@@ -12,7 +12,15 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.config import plain
 from ..core.errors import FusionError, nearest
-from ..data.datasets import class_names, clusters_of, column, data_fingerprint, head, labels_of, opened
+from fusionbook.data.datasets import (
+    class_names,
+    clusters_of,
+    column,
+    data_fingerprint,
+    head,
+    labels_of,
+    opened,
+)
 from ..data.classes import say_order
 from ..data.images import Normalise
 from .base import BaseTaskPool, Inputs, evaluating, naming, predict_batches
@@ -20,7 +28,10 @@ from .base import BaseTaskPool, Inputs, evaluating, naming, predict_batches
 # %% ../../nbs/55_taskpool/04_classification.ipynb #c2316081
 class ClassificationTaskPool(BaseTaskPool):
     "Accuracy of networks with a head of their own on several data sets."
-    _config_mapping = BaseTaskPool._config_mapping | {k: k for k in ('test_datasets', 'mean', 'std', 'size', 'batch_size', 'rows', 'fast_dev_run', 'clusters')}
+    _config_mapping = BaseTaskPool._config_mapping | {
+        k: k
+        for k in ('test_datasets', 'mean', 'std', 'size', 'batch_size', 'rows', 'fast_dev_run', 'clusters')
+    }
     def __init__(self,
         test_datasets:dict,     # task -> data set, path, hub name or configuration
         *, mean=(0., 0., 0.),   # of each channel, for values in [0, 1]
@@ -34,15 +45,24 @@ class ClassificationTaskPool(BaseTaskPool):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.test_datasets, self.mean, self.std, self.size = test_datasets, list(plain(mean)), list(plain(std)), size
-        self.batch_size, self.rows, self.fast_dev_run, self.allow_target = batch_size, rows, fast_dev_run, list(allow_target)
+        self.test_datasets = test_datasets
+        self.mean = list(plain(mean))
+        self.std = list(plain(std))
+        self.size = size
+        self.batch_size = batch_size
+        self.rows = rows
+        self.fast_dev_run = fast_dev_run
+        self.allow_target = list(allow_target)
         self.clusters = clusters
-        self.prepare, self.task_names, self._opened = Normalise(self.mean, self.std, size), tuple(test_datasets), {}
+        self.prepare = Normalise(self.mean, self.std, size)
+        self.task_names = tuple(test_datasets)
+        self._opened = {}
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #8093113f
 def _dataset(pool, task):
     "The data set of a task, opened once."
-    if task not in pool.test_datasets: raise FusionError(f'expected a task of the pool, got `{task}`; {nearest(task, pool.task_names)}')
+    if task not in pool.test_datasets:
+        raise FusionError(f'expected a task of the pool, got `{task}`; {nearest(task, pool.task_names)}')
     if task not in pool._opened:
         data = opened(pool.test_datasets[task], pool.allow_target)
         if not len(data): raise FusionError(f'{task}: expected a data set with rows, got an empty one')
@@ -67,13 +87,17 @@ def probabilities(self:ClassificationTaskPool,
     "Answers with the probability of each class."
     with naming(task), evaluating(model) as device:
         tap = _Tap(model)
-        rows, loop = _dataset(self, task), dict(task=task, batch_size=self.batch_size, fast_dev_run=self.fast_dev_run)
-        answers = predict_batches(tap, rows, prepare=self.prepare, device=device, clusters=clusters_of(rows, self.clusters), **loop)
+        rows = _dataset(self, task)
+        loop = dict(task=task, batch_size=self.batch_size, fast_dev_run=self.fast_dev_run)
+        answers = predict_batches(
+            tap, rows, prepare=self.prepare, device=device, clusters=clusters_of(rows, self.clusters), **loop
+        )
     return answers | dict(probabilities=torch.cat(tap.kept).double().softmax(1).cpu().numpy())
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #a2c86aec
 @patch
-def predict(self:ClassificationTaskPool, model, task): return {k: v for k, v in self.probabilities(model, task).items() if k != 'probabilities'}
+def predict(self:ClassificationTaskPool, model, task):
+    return {k: v for k, v in self.probabilities(model, task).items() if k != 'probabilities'}
 
 @patch
 def inputs(self:ClassificationTaskPool, task, dataset=None):
@@ -81,7 +105,8 @@ def inputs(self:ClassificationTaskPool, task, dataset=None):
     return Inputs(rows, self.prepare, column(rows, 'image'))
 
 @patch
-def labels(self:ClassificationTaskPool, task, dataset=None): return labels_of(_dataset(self, task) if dataset is None else dataset)
+def labels(self:ClassificationTaskPool, task, dataset=None):
+    return labels_of(_dataset(self, task) if dataset is None else dataset)
 
 @patch
 def logits(self:ClassificationTaskPool, task): return lambda model, x: model(x)
@@ -91,7 +116,13 @@ def dataset(self:ClassificationTaskPool, task): return _dataset(self, task)
 
 @patch
 def fingerprint(self:ClassificationTaskPool, task):
-    facts = [data_fingerprint(_dataset(self, task)), self.mean, self.std, self.size, self.fast_dev_run and self.batch_size]
+    facts = [
+        data_fingerprint(_dataset(self, task)),
+        self.mean,
+        self.std,
+        self.size,
+        self.fast_dev_run and self.batch_size,
+    ]
     clusters = clusters_of(_dataset(self, task), self.clusters)
     if clusters is not None: facts.append(clusters.tolist())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -41,7 +41,11 @@ def class_table(
 ) -> dict:    # classnames (C,), templates
     "The published class names and sentences of a data set."
     tables = _tables()
-    if name.lower() not in tables: raise FusionError(f'expected a data set with class names in config/classnames, got `{name}`; {nearest(name, tables)}')
+    if name.lower() not in tables:
+        raise FusionError(
+            f'expected a data set with class names in config/classnames, got `{name}`; '
+            f'{nearest(name, tables)}'
+        )
     table = plain(_read(tables[name.lower()]))
     return dict(classnames=class_list(table['classnames'], name), templates=list(table['templates']))
 
@@ -59,7 +63,9 @@ def split_entry(
     if 'dataset' in own:
         check_known(rest, IMAGE_TASK_KEYS, 'a task')
         return own.pop('dataset'), own
-    if '_target_' not in rest: raise FusionError(f'expected a task with `_target_` or `dataset`, got the keys {", ".join(map(str, entry))}')
+    if '_target_' not in rest:
+        raise FusionError(f'expected a task with `_target_` or `dataset`, got the keys '
+                          f'{", ".join(map(str, entry))}')
     return rest, own
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a0ee9f31
@@ -78,9 +84,17 @@ def task_prompts(
 ) -> dict:     # classnames (C,), templates
     "Class names and sentences of a task."
     given = own.get('classnames')
-    table = class_table(given if isinstance(given, str) else task) if isinstance(given, str) or given is None and task.lower() in _tables() else {}
+    table = (
+        class_table(given if isinstance(given, str) else task)
+        if isinstance(given, str) or given is None and task.lower() in _tables()
+        else {}
+    )
     names = table.get('classnames') or (brought if given is None else class_list(given, task, brought))
-    if not names: raise FusionError(f'{task}: expected `classnames` in its entry, a table in config/classnames or a data set with named classes, got none')
+    if not names:
+        raise FusionError(
+            f'{task}: expected `classnames` in its entry, a table in config/classnames or a data set with '
+            f'named classes, got none'
+        )
     names = names_in_label_order(names, brought, task, vouched=given is not None)
     say_order(brought, task)
     templates = _sentences(own.get('templates') or table.get('templates') or ['a photo of a {}.'], task)
@@ -88,9 +102,32 @@ def task_prompts(
     return dict(classnames=names, templates=templates)
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a29ffc20
-_LOADER = ('batch_size', 'num_workers', 'pin_memory', 'shuffle', 'drop_last', 'prefetch_factor', 'persistent_workers', 'timeout')
-_KEYS = ('name', 'test_datasets', 'base_model', 'clip_model', 'processor', 'data_processor', 'dataloader_kwargs', 'fast_dev_run')
-_IDLE = ('layer_wise_feature_save_path', 'layer_wise_feature_first_token_only', 'layer_wise_feature_max_num', 'move_to_device')
+_LOADER = (
+    'batch_size',
+    'num_workers',
+    'pin_memory',
+    'shuffle',
+    'drop_last',
+    'prefetch_factor',
+    'persistent_workers',
+    'timeout',
+)
+_KEYS = (
+    'name',
+    'test_datasets',
+    'base_model',
+    'clip_model',
+    'processor',
+    'data_processor',
+    'dataloader_kwargs',
+    'fast_dev_run',
+)
+_IDLE = (
+    'layer_wise_feature_save_path',
+    'layer_wise_feature_first_token_only',
+    'layer_wise_feature_max_num',
+    'move_to_device',
+)
 RESERVED = ('rows', 'config', 'average', 'model_info', 'models')
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #ddd54057
@@ -99,7 +136,10 @@ def _path(value, key):
     if isinstance(value, Mapping) and str(value.get('_target_', '')).endswith('.from_pretrained'):
         value = value.get('pretrained_model_name_or_path') or next(iter(value.get('_args_', ())), None)
     if isinstance(value, (str, Path)): return str(value)
-    raise FusionError(f'expected `{key}` as a folder, a hub id or a `from_pretrained` configuration, got {type(value).__name__}')
+    raise FusionError(
+        f'expected `{key}` as a folder, a hub id or a `from_pretrained` configuration, got '
+        f'{type(value).__name__}'
+    )
 
 def _processor(source):
     "A `Processor` from whatever the keys hold."
@@ -110,21 +150,33 @@ def _processor(source):
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #c0be523b
 def _check_tasks(tasks):
     "Refuse names that a report uses for something else."
-    if not isinstance(tasks, Mapping) or not tasks: raise FusionError(f'expected `test_datasets` as task: data set, got {tasks!r:.60}')
+    if not isinstance(tasks, Mapping) or not tasks:
+        raise FusionError(f'expected `test_datasets` as task: data set, got {tasks!r:.60}')
     for name in tasks:
         if name in RESERVED or not isinstance(name, str) or name.startswith('_'):
-            raise FusionError(f'expected a name for a task, got `{name}`, which reports use themselves ({", ".join(RESERVED)}, names with _)')
+            raise FusionError(
+                f'expected a name for a task, got `{name}`, which reports use themselves '
+                f'({", ".join(RESERVED)}, names with _)'
+            )
 
 def _loop(kwargs, fast_dev_run):
     "The keys of a loader that the evaluation loop takes."
     check_known(kwargs, _LOADER, '`dataloader_kwargs`')
-    if kwargs.get('drop_last'): raise FusionError('expected no `drop_last` in an evaluation: every example counts')
-    return dict(batch_size=int(kwargs.get('batch_size', 128)), num_workers=int(kwargs.get('num_workers', 0)), fast_dev_run=bool(fast_dev_run))
+    if kwargs.get('drop_last'):
+        raise FusionError('expected no `drop_last` in an evaluation: every example counts')
+    return dict(
+        batch_size=int(kwargs.get('batch_size', 128)),
+        num_workers=int(kwargs.get('num_workers', 0)),
+        fast_dev_run=bool(fast_dev_run),
+    )
 
 def _supported(kwargs):
     "What is left without FusionBench's keys that change no number; the one that asks for files is named."
     if kwargs.get('layer_wise_feature_save_path'):
-        note('`layer_wise_feature_save_path` of FusionBench is not used: features of layers are not saved while scoring')
+        note(
+            '`layer_wise_feature_save_path` of FusionBench is not used: features of layers are not saved '
+            'while scoring'
+        )
     return {k: v for k, v in kwargs.items() if k not in _IDLE}
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #bb1ecbb9
@@ -139,7 +191,8 @@ def pooled_features(
     out = getattr(out, 'pooler_output', out)
     if not isinstance(out, torch.Tensor) or out.ndim != 2 or out.shape[1] != width:
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise FusionError(f'expected pooled features (n, {width}) as the CLIP model\'s projection takes them, got {got}')
+        raise FusionError(f'expected pooled features (n, {width}) as the CLIP model\'s projection takes '
+                          f'them, got {got}')
     return out.float()
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #57500759
@@ -170,7 +223,8 @@ class CLIPTask:
     @cached_property
     def clusters(self): return data.clusters_of(self.rows, self.own.get('clusters'))
     @cached_property
-    def prompts(self): return task_prompts(self.name, self.own, data.class_names(self.dataset, self.own.get('label')))
+    def prompts(self):
+        return task_prompts(self.name, self.own, data.class_names(self.dataset, self.own.get('label')))
     @cached_property
     def head(self): return zero_shot_head(self.clip, **self.prompts)
     @cached_property
@@ -188,13 +242,30 @@ def _inputs(task, dataset):
 
 def _predict(task, model, device):
     "Answers of a model that is in evaluation mode on `device`."
-    return predict_batches(partial(logits_of, partial(_logits, task.head), model), task.dataset, prepare=task.processor, task=task.name, device=device,
-        image=task.own.get('image'), label=task.own.get('label'), clusters=task.clusters, **task.loop)
+    return predict_batches(
+        partial(logits_of, partial(_logits, task.head), model),
+        task.dataset,
+        prepare=task.processor,
+        task=task.name,
+        device=device,
+        image=task.own.get('image'),
+        label=task.own.get('label'),
+        clusters=task.clusters,
+        **task.loop,
+    )
 
 def _fingerprint(task):
     "Hash of rows, columns, class names, sentences, CLIP and preprocessing, and of the batch where a quick run stops after one."
     quick = task.loop.get('batch_size') if task.loop.get('fast_dev_run') else None
-    parts = [data.data_fingerprint(task.dataset), task.own.get('image'), task.own.get('label'), task.prompts, head_hash(task.clip), task.processor.settings, quick]
+    parts = [
+        data.data_fingerprint(task.dataset),
+        task.own.get('image'),
+        task.own.get('label'),
+        task.prompts,
+        head_hash(task.clip),
+        task.processor.settings,
+        quick,
+    ]
     if task.clusters is not None: parts.append(task.clusters.tolist())
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -205,16 +276,21 @@ def _tasks_of(pool):
     clip = _path(pool.base_model if pool.clip_model is None else pool.clip_model, 'clip_model')
     loop = _loop(pool.dataloader_kwargs or {}, pool.fast_dev_run)
     processor = pool.processor if pool.data_processor is None else pool.data_processor
-    return {name: CLIPTask(name, entry, clip, processor, pool.allow_target, **loop) for name, entry in pool.test_datasets.items()}
+    return {
+        name: CLIPTask(name, entry, clip, processor, pool.allow_target, **loop)
+        for name, entry in pool.test_datasets.items()
+    }
 
 def _task_of(pool, name):
-    if name not in pool.tasks: raise FusionError(f'expected a task of the pool, got `{name}`; {nearest(name, pool.tasks)}')
+    if name not in pool.tasks:
+        raise FusionError(f'expected a task of the pool, got `{name}`; {nearest(name, pool.tasks)}')
     return pool.tasks[name]
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #2619c3f0
 class CLIPVisionModelTaskPool(BaseTaskPool):
     "Zero-shot classification by a CLIP vision tower on several data sets."
-    _config_mapping = BaseTaskPool._config_mapping | {k: k for k in (*_KEYS, *_IDLE)} # the idle ones are known, never written
+    # the idle ones are known, never written
+    _config_mapping = BaseTaskPool._config_mapping | {k: k for k in (*_KEYS, *_IDLE)}
     def __init__(self,
         test_datasets:dict,     # task -> entry, see `split_entry`
         clip_model=None,        # CLIP of the text side and the projections: folder or hub id; `base_model` when None
@@ -243,10 +319,14 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
 def inputs(self:CLIPVisionModelTaskPool, task, dataset=None): return _inputs(self.task(task), dataset)
 
 @patch
-def labels(self:CLIPVisionModelTaskPool, task, dataset=None): return data.labels_of(self.task(task).dataset if dataset is None else dataset, self.task(task).own.get('label'))
+def labels(self:CLIPVisionModelTaskPool, task, dataset=None):
+    return data.labels_of(
+        self.task(task).dataset if dataset is None else dataset, self.task(task).own.get('label')
+    )
 
 @patch
-def logits(self:CLIPVisionModelTaskPool, task): return partial(logits_of, partial(_logits, self.task(task).head))
+def logits(self:CLIPVisionModelTaskPool, task):
+    return partial(logits_of, partial(_logits, self.task(task).head))
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #379d8c39
 def lending(

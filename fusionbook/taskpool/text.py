@@ -23,7 +23,14 @@ from .base import BaseTaskPool, Inputs, evaluating, logits_of, naming, predict_b
 from .clip import _check_tasks, _loop, _path, _task_of
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #cc73aca7
-TEXT_COLUMNS = (('text',), ('sentence',), ('sentence1', 'sentence2'), ('question1', 'question2'), ('premise', 'hypothesis'), ('content',))
+TEXT_COLUMNS = (
+    ('text',),
+    ('sentence',),
+    ('sentence1', 'sentence2'),
+    ('question1', 'question2'),
+    ('premise', 'hypothesis'),
+    ('content',),
+)
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #de653ee6
 def text_columns(
@@ -48,13 +55,17 @@ def _said_by_name(said, names, task):
         raise FusionError(f'{task}: expected a sentence for each of {known}, got {", ".join(map(str, said))}')
     found = {str(k): v for k, v in said.items()}
     if bad := [n for n in names if not isinstance(found[n], str) or not found[n].strip()]:
-        raise FusionError(f'{task}: expected a sentence for {bad[0]}, got {found[bad[0]]!r}; quotes make text of words such as no')
+        raise FusionError(
+            f'{task}: expected a sentence for {bad[0]}, got {found[bad[0]]!r}; quotes make text of words '
+            f'such as no'
+        )
     return [found[n] for n in names]
 
 def _filled(own, names, task):
     "A sentence for each name."
     template = own.get('template', '{}')
-    if not isinstance(template, str) or template.count('{}') != 1: raise FusionError(f'{task}: expected a template with one {{}}, got {template!r}')
+    if not isinstance(template, str) or template.count('{}') != 1:
+        raise FusionError(f'{task}: expected a template with one {{}}, got {template!r}')
     check_telling(names, [template], task, vouched=own.get('classnames') is not None)
     return [template.replace('{}', n.replace('_', ' ')) for n in names]
 
@@ -69,19 +80,36 @@ def class_sentences(
 ) -> list[str]: # C sentences in the order of the labels
     "One sentence per class."
     given, said = own.get('classnames'), own.get('sentences')
-    names = list(brought or ()) if given is None else names_in_label_order(class_list(given, task, brought), brought, task, vouched=True)
+    names = (
+        list(brought or ())
+        if given is None
+        else names_in_label_order(class_list(given, task, brought), brought, task, vouched=True)
+    )
     if isinstance(said, Mapping): return _said_by_name(said, names, task)
-    if said is not None and (isinstance(said, str) or not said or not all(isinstance(s, str) and s.strip() for s in said)):
-        raise FusionError(f'{task}: expected sentences as text (YAML reads words such as no, on, null and numbers as something else: put quotes around them), got {said!r:.80}')
-    if not said and not names: raise FusionError(f'{task}: expected `sentences` or `classnames` in its entry, or a data set with named classes, got none')
-    if said and names and len(said) != len(names): raise FusionError(f'{task}: expected {len(names)} sentences, got {len(said)}')
+    if said is not None and (
+        isinstance(said, str) or not said or not all(isinstance(s, str) and s.strip() for s in said)
+    ):
+        raise FusionError(
+            f'{task}: expected sentences as text (YAML reads words such as no, on, null and numbers as '
+            f'something else: put quotes around them), got {said!r:.80}'
+        )
+    if not said and not names:
+        raise FusionError(
+            f'{task}: expected `sentences` or `classnames` in its entry, or a data set with named classes, '
+            f'got none'
+        )
+    if said and names and len(said) != len(names):
+        raise FusionError(f'{task}: expected {len(names)} sentences, got {len(said)}')
     return list(said) if said else _filled(own, names, task)
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #4b38cd5c
 def _entry(entry):
     "What is loaded, and what is said about it."
     entry = dict(entry) if isinstance(entry, Mapping) else {'dataset': entry}
-    if 'dataset' not in entry: entry = {'dataset': {k: v for k, v in entry.items() if k not in TEXT_TASK_KEYS}} | {k: v for k, v in entry.items() if k in TEXT_TASK_KEYS}
+    if 'dataset' not in entry:
+        entry = {'dataset': {k: v for k, v in entry.items() if k not in TEXT_TASK_KEYS}} | {
+            k: v for k, v in entry.items() if k in TEXT_TASK_KEYS
+        }
     check_known(entry, TEXT_TASK_KEYS, 'a task')
     source = plain(entry.pop('dataset'))
     if source == {}: raise FusionError('expected a task with `_target_` or `dataset`, got neither')
@@ -123,9 +151,15 @@ class TextTask:
     @cached_property
     def dataset(self): return _numbered(data.opened(self.source, self.allow), self)
     @cached_property
-    def keys(self): return text_columns(self.dataset, self.own.get('text')), data.column(self.dataset, 'label', self.own.get('label'))
+    def keys(self):
+        return text_columns(self.dataset, self.own.get('text')), data.column(
+            self.dataset, 'label', self.own.get('label')
+        )
     @cached_property
-    def sentences(self): return class_sentences(self.name, self.own, getattr(data.features(self.dataset)[self.keys[1]], 'names', None))
+    def sentences(self):
+        return class_sentences(
+            self.name, self.own, getattr(data.features(self.dataset)[self.keys[1]], 'names', None)
+        )
     @cached_property
     def tokens(self): return self.tokenise(self.dataset)
 
@@ -138,14 +172,17 @@ def tokenise(self:TextTask,
     rows,           # data set of N rows with this task's columns
 ) -> list[Tensor]:  # see `models.text.Tokens`
     "The texts of any rows as tokens."
-    return Tokens(self.from_, self.max_length)(*(_texts(self.name, rows, k) for k in text_columns(rows, self.own.get('text'))))
+    return Tokens(self.from_, self.max_length)(
+        *(_texts(self.name, rows, k) for k in text_columns(rows, self.own.get('text')))
+    )
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #a83fb681
 def _head(task): return text_head(task.base, task.sentences, scale=task.scale)
 
 def _logits(task, head, model, batch):
     "Logits (n, C) of a padded batch."
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=task.precision == 'bfloat16'): return head.to(batch.device)(embed(model, batch).float())
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=task.precision == 'bfloat16'):
+        return head.to(batch.device)(embed(model, batch).float())
 
 def _predict(task, model, device):
     "Answers of a model in evaluation mode on `device`: shortest texts first, answers in the data set's order."
@@ -155,7 +192,9 @@ def _predict(task, model, device):
     rows = [(task.tokens[i], int(labels[i])) for i in order]
     clusters, back = task.clusters if task.clusters is None else task.clusters[order], np.argsort(order)
     logits = partial(logits_of, partial(_logits, task, _head(task)), model)
-    found = predict_batches(logits, rows, prepare=padded, task=task.name, device=device, clusters=clusters, **task.loop)
+    found = predict_batches(
+        logits, rows, prepare=padded, task=task.name, device=device, clusters=clusters, **task.loop
+    )
     return {k: v[back] for k, v in found.items()}
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #a974c7ec
@@ -164,19 +203,42 @@ def _fingerprint(task):
     head = {k: v.cpu() for k, v in _head(task).state_dict().items()} | {'scale': torch.tensor(task.scale)}
     quick = task.loop['batch_size'] if task.loop['fast_dev_run'] else None
     tokens = hashlib.sha256(b''.join(t.numpy().tobytes() for t in task.tokens)).hexdigest()
-    parts = [data.data_fingerprint(task.dataset), task.keys, tokens, content_hash(head), task.precision, quick]
+    parts = [
+        data.data_fingerprint(task.dataset),
+        task.keys,
+        tokens,
+        content_hash(head),
+        task.precision,
+        quick,
+    ]
     if task.clusters is not None: parts.append(task.clusters.tolist())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #46d021ca
-_KEYS = ('name', 'test_datasets', 'base_model', 'tokenizer', 'max_length', 'scale', 'precision', 'dataloader_kwargs', 'fast_dev_run')
+_KEYS = (
+    'name',
+    'test_datasets',
+    'base_model',
+    'tokenizer',
+    'max_length',
+    'scale',
+    'precision',
+    'dataloader_kwargs',
+    'fast_dev_run',
+)
 
 def _tasks(pool):
     "Check what a pool was given, before any work, and make its tasks."
     _check_tasks(pool.test_datasets)
-    if pool.precision not in ('float32', 'bfloat16'): raise FusionError(f'expected `precision` as float32 or bfloat16, got `{pool.precision}`')
+    if pool.precision not in ('float32', 'bfloat16'):
+        raise FusionError(f'expected `precision` as float32 or bfloat16, got `{pool.precision}`')
     base, loop = _path(pool.base_model, 'base_model'), _loop(pool.dataloader_kwargs or {}, pool.fast_dev_run)
-    how = dict(max_length=int(pool.max_length), scale=float(pool.scale), precision=pool.precision, allow=pool.allow_target)
+    how = dict(
+        max_length=int(pool.max_length),
+        scale=float(pool.scale),
+        precision=pool.precision,
+        allow=pool.allow_target,
+    )
     return {n: TextTask(n, e, base, pool.tokenizer, **how, **loop) for n, e in pool.test_datasets.items()}
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #4583450b
@@ -220,4 +282,5 @@ def inputs(self:TextClassificationTaskPool, task, dataset=None):
     return Inputs(own.tokens if dataset is None else own.tokenise(dataset), padded)
 
 @patch
-def logits(self:TextClassificationTaskPool, task): return partial(logits_of, partial(_logits, own := _task_of(self, task), _head(own)))
+def logits(self:TextClassificationTaskPool, task):
+    return partial(logits_of, partial(_logits, own := _task_of(self, task), _head(own)))

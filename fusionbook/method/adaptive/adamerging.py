@@ -15,7 +15,13 @@ from ...core.errors import FusionError, nearest
 from ...core.state_dict import StateDict, meta, shared
 from .adapt import adapt, check_steps, entropy, on_threads
 from ..base import BaseAlgorithm, at_least, check_fields
-from .coefficients import Mixture, grouped, merge_coefficients, pruning, read_coefficients
+from fusionbook.method.adaptive.coefficients import (
+    Mixture,
+    grouped,
+    merge_coefficients,
+    pruning,
+    read_coefficients,
+)
 from ..one_pass import shared_logits, passes
 from ..task_vector.ties import kept_share
 
@@ -33,7 +39,8 @@ def entropies(
         for part in passes(batch, rows=rows):
             said = shared_logits(mixture.network, heads, {t: x.to(mixture.device) for t, x in part.items()})
             value = sum(entropy(logits.float()) for logits in said.values())
-            value.backward(); total += value.item()
+            value.backward()
+            total += value.item()
         w.grad = mixture.gradient().to(w.dtype)
         return total
     return objective
@@ -45,25 +52,54 @@ _DATA = ('validation', 'train', 'unlabeled_test')
 def _range(clamp, start):
     "Bounds of the coefficients, or None."
     if clamp in (None, False): return None
-    low, high = (0., 1.) if clamp is True else tuple(clamp) if isinstance(clamp, (list, tuple)) and len(clamp) == 2 else (None, None)
-    if low is None or not low < high: raise FusionError(f'expected `clamp_weights` as true, false or two numbers [low, high] with low < high, got {clamp}')
-    if start is not None and not low <= start <= high: raise FusionError(f'expected `init_values` in the range of `clamp_weights`, {low} to {high}, got {start}')
+    low, high = (
+        (0.0, 1.0)
+        if clamp is True
+        else tuple(clamp)
+        if isinstance(clamp, (list, tuple)) and len(clamp) == 2
+        else (None, None)
+    )
+    if low is None or not low < high:
+        raise FusionError(
+            f'expected `clamp_weights` as true, false or two numbers [low, high] with low < high, got {clamp}'
+        )
+    if start is not None and not low <= start <= high:
+        raise FusionError(
+            f'expected `init_values` in the range of `clamp_weights`, {low} to {high}, got {start}'
+        )
     return low, high
 
 # %% ../../../nbs/66_adaptive/adamerging.ipynb #70c04c19
 def _settle(self):
     "Check the fields, and let `name` decide."
     check_fields(self), check_steps(self.optimizer, self.lr, self.threads), kept_share(self.threshold)
-    if self.prune not in (None, 'trim', 'ties'): raise FusionError(f'expected `prune` as null, trim or ties, got `{self.prune}`')
+    if self.prune not in (None, 'trim', 'ties'):
+        raise FusionError(f'expected `prune` as null, trim or ties, got `{self.prune}`')
     if self.patience is not None: at_least(self, patience=1)
     if self.name is not None:
-        if self.name not in _NAMES: raise FusionError(f'expected `name` as one of {", ".join(_NAMES)}, got `{self.name}`; {nearest(str(self.name), _NAMES)}')
-        if (self.name, self.granularity) != ('clip_layer_wise_adamerging', 'layer'): self.granularity = _NAMES[self.name]
+        if self.name not in _NAMES:
+            raise FusionError(
+                f'expected `name` as one of {", ".join(_NAMES)}, got `{self.name}`; '
+                f'{nearest(str(self.name), _NAMES)}'
+            )
+        if (self.name, self.granularity) != ('clip_layer_wise_adamerging', 'layer'):
+            self.granularity = _NAMES[self.name]
     grouped((), self.granularity)
-    if self.data not in _DATA: raise FusionError(f'expected `data` as one of {", ".join(_DATA)}, got `{self.data}`; {nearest(str(self.data), _DATA)}')
-    if not self.tie_weights: raise FusionError('expected `tie_weights` true: tied tensors are merged once and stay tied, got false')
-    if self.max_steps < 1 or self.batch_size < 1: raise FusionError(f'expected at least one step and one input, got {self.max_steps} and {self.batch_size}')
-    if not self.cache_mb >= 0: raise FusionError(f'expected `cache_mb` as a number of megabytes of at least 0, got {self.cache_mb}')
+    if self.data not in _DATA:
+        raise FusionError(
+            f'expected `data` as one of {", ".join(_DATA)}, got `{self.data}`; '
+            f'{nearest(str(self.data), _DATA)}'
+        )
+    if not self.tie_weights:
+        raise FusionError(
+            'expected `tie_weights` true: tied tensors are merged once and stay tied, got false'
+        )
+    if self.max_steps < 1 or self.batch_size < 1:
+        raise FusionError(
+            f'expected at least one step and one input, got {self.max_steps} and {self.batch_size}'
+        )
+    if not self.cache_mb >= 0:
+        raise FusionError(f'expected `cache_mb` as a number of megabytes of at least 0, got {self.cache_mb}')
     _range(self.clamp_weights, self.init_values)
 
 # %% ../../../nbs/66_adaptive/adamerging.ipynb #acaeb5e6
@@ -100,13 +136,29 @@ def uses(self:AdaMerging): return ('pretrained', 'experts') + ((self.data,) if s
 # %% ../../../nbs/66_adaptive/adamerging.ipynb #29997b46
 def _rounds(pool, how, start) -> Iterator[dict]:
     "From a step on, one batch of every task."
-    streams = {t: pool.batches(t, how.data, batch_size=how.batch_size, seed=how.seed, start=start) for t in pool.model_names}
+    streams = {
+        t: pool.batches(t, how.data, batch_size=how.batch_size, seed=how.seed, start=start)
+        for t in pool.model_names
+    }
     while True: yield {t: next(s) for t, s in streams.items()}
 
 def _identity(how, pool):
     "What makes a run another one than that of a checkpoint."
-    idle = ('_target_', 'name', 'checkpoint', 'max_steps', 'patience', 'fast_dev_run', 'device', 'cache_mb', 'weights', 'tie_weights')
-    return {k: v for k, v in how.config.items() if k not in idle} | {'models': {n: pool.hash(n) for n in pool.all_model_names}}
+    idle = (
+        '_target_',
+        'name',
+        'checkpoint',
+        'max_steps',
+        'patience',
+        'fast_dev_run',
+        'device',
+        'cache_mb',
+        'weights',
+        'tie_weights',
+    )
+    return {k: v for k, v in how.config.items() if k not in idle} | {
+        'models': {n: pool.hash(n) for n in pool.all_model_names}
+    }
 
 # %% ../../../nbs/66_adaptive/adamerging.ipynb #4435fd48
 @patch
@@ -121,22 +173,44 @@ def learn(self:AdaMerging,
     def project():
         if bounds: w.data.clamp_(*bounds)
     with on_threads(self.threads):
-        curve = adapt({'coefficients': w}, lambda step: _rounds(pool, self, step), entropies(mixture, w, heads), steps=1 if self.fast_dev_run else self.max_steps,
-                      lr=self.lr, optimizer=self.optimizer, project=project, patience=self.patience, checkpoint=self.checkpoint,
-                      identity=_identity(self, pool) if self.checkpoint else {}, label='AdaMerging')
+        curve = adapt(
+            {'coefficients': w},
+            lambda step: _rounds(pool, self, step),
+            entropies(mixture, w, heads),
+            steps=1 if self.fast_dev_run else self.max_steps,
+            lr=self.lr,
+            optimizer=self.optimizer,
+            project=project,
+            patience=self.patience,
+            checkpoint=self.checkpoint,
+            identity=_identity(self, pool) if self.checkpoint else {},
+            label='AdaMerging',
+        )
     return w.detach(), curve
 
 # %% ../../../nbs/66_adaptive/adamerging.ipynb #bfa62610
 def _check_data(pool, kind):
-    for task in pool.model_names: pool.logits(task); pool.inputs(task, kind)
+    for task in pool.model_names:
+        pool.logits(task)
+        pool.inputs(task, kind)
 
 def _fixed(how, pool, base, experts):
     "Groups, cleaning and coefficients that were learned before; bare tensors have no frozen ones."
     network = pool.load_pretrained_model()
-    if isinstance(network, nn.Module): mixture = Mixture(network, base, experts, granularity=how.granularity); groups = mixture.groups
-    else: groups = grouped([k for k, t in meta(base).items() if t.is_floating_point() and k not in shared(base)], how.granularity)
+    if isinstance(network, nn.Module):
+        mixture = Mixture(network, base, experts, granularity=how.granularity)
+        groups = mixture.groups
+    else:
+        groups = grouped(
+            [k for k, t in meta(base).items() if t.is_floating_point() and k not in shared(base)],
+            how.granularity,
+        )
     clean = pruning(base, experts, list(groups), prune=how.prune, threshold=how.threshold, device=how.device)
-    return groups, clean, read_coefficients(how.weights, pool.model_names, list(dict.fromkeys(groups.values())))
+    return (
+        groups,
+        clean,
+        read_coefficients(how.weights, pool.model_names, list(dict.fromkeys(groups.values()))),
+    )
 
 # %% ../../../nbs/66_adaptive/adamerging.ipynb #d13ee664
 @patch
@@ -145,11 +219,27 @@ def merge(self:AdaMerging, pool) -> StateDict:
     base, experts, curve = pool.pretrained(), pool.experts(), []
     if self.weights is not None: groups, clean, w = _fixed(self, pool, base, experts)
     else:
-        mixture = Mixture(pool.load_pretrained_model(), base, experts, prune=self.prune, threshold=self.threshold, granularity=self.granularity,
-                          device=self.device, cache_mb=self.cache_mb)
+        mixture = Mixture(
+            pool.load_pretrained_model(),
+            base,
+            experts,
+            prune=self.prune,
+            threshold=self.threshold,
+            granularity=self.granularity,
+            device=self.device,
+            cache_mb=self.cache_mb,
+        )
         groups, clean, (w, curve) = mixture.groups, mixture.clean, self.learn(pool, mixture)
-    self.adaptation = dict(experts=pool.model_names, groups=list(dict.fromkeys(groups.values())), granularity=self.granularity, prune=self.prune,
-                           data=self.data if self.weights is None else None, steps=len(curve), curve=curve, coefficients=w.tolist())
+    self.adaptation = dict(
+        experts=pool.model_names,
+        groups=list(dict.fromkeys(groups.values())),
+        granularity=self.granularity,
+        prune=self.prune,
+        data=self.data if self.weights is None else None,
+        steps=len(curve),
+        curve=curve,
+        coefficients=w.tolist(),
+    )
     return merge_coefficients(base, experts, coefficients=w, groups=groups, clean=clean, device=self.device)
 
 # %% ../../../nbs/66_adaptive/adamerging.ipynb #5a37928d

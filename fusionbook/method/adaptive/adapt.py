@@ -29,10 +29,18 @@ def entropy(
 def _finite(value, step, steps, parameters, lr):
     "Stop at an objective that is no number."
     if math.isfinite(value): return value
-    def shown(t): return f'{t.shape and tuple(t.shape)} in [{t.min():.4g}, {t.max():.4g}]' if t.numel() > 8 else str([round(x, 4) for x in t.flatten().tolist()])
+    def shown(t):
+        return (
+            f'{t.shape and tuple(t.shape)} in [{t.min():.4g}, {t.max():.4g}]'
+            if t.numel() > 8
+            else str([round(x, 4) for x in t.flatten().tolist()])
+        )
     now = ', '.join(f'`{k}` {shown(t.detach())}' for k, t in parameters.items())
-    raise FusionError(f'expected a finite objective, got {value} at step {step} of {steps} with {now}; '
-                      f'try a smaller lr (now {lr:g}), values closer to 0 at the start, clamping, or look for NaN in the inputs')
+    raise FusionError(
+        f'expected a finite objective, got {value} at step {step} of {steps} with {now}; '
+        f'try a smaller lr (now {lr:g}), values closer to 0 at the start, clamping, or look for NaN in the '
+        f'inputs'
+    )
 
 # %% ../../../nbs/66_adaptive/00_adapt.ipynb #b05a0930
 def plateaued(
@@ -51,7 +59,9 @@ def _store(path, parameters, optimizer, curve, identity):
     "Write the state after a whole step."
     moments = {f'{m}/{k}': optimizer.state[p][m] for k, p in parameters.items() for m in optimizer.state[p]}
     values = {f'value/{k}': p.detach() for k, p in parameters.items()}
-    tensors = {k: torch.as_tensor(v).clone() for k, v in (values | moments).items()} | {'curve': torch.tensor(curve, dtype=torch.float64)}
+    tensors = {k: torch.as_tensor(v).clone() for k, v in (values | moments).items()} | {
+        'curve': torch.tensor(curve, dtype=torch.float64)
+    }
     write_kept(path, tensors, kind='adaptation', key=_plain(identity))
 
 # %% ../../../nbs/66_adaptive/00_adapt.ipynb #18bd89a9
@@ -62,22 +72,35 @@ def _foreign(path):
 
 def _restore(path, parameters, optimizer, identity):
     "Put the stored state back; the curve so far, an empty one where there is no whole file."
-    if Path(path).suffix != '.safetensors': raise FusionError(f'expected `checkpoint` as a `.safetensors` file, got `{path}`')
+    if Path(path).suffix != '.safetensors':
+        raise FusionError(f'expected `checkpoint` as a `.safetensors` file, got `{path}`')
     found = read_kept(path, kind='adaptation')
     if found is None and Path(path).exists() and _foreign(path):
-        raise FusionError(f'expected the checkpoint of this run, got `{path}` with other things in it; name another file or remove it')
+        raise FusionError(
+            f'expected the checkpoint of this run, got `{path}` with other things in it; name another file '
+            f'or remove it'
+        )
     if found is None: return []
     mine, theirs = _plain(identity), found.key
     if other := [k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)]:
-        raise FusionError(f'expected the checkpoint of this run, got `{path}` of one with another {", ".join(sorted(other))}; name another file or remove it')
+        raise FusionError(
+            f'expected the checkpoint of this run, got `{path}` of one with another '
+            f'{", ".join(sorted(other))}; name another file or remove it'
+        )
     for k, p in parameters.items():
         p.data.copy_(found.tensors[f'value/{k}'])
-        optimizer.state[p] = {n.partition('/')[0]: t for n, t in found.tensors.items() if n.partition('/')[2] == k and not n.startswith('value/')}
+        optimizer.state[p] = {
+            n.partition('/')[0]: t
+            for n, t in found.tensors.items()
+            if n.partition('/')[2] == k and not n.startswith('value/')
+        }
     return found.tensors['curve'].tolist()
 
 # %% ../../../nbs/66_adaptive/00_adapt.ipynb #3e50346e
 def _check_threads(count):
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 4096):
+    if count is not None and (
+        not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 4096
+    ):
         raise FusionError(f'expected `threads` as a whole number from 1 to 4096, or null, got {count}')
 
 @contextmanager
@@ -102,7 +125,10 @@ def check_steps(
 ) -> None:            # raises `FusionError`
     "Refuse settings of first-order steps before any work."
     if optimizer not in _OPTIMIZERS:
-        raise FusionError(f'expected `optimizer` as one of {", ".join(_OPTIMIZERS)}, got `{optimizer}`; {nearest(str(optimizer), _OPTIMIZERS)}')
+        raise FusionError(
+            f'expected `optimizer` as one of {", ".join(_OPTIMIZERS)}, got `{optimizer}`; '
+            f'{nearest(str(optimizer), _OPTIMIZERS)}'
+        )
     if not lr > 0: raise FusionError(f'expected `lr` above 0, got {lr}')
     _check_threads(threads)
 
@@ -113,7 +139,9 @@ def _optimizer(name, parameters, lr):
 def _value(objective, batches, keep):
     "One evaluation; an interruption keeps the state before it, which is that of the last whole step."
     try: return objective(next(batches))
-    except BaseException: keep(); raise
+    except BaseException:
+        keep()
+        raise
 
 # %% ../../../nbs/66_adaptive/00_adapt.ipynb #c12ecf37
 def adapt(
@@ -137,6 +165,9 @@ def adapt(
     for step in track(range(len(curve), steps), label, note=lambda: f'objective {curve[-1]:.4f}'):
         if plateaued(curve, patience): break
         value = _finite(_value(objective, todo, keep), step + 1, steps, parameters, lr)
-        opt.step(); opt.zero_grad(); project(); curve.append(value)
+        opt.step()
+        opt.zero_grad()
+        project()
+        curve.append(value)
         if len(curve) % every == 0 or len(curve) == steps: keep()
     return curve

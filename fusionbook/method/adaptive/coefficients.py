@@ -33,7 +33,11 @@ def grouped(
 ) -> dict[str, str]:     # name -> its group, in the order of the names
     "Which tensors share a coefficient."
     rules = dict(task=lambda n: 'all', layer=layer_group, tensor=lambda n: n)
-    if granularity not in rules: raise FusionError(f'expected `granularity` as one of {", ".join(rules)}, got `{granularity}`; {nearest(str(granularity), rules)}')
+    if granularity not in rules:
+        raise FusionError(
+            f'expected `granularity` as one of {", ".join(rules)}, got `{granularity}`; '
+            f'{nearest(str(granularity), rules)}'
+        )
     return {n: rules[granularity](n) for n in names}
 
 # %% ../../../nbs/66_adaptive/01_coefficients.ipynb #a163f86f
@@ -45,7 +49,8 @@ def pruning(
     device:str='cpu',     # where the arithmetic happens
 ) -> Callable[[str, Tensor], Tensor]: # (name, τ (T, n)) -> (T, n)
     "What is done to a piece of the task vectors before it is used."
-    if prune not in (None, 'trim', 'ties'): raise FusionError(f'expected `prune` as null, trim or ties, got `{prune}`')
+    if prune not in (None, 'trim', 'ties'):
+        raise FusionError(f'expected `prune` as null, trim or ties, got `{prune}`')
     if prune is None: return lambda name, tau: tau
     whole, _ = _thresholds(base, experts, names, kept_share(threshold), device)
     def clean(name, tau):
@@ -64,20 +69,30 @@ def merge_coefficients(
     "Base plus the task vectors, each group with its own coefficients, in float32, rounded once."
     place = {g: i for i, g in enumerate(dict.fromkeys(groups.values()))}
     if coefficients.shape != (len(experts), len(place)):
-        raise FusionError(f'expected coefficients ({len(experts)}, {len(place)}), experts × groups, got {tuple(coefficients.shape)}')
+        raise FusionError(
+            f'expected coefficients ({len(experts)}, {len(place)}), experts × groups, got '
+            f'{tuple(coefficients.shape)}'
+        )
     w = coefficients.detach().to(device)
     def f(e):
         if e.name not in groups: return e.base
-        return e.base + torch.einsum('t,t...->...', w[:, place[groups[e.name]]].to(e.base.dtype), clean(e.name, e.tau))
+        return e.base + torch.einsum(
+            't,t...->...', w[:, place[groups[e.name]]].to(e.base.dtype), clean(e.name, e.tau)
+        )
     return map_tensors(f, base, experts, elementwise=True, device=device)
 
 # %% ../../../nbs/66_adaptive/01_coefficients.ipynb #7d72dde7
 def _merged(network, base):
     "The parameters that are merged, by name; all others stop asking for gradients."
-    if not isinstance(network, nn.Module): raise FusionError(f'expected a pool of networks, got a {type(network).__name__} of tensors: nothing can be predicted with it')
+    if not isinstance(network, nn.Module):
+        raise FusionError(
+            f'expected a pool of networks, got a {type(network).__name__} of tensors: nothing can be '
+            f'predicted with it'
+        )
     own, known = dict(network.named_parameters()), meta(base)   # a tied tensor has one name here
     found = {k: p for k, p in own.items() if k in known and p.requires_grad and p.is_floating_point()}
-    if not found: raise FusionError('expected a network with parameters that are merged and not frozen, got none')
+    if not found:
+        raise FusionError('expected a network with parameters that are merged and not frozen, got none')
     network.requires_grad_(False)
     for p in found.values(): p.requires_grad_(True)
     return found
@@ -95,18 +110,29 @@ class Mixture:
     ):
         self.parameters = _merged(network, base)
         self.network = network.to(device).eval()
-        self.base, self.experts, self.device, self._kept, self._room = base, experts, device, {}, cache_mb * 1e6
+        self.base = base
+        self.experts = experts
+        self.device = device
+        self._kept = {}
+        self._room = cache_mb * 1e6
         self.groups = grouped(list(self.parameters), granularity)
         self.names = list(dict.fromkeys(self.groups.values()))
-        self.clean = pruning(base, experts, list(self.parameters), prune=prune, threshold=threshold, device=device)
+        self.clean = pruning(
+            base, experts, list(self.parameters), prune=prune, threshold=threshold, device=device
+        )
 
 # %% ../../../nbs/66_adaptive/01_coefficients.ipynb #06bae45f
 def _gathered(mixture, name, found):
     "The pieces of one tensor as views of one block of memory, which is a single piece on an accelerator."
     b, tau, places = mixture.base[name].reshape(-1), None, []
     for at, _, rows in found:
-        if tau is None: tau, b = torch.empty(len(rows), len(b), dtype=rows.dtype, device=rows.device), b.to(rows.device, rows.dtype)
-        tau[:, at] = rows; places.append(at)
+        if tau is None:
+            tau, b = (
+                torch.empty(len(rows), len(b), dtype=rows.dtype, device=rows.device),
+                b.to(rows.device, rows.dtype),
+            )
+        tau[:, at] = rows
+        places.append(at)
     if places and mixture.device != 'cpu': places = [slice(0, len(b))]
     return [(at, b[at], tau[:, at]) for at in places]
 
@@ -115,8 +141,12 @@ def _gathered(mixture, name, found):
 def pieces(self:Mixture, name:str) -> Iterator:
     "Place, base (n,) and task vectors (T, n) of one tensor, piece by piece."
     if name in self._kept: return iter(self._kept[name])
-    found = ((at, b, self.clean(name, x - b)) for at, b, x in _pieces(name, self.base, self.experts, self.device))
-    need = (1 + len(self.experts)) * self.parameters[name].numel() * max(4, self.parameters[name].element_size())
+    found = (
+        (at, b, self.clean(name, x - b)) for at, b, x in _pieces(name, self.base, self.experts, self.device)
+    )
+    need = (
+        (1 + len(self.experts)) * self.parameters[name].numel() * max(4, self.parameters[name].element_size())
+    )
     if need > self._room: return found
     self._kept[name], self._room = _gathered(self, name, found), self._room - need
     return iter(self._kept[name])
@@ -131,7 +161,8 @@ def fill(self:Mixture,
     with torch.no_grad():
         for name, p in self.parameters.items():
             flat, own = p.view(-1), w[:, self.names.index(self.groups[name])]
-            for at, b, tau in self.pieces(name): flat[at] = torch.addmv(b, tau.T, own.to(tau.dtype)).to(p.dtype)
+            for at, b, tau in self.pieces(name):
+                flat[at] = torch.addmv(b, tau.T, own.to(tau.dtype)).to(p.dtype)
 
 # %% ../../../nbs/66_adaptive/01_coefficients.ipynb #732b7a40
 @patch
@@ -150,11 +181,20 @@ def _numbers(path):
     "The numbers of a NumPy or PyTorch file; neither may hold anything that runs."
     import pickle
     import numpy as np
-    try: found = torch.load(path, map_location='cpu', weights_only=True) if path.suffix in ('.pt', '.pth') else np.load(path, allow_pickle=False)
+    try:
+        found = (
+            torch.load(path, map_location='cpu', weights_only=True)
+            if path.suffix in ('.pt', '.pth')
+            else np.load(path, allow_pickle=False)
+        )
     except (pickle.UnpicklingError, ValueError, RuntimeError, EOFError, OSError) as e:
-        raise FusionError(f'expected `weights` as a tensor and nothing else in `{path}`, got {" ".join(str(e).split()) or type(e).__name__:.80}; '
-                          '`numpy.save("weights.npy", tensor.numpy())` makes a file of one') from None
-    if not hasattr(found, 'tolist'): raise FusionError(f'expected `weights` as a tensor in `{path}`, got a {type(found).__name__}')
+        raise FusionError(
+            f'expected `weights` as a tensor and nothing else in `{path}`, got '
+            f'{" ".join(str(e).split()) or type(e).__name__:.80}; '
+            '`numpy.save("weights.npy", tensor.numpy())` makes a file of one'
+        ) from None
+    if not hasattr(found, 'tolist'):
+        raise FusionError(f'expected `weights` as a tensor in `{path}`, got a {type(found).__name__}')
     return found.tolist()
 
 # %% ../../../nbs/66_adaptive/01_coefficients.ipynb #f1a9f86a
@@ -162,19 +202,32 @@ def _read(source):
     "What a file or a list holds."
     if not isinstance(source, (str, Path)): return source
     path = Path(source)
-    if not path.exists(): raise FusionError(f'expected `weights` as a file or numbers, got `{source}`, which does not exist')
+    if not path.exists():
+        raise FusionError(f'expected `weights` as a file or numbers, got `{source}`, which does not exist')
     if path.suffix in ('.npy', '.np', '.pt', '.pth'): return _numbers(path)
-    if path.suffix != '.json': raise FusionError(f'expected `weights` in a .json, .npy or .pt file, got `{path.name}`; `numpy.save("weights.npy", tensor.numpy())` makes one of a tensor')
+    if path.suffix != '.json':
+        raise FusionError(
+            f'expected `weights` in a .json, .npy or .pt file, got `{path.name}`; `numpy.save("weights.npy", '
+            f'tensor.numpy())` makes one of a tensor'
+        )
     found = read_json(path, object)
     found = found.get('adaptation', found) if isinstance(found, dict) else found   # a whole report too
-    models = [v for v in found.values() if isinstance(v, dict) and 'coefficients' in v] if isinstance(found, dict) else []
-    if len(models) > 1: raise FusionError(f'expected the coefficients of one model, got {len(models)} in `{path}`')
+    models = (
+        [v for v in found.values() if isinstance(v, dict) and 'coefficients' in v]
+        if isinstance(found, dict)
+        else []
+    )
+    if len(models) > 1:
+        raise FusionError(f'expected the coefficients of one model, got {len(models)} in `{path}`')
     return models[0] if models else found
 
 def _check_names(found, what, mine):
     if list(found) != list(mine):
         other = [n for n in found if n not in mine] or [n for n in mine if n not in found] or list(found)
-        raise FusionError(f'expected coefficients for the {what} {", ".join(mine[:8])}{", …" * (len(mine) > 8)}, got others or another order (`{other[0]}`)')
+        raise FusionError(
+            f'expected coefficients for the {what} {", ".join(mine[:8])}{", …" * (len(mine) > 8)}, got '
+            f'others or another order (`{other[0]}`)'
+        )
 
 # %% ../../../nbs/66_adaptive/01_coefficients.ipynb #df8f5ea6
 def read_coefficients(
@@ -185,12 +238,18 @@ def read_coefficients(
     "Coefficients, checked to be those of these experts."
     found = _read(source)
     if isinstance(found, Mapping):
-        if 'coefficients' not in found: raise FusionError(f'expected `coefficients` in `{source}`, got the keys {", ".join(found)}')
-        _check_names(found['experts'], 'experts', list(experts)); _check_names(found['groups'], 'groups', list(groups))
+        if 'coefficients' not in found:
+            raise FusionError(f'expected `coefficients` in `{source}`, got the keys {", ".join(found)}')
+        _check_names(found['experts'], 'experts', list(experts))
+        _check_names(found['groups'], 'groups', list(groups))
         found = found['coefficients']
     try: w = torch.tensor(found, dtype=torch.float64)
-    except (TypeError, ValueError): raise FusionError(f'expected coefficients as numbers, got {found!r:.60}') from None
+    except (TypeError, ValueError):
+        raise FusionError(f'expected coefficients as numbers, got {found!r:.60}') from None
     if w.ndim == 1: w = w[:, None].expand(-1, len(groups)).clone()
-    if w.shape != (len(experts), len(groups)): raise FusionError(f'expected coefficients ({len(experts)}, {len(groups)}), experts × groups, got {tuple(w.shape)}')
+    if w.shape != (len(experts), len(groups)):
+        raise FusionError(
+            f'expected coefficients ({len(experts)}, {len(groups)}), experts × groups, got {tuple(w.shape)}'
+        )
     if not w.isfinite().all(): raise FusionError('expected finite coefficients, got NaN or infinity')
     return w

@@ -25,7 +25,8 @@ _TARGETS = 'labels', 'expert', 'ensemble'
 @dataclass
 class FineTuning(BaseAlgorithm):
     "A few steps of training from the result of another method."
-    config_names, symmetric = ('fine_tuning',), False # sums in another order round otherwise, and Adam's first steps make much of it
+    # sums in another order round otherwise, and Adam's first steps make much of it
+    config_names, symmetric = ('fine_tuning',), False
     first: str = 'simple_average' # method that gives the start, such as geometric_fusion
     options: dict = None    # its hyper-parameters
     target: str = 'labels'  # labels, or without them what the task's own expert says, or the ensemble of all experts
@@ -40,17 +41,31 @@ class FineTuning(BaseAlgorithm):
     threads: int | None = 1 # of the processor; results can differ in the last digits between numbers of threads, null takes all
     def __post_init__(self):
         check_fields(self), check_steps(self.optimizer, self.lr, self.threads)
-        check_known([self.target], _TARGETS, 'the targets'), check_known([self.data], CALIBRATION_SPLITS, 'the kinds of data')
-        if self.steps < 1 or self.batch_size < 1: raise FusionError(f'expected at least one step and one input, got {self.steps} and {self.batch_size}')
+        (
+            check_known([self.target], _TARGETS, 'the targets'),
+            check_known([self.data], CALIBRATION_SPLITS, 'the kinds of data'),
+        )
+        if self.steps < 1 or self.batch_size < 1:
+            raise FusionError(
+                f'expected at least one step and one input, got {self.steps} and {self.batch_size}'
+            )
         self.trainable = list(self.trainable)
         self.inner = load_algorithm_from_config(dict(self.options or {}, name=self.first))
-        self.uses = tuple(dict.fromkeys((*self.inner.uses, 'experts', self.data, *(['labels'] if self.target == 'labels' else []))))
+        self.uses = tuple(
+            dict.fromkeys(
+                (*self.inner.uses, 'experts', self.data, *(['labels'] if self.target == 'labels' else []))
+            )
+        )
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #4fe3aa44
 def _teachers(m, pool):
     "Task -> networks whose mean probability is the target."
     nets = {t: pool.load_model(t) for t in pool.model_names}
-    if bad := [t for t, n in nets.items() if not isinstance(n, nn.Module)]: raise FusionError(f'expected `{bad[0]}` as a network that answers, got a {type(nets[bad[0]]).__name__}; take `target` labels')
+    if bad := [t for t, n in nets.items() if not isinstance(n, nn.Module)]:
+        raise FusionError(
+            f'expected `{bad[0]}` as a network that answers, got a {type(nets[bad[0]]).__name__}; take '
+            f'`target` labels'
+        )
     nets = {t: n.to(m.device).eval() for t, n in nets.items()}
     return {t: [nets[t]] if m.target == 'expert' else list(nets.values()) for t in nets}
 
@@ -62,7 +77,9 @@ def _streams(m, pool):
     teachers, heads = _teachers(m, pool), {t: pool.logits(t) for t in pool.model_names}
     def said(t, x):
         with torch.no_grad(): return sum(heads[t](n, x).softmax(1) for n in teachers[t]) / len(teachers[t])
-    return {t: ((x, said(t, x.to(m.device))) for x in pool.batches(t, m.data, **kw)) for t in pool.model_names}
+    return {
+        t: ((x, said(t, x.to(m.device))) for x in pool.batches(t, m.data, **kw)) for t in pool.model_names
+    }
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #102b50c8
 def _free(m, net):
@@ -84,23 +101,37 @@ def train(self:FineTuning,
         parts = []
         for t, (x, y) in batch.items():
             part = F.cross_entropy(heads[t](net, x.to(self.device)), y.to(self.device)) / len(batch)
-            part.backward(); parts.append(part.item())
+            part.backward()
+            parts.append(part.item())
         return sum(parts)
     with on_threads(self.threads):
-        return adapt(_free(self, net.train()), rounds, objective, steps=self.steps, lr=self.lr, optimizer=self.optimizer, label='fine-tuning')
+        return adapt(
+            _free(self, net.train()),
+            rounds,
+            objective,
+            steps=self.steps,
+            lr=self.lr,
+            optimizer=self.optimizer,
+            label='fine-tuning',
+        )
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #fed8e6ce
 @patch
 def run(self:FineTuning, modelpool):
     "The fine-tuned network."
     pool = as_pool(modelpool)
-    if not isinstance(first := pool.load_pretrained_or_first_model(), nn.Module): raise FusionError('expected a pool of networks to train, got bare tensors')
+    if not isinstance(first := pool.load_pretrained_or_first_model(), nn.Module):
+        raise FusionError('expected a pool of networks to train, got bare tensors')
     chosen_parameters(first, self.trainable)
-    for t in pool.model_names: pool.inputs(t, self.data); pool.logits(t) # before any work
+    for t in pool.model_names: # before any work
+        pool.inputs(t, self.data)
+        pool.logits(t)
     net = fuse(self.inner, pool)
     if not isinstance(net, nn.Module): net = pool.load(net)
     net = deepcopy(net).to(self.device)
     curve = self.train(net, pool)
-    self.adaptation = dict(first=self.first, target=self.target, data=self.data, steps=len(curve), curve=curve)
+    self.adaptation = dict(
+        first=self.first, target=self.target, data=self.data, steps=len(curve), curve=curve
+    )
     for p in net.parameters(): p.requires_grad_(True)
     return net.eval()

@@ -16,8 +16,16 @@ from ...core.progress import track
 from ...core.state_dict import StateDict
 from .aligning import AnchoredMethod
 from ..base import as_pool, average_weights, check_finite
-from ..neurons import (alignment_note, anchor_of, calibration_batches, measured_anew, moved_share, load_network, spec_for,
-                                      without_variances)
+from fusionbook.method.neurons import (
+    alignment_note,
+    anchor_of,
+    calibration_batches,
+    measured_anew,
+    moved_share,
+    load_network,
+    spec_for,
+    without_variances,
+)
 from ..average.weighted_average import weighted_average
 
 # %% ../../../nbs/67_alignment/cca_merge.ipynb #f6b2946a
@@ -52,7 +60,10 @@ def aligned(self:CCAMerge, pool):
     spec = spec_for(self, pool, pool.reference())
     nets = [load_network(pool, n) for n in pool.model_names]
     both = split_reads(spec, nets[at])
-    maps = {i: _maps(self, pool, spec, nets[i], nets[at]) for i in track([i for i in range(len(nets)) if i != at], 'mapping models')}
+    maps = {
+        i: _maps(self, pool, spec, nets[i], nets[at])
+        for i in track([i for i in range(len(nets)) if i != at], 'mapping models')
+    }
     moved = {pool.model_names[i]: moved_share(m) for i, m in maps.items()}
     self.adaptation = dict(moved=moved) | alignment_note(moved)
     return both, [cca_transform(both, sd, maps[i]) if i in maps else sd for i, sd in enumerate(states)]

@@ -19,7 +19,14 @@ from ...core.errors import FusionError, check_known
 from ...core.state_dict import StateDict
 from .aligning import AnchoredMethod
 from ..base import as_pool, at_least, average_weights, check_finite
-from ..neurons import alignment_note, anchor_of, calibration_batches, moved_share, load_network, spec_for
+from fusionbook.method.neurons import (
+    alignment_note,
+    anchor_of,
+    calibration_batches,
+    moved_share,
+    load_network,
+    spec_for,
+)
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #d71eef60
 _COSTS = {'weights': 0., 'both': .5, 'activations': 1.}
@@ -49,10 +56,17 @@ class GeometricFusion(AnchoredMethod):
 def _prepare(m):
     at_least(m, rounds=0, sweeps=0)
     check_known([m.costs], _COSTS, 'the costs')
-    check_known([m.metric], METRICS, 'the metrics'), check_known([m.masses], ('uniform', 'importance'), 'the masses')
+    (
+        check_known([m.metric], METRICS, 'the metrics'),
+        check_known([m.masses], ('uniform', 'importance'), 'the masses'),
+    )
     rescale(torch.ones(1, 1), m.normalize), _check_solver(m.solver, m.solver_options or {})
     if m.transport_output: _check_original(m)
-    m.uses = ('experts',) if m.transport_output else ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ())
+    m.uses = (
+        ('experts',)
+        if m.transport_output
+        else ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ())
+    )
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #1fb78d15
 _LEAST = dict(reg=1e-300, reg_m=1e-300, alpha=0, iterations=1, sweeps=1)
@@ -60,21 +74,41 @@ _LEAST = dict(reg=1e-300, reg_m=1e-300, alpha=0, iterations=1, sweeps=1)
 def _check_solver(solver, options):
     "Refuse options that the solvers do not have, or of the wrong type or range."
     check_known([solver], SOLVERS, 'the solvers')
-    known = {k: p.default for k, p in signature(plan).parameters.items() if k not in ('cost', 'mu', 'nu', 'solver', 'structure')}
+    known = {
+        k: p.default
+        for k, p in signature(plan).parameters.items()
+        if k not in ('cost', 'mu', 'nu', 'solver', 'structure')
+    }
     check_known(options, known, 'a solver')
     for k, v in options.items():
         kind = (int, float) if isinstance(known[k], float) else type(known[k])
-        if not isinstance(v, kind) or isinstance(v, bool) != isinstance(known[k], bool): raise FusionError(f'expected `{k}` of the solver like {known[k]!r}, got {v!r:.60}')
-        if v < _LEAST.get(k, v) or k == 'alpha' and v > 1: raise FusionError(f'expected `{k}` of the solver in its range, got {v}')
+        if not isinstance(v, kind) or isinstance(v, bool) != isinstance(known[k], bool):
+            raise FusionError(f'expected `{k}` of the solver like {known[k]!r}, got {v!r:.60}')
+        if v < _LEAST.get(k, v) or k == 'alpha' and v > 1:
+            raise FusionError(f'expected `{k}` of the solver in its range, got {v}')
 
 def _check_original(m):
     "Refuse what the original's walk does not have."
-    usual = {'spec': None, 'costs': 'weights', 'rounds': 0, 'sweeps': 0, 'readers': False, 'different_widths': False}
+    usual = {
+        'spec': None,
+        'costs': 'weights',
+        'rounds': 0,
+        'sweeps': 0,
+        'readers': False,
+        'different_widths': False,
+    }
     if other := [k for k, v in usual.items() if getattr(m, k) != v]:
-        raise FusionError(f'expected `{other[0]}` {usual[other[0]]} with `transport_output`, whose walk knows no other, got {getattr(m, other[0])}')
+        raise FusionError(
+            f'expected `{other[0]}` {usual[other[0]]} with `transport_output`, whose walk knows no other, '
+            f'got {getattr(m, other[0])}'
+        )
     check_known([m.metric], ('euclidean', 'squared'), 'the metrics of the original')
     check_known([m.solver], ('exact', 'sinkhorn'), 'the solvers of the original')
-    check_known(m.solver_options or {}, ('reg',) if m.solver == 'sinkhorn' else (), f'the options of the original with solver `{m.solver}`')
+    check_known(
+        m.solver_options or {},
+        ('reg',) if m.solver == 'sinkhorn' else (),
+        f'the options of the original with solver `{m.solver}`',
+    )
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #5e4cd414
 def _states(m, pool):
@@ -87,17 +121,32 @@ def _states(m, pool):
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #990ccba1
 def _original(m, states, at, weights):
     "The original's walk, of two models."
-    if len(states) != 2: raise FusionError(f'expected two models with `transport_output`, got {len(states)}; without it any number can be fused')
+    if len(states) != 2:
+        raise FusionError(
+            f'expected two models with `transport_output`, got {len(states)}; without it any number can be '
+            f'fused'
+        )
     masses = dict(importance='l2', proper_marginals=True) if m.masses == 'importance' else {}
-    opt = Original(exact=m.solver == 'exact', reg=(m.solver_options or {}).get('reg', .01), squared=m.metric == 'squared', normalize_wts=m.unit,
-                   normalize=m.normalize, ensemble_step=weights[at], **masses)
+    opt = Original(
+        exact=m.solver == 'exact',
+        reg=(m.solver_options or {}).get('reg', 0.01),
+        squared=m.metric == 'squared',
+        normalize_wts=m.unit,
+        normalize=m.normalize,
+        ensemble_step=weights[at],
+        **masses,
+    )
     return original_fusion(states[1 - at], states[at], opt)
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #d0c49b62
 def _grams(m, pool, spec, at):
     "Activation sums of every model with the anchor."
     target = load_network(pool, pool.model_names[at])
-    return {i: group_grams(spec, load_network(pool, n), target, calibration_batches(m, pool), pre=m.pre) for i, n in enumerate(pool.model_names) if i != at}
+    return {
+        i: group_grams(spec, load_network(pool, n), target, calibration_batches(m, pool), pre=m.pre)
+        for i, n in enumerate(pool.model_names)
+        if i != at
+    }
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #1f0c16b5
 @patch
@@ -113,8 +162,24 @@ def merge(self:GeometricFusion, pool) -> StateDict:
     def note(maps):
         moved = {n: moved_share(t) for n, t in zip(names, maps) if t}
         m.adaptation = dict(moved=moved) | alignment_note(moved)
-    return align_and_average(spec, states, note=note, anchor=at, weights=weights, rounds=m.rounds, grams=grams, like=None if m.different_widths else pool.reference(), metric=m.metric,
-                unit=m.unit, normalize=m.normalize, solver=solver, masses=m.masses, mix=_COSTS[m.costs], sweeps=m.sweeps, readers=m.readers)
+    return align_and_average(
+        spec,
+        states,
+        note=note,
+        anchor=at,
+        weights=weights,
+        rounds=m.rounds,
+        grams=grams,
+        like=None if m.different_widths else pool.reference(),
+        metric=m.metric,
+        unit=m.unit,
+        normalize=m.normalize,
+        solver=solver,
+        masses=m.masses,
+        mix=_COSTS[m.costs],
+        sweeps=m.sweeps,
+        readers=m.readers,
+    )
 
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #5ba5dbac
 @patch

@@ -18,7 +18,14 @@ from ...core.progress import track
 from ...core.state_dict import StateDict
 from .aligning import AnchoredMethod
 from ..base import at_least, average_weights, check_finite, load_algorithm_from_config
-from ..neurons import alignment_note, anchor_of, calibration_batches, moved_share, load_network, spec_for
+from fusionbook.method.neurons import (
+    alignment_note,
+    anchor_of,
+    calibration_batches,
+    moved_share,
+    load_network,
+    spec_for,
+)
 
 # %% ../../../nbs/67_alignment/git_rebasin.ipynb #a44bc370
 @dataclass
@@ -46,11 +53,20 @@ def _settle(m):
     m.groups = list(m.groups)
     check_known([m.kind], ('correlation', 'inner'), 'the kinds of activation matching')
     if not m.learning_rate > 0: raise FusionError(f'expected `learning_rate` above 0, got {m.learning_rate}')
-    if m.weights is not None and m.then: raise FusionError(f'expected `weights` among the `options` of `{m.then}`, which merges the renamed models, got them beside it')
+    if m.weights is not None and m.then:
+        raise FusionError(
+            f'expected `weights` among the `options` of `{m.then}`, which merges the renamed models, got '
+            f'them beside it'
+        )
     check_known([m.costs], _COSTS, 'the costs')
-    if m.options and not m.then: raise FusionError('expected `options` beside the method that they belong to, `then`, got none')
+    if m.options and not m.then:
+        raise FusionError('expected `options` beside the method that they belong to, `then`, got none')
     m.inner = load_algorithm_from_config(dict(m.options or {}, name=m.then)) if m.then else None
-    m.uses = ('experts', 'spec') + ((m.data,) if m.costs != 'weights' else ()) + tuple(u for u in (m.inner.uses if m.inner else ()) if u != 'experts')
+    m.uses = (
+        ('experts', 'spec')
+        + ((m.data,) if m.costs != 'weights' else ())
+        + tuple(u for u in (m.inner.uses if m.inner else ()) if u != 'experts')
+    )
 
 # %% ../../../nbs/67_alignment/git_rebasin.ipynb #d74d10d1
 def _permutation(m, pool, spec, states, i, at):
@@ -77,7 +93,9 @@ def _straight(m, pool, spec, moved, anchor, nets, batches):
     "The permutation whose midpoint answers most like its parents."
     each = len(batches) // len(pool.model_names)
     loss = parents_loss(nets, [(pool.logits(pool.model_names[i // each]), x) for i, x in enumerate(batches)])
-    return straight_through(spec, moved, anchor, loss, steps=m.steps, learning_rate=m.learning_rate, seed=m.seed, groups=m.groups)[0]
+    return straight_through(
+        spec, moved, anchor, loss, steps=m.steps, learning_rate=m.learning_rate, seed=m.seed, groups=m.groups
+    )[0]
 
 # %% ../../../nbs/67_alignment/git_rebasin.ipynb #0370b29f
 @patch
@@ -88,10 +106,15 @@ def aligned(self:GitRebasin,
     states, at, names = pool.experts(), anchor_of(self, pool), pool.model_names
     check_finite(states, names)
     spec = spec_for(self, pool, states[at])
-    found = {i: _permutation(self, pool, spec, states, i, at) for i in track([i for i in range(len(states)) if i != at], 'matching models')}
+    found = {
+        i: _permutation(self, pool, spec, states, i, at)
+        for i in track([i for i in range(len(states)) if i != at], 'matching models')
+    }
     moved = {names[i]: moved_share(perms) for i, (perms, _) in found.items()}
     agreements = {names[i]: values for i, (_, values) in found.items() if values}
-    self.adaptation = dict(moved=moved, agreements=agreements) | alignment_note(moved, *[f'that of `{self.then}` without it'] * bool(self.then))
+    self.adaptation = dict(moved=moved, agreements=agreements) | alignment_note(
+        moved, *[f'that of `{self.then}` without it'] * bool(self.then)
+    )
     return spec, [permute(spec, sd, found[i][0]) if i in found else sd for i, sd in enumerate(states)]
 
 # %% ../../../nbs/67_alignment/git_rebasin.ipynb #09af7ece

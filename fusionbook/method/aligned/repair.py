@@ -30,7 +30,8 @@ class Repair(GitRebasin):
 # %% ../../../nbs/67_alignment/repair.ipynb #5bf58992
 def _networks(pool, states):
     nets = [pool.load(sd) for sd in states]
-    if bad := [n for n in nets if not isinstance(n, nn.Module)]: raise FusionError(f'expected networks to measure channels in, got a {type(bad[0]).__name__}')
+    if bad := [n for n in nets if not isinstance(n, nn.Module)]:
+        raise FusionError(f'expected networks to measure channels in, got a {type(bad[0]).__name__}')
     return [n.eval() for n in nets]
 
 # %% ../../../nbs/67_alignment/repair.ipynb #f12f224d
@@ -38,10 +39,17 @@ def _networks(pool, states):
 def run(self:Repair, modelpool):
     "The repaired network."
     pool = as_pool(modelpool)
-    if not isinstance(pool.load_pretrained_or_first_model(), nn.Module): raise FusionError('expected a pool of networks to measure channels in, got bare tensors')
+    if not isinstance(pool.load_pretrained_or_first_model(), nn.Module):
+        raise FusionError('expected a pool of networks to measure channels in, got bare tensors')
     batches = list(calibration_batches(self, pool))
     _, states = self.aligned(pool)
     weights = average_weights(self.weights, len(pool))
     merged, = _networks(pool, [without_variances(self.merge_aligned(pool, states, weights))])
     if has_batchnorm(merged): return reset_batchnorm(merged, batches)
-    return repair(merged, _networks(pool, states), weights=weights, batches=batches, layers=repair_layers(merged, batches[0], self.layers))
+    return repair(
+        merged,
+        _networks(pool, states),
+        weights=weights,
+        batches=batches,
+        layers=repair_layers(merged, batches[0], self.layers),
+    )

@@ -15,7 +15,14 @@ from ...core.progress import track
 from ...core.state_dict import StateDict
 from .aligning import NeuronMethod
 from ..base import as_pool, check_finite
-from ..neurons import alignment_note, calibration_batches, measured_anew, load_network, spec_for, without_variances
+from fusionbook.method.neurons import (
+    alignment_note,
+    calibration_batches,
+    measured_anew,
+    load_network,
+    spec_for,
+    without_variances,
+)
 
 # %% ../../../nbs/67_alignment/zipit.ipynb #2a5667cf
 @dataclass
@@ -29,7 +36,8 @@ class ZipIt(NeuronMethod):
     anew: bool = True      # measure BatchNorm's running statistics on the same inputs
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.a <= 1 or not 0 <= self.b <= 1: raise FusionError(f'expected `a` in (0, 1] and `b` in [0, 1], got {self.a} and {self.b}')
+        if not 0 < self.a <= 1 or not 0 <= self.b <= 1:
+            raise FusionError(f'expected `a` in (0, 1] and `b` in [0, 1], got {self.a} and {self.b}')
         self.groups, self.uses = list(self.groups), ('experts', 'spec', self.data)
 
 # %% ../../../nbs/67_alignment/zipit.ipynb #211c1669
@@ -38,14 +46,21 @@ def _heard(m, pool):
     check_finite(pool.experts(), pool.model_names)
     spec = spec_for(m, pool, pool.reference())
     nets = [load_network(pool, n) for n in pool.model_names]
-    return spec, nets, joint_grams(spec, nets, calibration_batches(m, pool), plain_groups(spec, m.groups), pre=m.pre)
+    return (
+        spec,
+        nets,
+        joint_grams(spec, nets, calibration_batches(m, pool), plain_groups(spec, m.groups), pre=m.pre),
+    )
 
 # %% ../../../nbs/67_alignment/zipit.ipynb #6a69e529
 @patch
 def clusters(self:ZipIt, pool):
     "The specification with reading apart from making, and for each group the cluster of every feature, (T, n)."
     spec, nets, grams = _heard(self, pool)
-    found = {g: zip_features(correlation(covariance(x)), models=len(nets), a=self.a, b=self.b) for g, x in track(grams.items(), 'zipping groups')}
+    found = {
+        g: zip_features(correlation(covariance(x)), models=len(nets), a=self.a, b=self.b)
+        for g, x in track(grams.items(), 'zipping groups')
+    }
     self.adaptation = alignment_note({}) if all((c == c[:1]).all() for c in found.values()) else None
     return split_reads(spec, nets[0]), found
 

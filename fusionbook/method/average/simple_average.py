@@ -28,4 +28,5 @@ class SimpleAverage(BaseAlgorithm):
     uses, config_names = ('experts',), ('simple_average',)
     paper, year = 'arxiv:2203.05482', 2022
     device: str = 'cpu' # where the arithmetic happens, one tensor at a time
-    def merge(self, pool) -> StateDict: return simple_average(pool.experts(), like=pool.reference(), device=self.device)
+    def merge(self, pool) -> StateDict:
+        return simple_average(pool.experts(), like=pool.reference(), device=self.device)

@@ -26,7 +26,10 @@ def _equal(a, b):
     try: return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
     except (RuntimeError, ValueError): return False # containers of tensors or arrays have no plain answer
 
-def _settings(module): return {k: v for k, v in vars(module).items() if k not in ('_parameters', '_buffers', '_modules', 'training')}
+def _settings(module):
+    return {
+        k: v for k, v in vars(module).items() if k not in ('_parameters', '_buffers', '_modules', 'training')
+    }
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #f71eab41
 def same_architecture(
@@ -35,9 +38,14 @@ def same_architecture(
 ) -> bool:
     "Whether two networks differ in nothing but the values of their tensors."
     x, y = dict(a.named_modules()), dict(b.named_modules())
-    if list(x) != list(y) or any(type(x[k]) is not type(y[k]) or _settings(x[k]).keys() != _settings(y[k]).keys() for k in x): return False
+    if list(x) != list(y) or any(
+        type(x[k]) is not type(y[k]) or _settings(x[k]).keys() != _settings(y[k]).keys() for k in x
+    ):
+        return False
     shapes = [{k: (t.shape, t.dtype, t.device) for k, t in _tensors(m).items()} for m in (a, b)]
-    return shapes[0] == shapes[1] and all(_equal(v, _settings(y[k])[n]) for k in x for n, v in _settings(x[k]).items())
+    return shapes[0] == shapes[1] and all(
+        _equal(v, _settings(y[k])[n]) for k in x for n, v in _settings(x[k]).items()
+    )
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #5850e07a
 def groups(
@@ -68,7 +76,13 @@ def one_block(
 
 def _lies_in(block, members):
     "Whether members still are views of a block: moving a network to another device or type ends that."
-    def there(i, k, t): s = block[k]; return (t.device, t.dtype, t.data_ptr()) == (s.device, s.dtype, s.data_ptr() + i * s.stride(0) * s.element_size())
+    def there(i, k, t):
+        s = block[k]
+        return (t.device, t.dtype, t.data_ptr()) == (
+            s.device,
+            s.dtype,
+            s.data_ptr() + i * s.stride(0) * s.element_size(),
+        )
     return all(there(i, k, t) for i, m in enumerate(members) for k, t in _tensors(m).items())
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #318e7576
@@ -89,11 +103,15 @@ def batched_outputs(
     called, form = _Called(model, call), []
     def one(tensors):
         leaves, out = [], functional_call(called, {f'model.{k}': t for k, t in tensors.items()}, ())
-        def keep(x): leaves.append(x[0]); return torch.empty(0)
+        def keep(x):
+            leaves.append(x[0])
+            return torch.empty(0)
         form[:] = [map_outputs(keep, [out])]
         return tuple(leaves)
     rows = zip(*(s.unbind() for s in vmap(one)(block)))
-    def filled(row): left = iter(row); return map_outputs(lambda _: next(left), form)
+    def filled(row):
+        left = iter(row)
+        return map_outputs(lambda _: next(left), form)
     return [filled(row) for row in rows]
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #31377dd7
@@ -109,12 +127,17 @@ class Ensemble(nn.Module):
     ):
         super().__init__()
         check_rule(rule, quantity)
-        if batched not in ('auto', True, False): raise FusionError(f'expected `batched` as auto, true or false, got `{batched}`')
+        if batched not in ('auto', True, False):
+            raise FusionError(f'expected `batched` as auto, true or false, got `{batched}`')
         if not members: raise FusionError('expected at least one network, got none')
-        if bad := [m for m in members if not isinstance(m, nn.Module)]: raise FusionError(f'expected networks, got {type(bad[0]).__name__}')
+        if bad := [m for m in members if not isinstance(m, nn.Module)]:
+            raise FusionError(f'expected networks, got {type(bad[0]).__name__}')
         self.members, self.rule, self.quantity, self.batched = nn.ModuleList(members), rule, quantity, batched
-        self.weights, self.limit_mb = expert_weights(weights, len(members), normalize=False, equal=1 / len(members)), limit_mb
-        if quantity != 'features': combine([torch.zeros(1, 2)] * len(members), rule=rule, quantity=quantity, weights=self.weights) # weights that the rule refuses
+        self.weights = expert_weights(weights, len(members), normalize=False, equal=1 / len(members))
+        self.limit_mb = limit_mb
+        if quantity != 'features':
+            # weights that the rule refuses
+            combine([torch.zeros(1, 2)] * len(members), rule=rule, quantity=quantity, weights=self.weights)
         self.groups, self.blocks = groups(members, limit=int(limit_mb * 1e6)), {}
         self.eval()
     def extra_repr(self): return f'{self.rule} of {self.quantity}'
@@ -126,11 +149,16 @@ class Ensemble(nn.Module):
 def _batches(ensemble):
     "Whether one call is wanted for several members."
     device = next((p.device.type for p in ensemble.parameters()), 'cpu')
-    return not ensemble.training and not torch.is_grad_enabled() and (device != 'cpu' if ensemble.batched == 'auto' else ensemble.batched)
+    return (
+        not ensemble.training
+        and not torch.is_grad_enabled()
+        and (device != 'cpu' if ensemble.batched == 'auto' else ensemble.batched)
+    )
 
 def _together(ensemble, i, some, call):
     "Outputs of one group; without `batched: true`, what has no batched form runs one after another."
-    if i not in ensemble.blocks or not _lies_in(ensemble.blocks[i], some): ensemble.blocks[i] = one_block(some)
+    if i not in ensemble.blocks or not _lies_in(ensemble.blocks[i], some):
+        ensemble.blocks[i] = one_block(some)
     try: return batched_outputs(call, some[0], ensemble.blocks[i])
     except RuntimeError as e:
         if ensemble.batched is True: raise
@@ -147,13 +175,21 @@ def outputs(self:Ensemble,
     found = {}
     for i, group in enumerate(self.groups):
         some = [self.members[j] for j in group]
-        found |= zip(group, _together(self, i, some, call) if len(group) > 1 and _batches(self) else [call(m) for m in some])
+        found |= zip(
+            group,
+            _together(self, i, some, call) if len(group) > 1 and _batches(self) else [call(m) for m in some],
+        )
     return [found[j] for j in range(len(self.members))]
 
 @patch
 def forward(self:Ensemble, *args, **kwargs):
     "The combined output of all members for one input."
-    return combine(self.outputs(lambda m: m(*args, **kwargs)), rule=self.rule, quantity=self.quantity, weights=self.weights)
+    return combine(
+        self.outputs(lambda m: m(*args, **kwargs)),
+        rule=self.rule,
+        quantity=self.quantity,
+        weights=self.weights,
+    )
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #83a2f5d1
 @patch
@@ -163,19 +199,29 @@ def combined_logits(self:Ensemble,
 ) -> Tensor:       # logits, or the logarithm of probabilities, (n, C)
     "The answer of the ensemble to a task."
     if self.quantity == 'features': return head(self, inputs)
-    return combine(self.outputs(lambda m: head(m, inputs)), rule=self.rule, quantity=self.quantity, weights=self.weights)
+    return combine(
+        self.outputs(lambda m: head(m, inputs)), rule=self.rule, quantity=self.quantity, weights=self.weights
+    )
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #8f756229
 def _ensemble(method, pool, rule, **how):
     "The experts of any pool as one network."
     if not len(pool): raise FusionError('expected a pool with at least one expert, got none')
-    found = Ensemble(list(pool.models()), rule=rule, quantity=method.quantity, batched=method.batched, limit_mb=method.limit_mb, **how)
+    found = Ensemble(
+        list(pool.models()),
+        rule=rule,
+        quantity=method.quantity,
+        batched=method.batched,
+        limit_mb=method.limit_mb,
+        **how,
+    )
     check_finite([m.state_dict() for m in found.members], pool.model_names)
     return found
 
 def _check(method, rule):
     check_fields(method), check_rule(rule, method.quantity)
-    if method.batched not in ('auto', True, False): raise FusionError(f'expected `batched` as auto, true or false, got `{method.batched}`')
+    if method.batched not in ('auto', True, False):
+        raise FusionError(f'expected `batched` as auto, true or false, got `{method.batched}`')
     if not method.limit_mb > 0: raise FusionError(f'expected `limit_mb` above 0, got {method.limit_mb}')
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #2422aef7
@@ -190,7 +236,11 @@ class SimpleEnsemble(BaseAlgorithm):
     device_map: dict = None    # of FusionBench's files; only null, all experts run on the device of the run
     def __post_init__(self):
         _check(self, self.rule)
-        if self.device_map: raise FusionError(f'expected `device_map` null (all experts run on the device of the run), got {self.device_map}')
+        if self.device_map:
+            raise FusionError(
+                f'expected `device_map` null (all experts run on the device of the run), got '
+                f'{self.device_map}'
+            )
     def build(self, pool) -> Ensemble: return _ensemble(self, pool, self.rule)
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #ec47d7be
@@ -206,9 +256,19 @@ class WeightedEnsemble(BaseAlgorithm):
     limit_mb: float = 1024     # megabytes of parameters in one batched call
     def __post_init__(self):
         _check(self, self.rule)
-        if self.rule == 'maximum': raise FusionError('expected `rule` as mean, geometric or vote, got `maximum`, which has no weights')
+        if self.rule == 'maximum':
+            raise FusionError(
+                'expected `rule` as mean, geometric or vote, got `maximum`, which has no weights'
+            )
     def build(self, pool) -> Ensemble:
-        return _ensemble(self, pool, self.rule, weights=expert_weights(self.weights, len(pool), normalize=self.normalize, equal=1 / max(1, len(pool))))
+        return _ensemble(
+            self,
+            pool,
+            self.rule,
+            weights=expert_weights(
+                self.weights, len(pool), normalize=self.normalize, equal=1 / max(1, len(pool))
+            ),
+        )
 
 # %% ../../../nbs/61_ensemble/ensemble.ipynb #3b397dec
 @dataclass

@@ -22,7 +22,10 @@ def kept_share(
     threshold:float, # K: per cent of each task vector that is kept, in (1, 100]; or a fraction in (0, 1]
 ) -> float:          # fraction in (0, 1]
     "The share of entries that survive trimming."
-    if not 0 < threshold <= 100: raise FusionError(f'expected `threshold` in (0, 100] (per cent, or a fraction up to 1), got {threshold}')
+    if not 0 < threshold <= 100:
+        raise FusionError(
+            f'expected `threshold` in (0, 100] (per cent, or a fraction up to 1), got {threshold}'
+        )
     return threshold / 100 if threshold > 1 else float(threshold)
 
 def _below(smallest, kind):
@@ -74,7 +77,8 @@ def _task_vectors(base, experts, names, device, step) -> Iterator[Tensor]:
 def _thresholds(base, experts, names, share, device):
     "A function from a tensor's name to the smallest magnitude kept, (T,): one threshold for the model, or one for each tensor."
     info = meta(base)
-    def select(some, k, size): return kth_largest(partial(_task_vectors, base, experts, some, device), k, size)
+    def select(some, k, size):
+        return kth_largest(partial(_task_vectors, base, experts, some, device), k, size)
     @cache
     def whole():
         size = sum(info[n].numel() for n in names)
@@ -104,11 +108,17 @@ def _elect(kept, ballot, by, draw):
     return sign.where(~drawn, draw()) if drawn.any() else sign
 
 # %% ../../../nbs/63_task_vector/ties.ipynb #712830d9
-_CHOICES = dict(merge_func=('sum', 'mean', 'max', 'weighted_mean'), trim=('model', 'tensor'), elect=('sum', 'weighted_sum', 'count'), tie=('majority', 'plus'))
+_CHOICES = dict(
+    merge_func=('sum', 'mean', 'max', 'weighted_mean'),
+    trim=('model', 'tensor'),
+    elect=('sum', 'weighted_sum', 'count'),
+    tie=('majority', 'plus'),
+)
 
 def _check_choices(**given):
     for key, value in given.items():
-        if str(value) not in _CHOICES[key]: raise FusionError(f'expected `{key}` as one of {", ".join(_CHOICES[key])}, got `{value}`')
+        if str(value) not in _CHOICES[key]:
+            raise FusionError(f'expected `{key}` as one of {", ".join(_CHOICES[key])}, got `{value}`')
 
 # %% ../../../nbs/63_task_vector/ties.ipynb #9a34cc8f
 def ties_direction(
@@ -122,12 +132,18 @@ def ties_direction(
 ) -> StateDict:                  # lazy, in float32; thresholds are found when the first tensor is read
     "The merged task vector: trim, elect and disjoint merge."
     check_same(base, experts)
-    names = [k for k, t in meta(base).items() if t.is_floating_point() and t.numel() and k not in (*keep_base, *shared(base))]
+    names = [
+        k
+        for k, t in meta(base).items()
+        if t.is_floating_point() and t.numel() and k not in (*keep_base, *shared(base))
+    ]
     w, by = torch.tensor(weights, dtype=torch.float64, device=device), 'count' if elect == 'count' else 'sum'
     whole, each = _thresholds(base, experts, names, share, device)
     threshold = (lambda name: whole()) if trim_by == 'model' else each
     ballot = w if elect == 'weighted_sum' else None
-    draw = cache(lambda: 1. if tie == 'plus' else _majority(base, experts, names, threshold, ballot, by, device))
+    draw = cache(
+        lambda: 1.0 if tie == 'plus' else _majority(base, experts, names, threshold, ballot, by, device)
+    )
     def f(e):
         if e.name in keep_base: return torch.zeros_like(e.base)
         kept = trim(e.tau, threshold(e.name))
@@ -164,7 +180,15 @@ class TiesMerging(BaseAlgorithm):
         kept_share(self.threshold)
         _check_choices(merge_func=self.merge_func, trim=self.trim, elect=self.elect, tie=self.tie)
     def direction(self, pool) -> StateDict:
-        how = dict(merge_func=self.merge_func, trim_by=self.trim, elect=self.elect, tie=self.tie, device=self.device)
+        how = dict(
+            merge_func=self.merge_func, trim_by=self.trim, elect=self.elect, tie=self.tie, device=self.device
+        )
         weights = expert_weights(self.weights, len(pool), normalize=False)
-        return ties_direction(pool.pretrained(), pool.experts(), share=kept_share(self.threshold), weights=weights,
-                              keep_base=self.remove_keys, **how)
+        return ties_direction(
+            pool.pretrained(),
+            pool.experts(),
+            share=kept_share(self.threshold),
+            weights=weights,
+            keep_base=self.remove_keys,
+            **how,
+        )
