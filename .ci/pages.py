@@ -57,7 +57,7 @@ def parts(quarto):
     "The sidebar: (section or None, notebooks)."
     for node in quarto['website']['sidebar']['contents']:
         found = [f for e in entries(node) for f in (sorted(root.glob(e)) if '*' in e else [root/e])]
-        yield (node.get('section') if isinstance(node, dict) else None), [f for f in found if f.suffix == '.ipynb' and f.exists()]
+        yield (node.get('section') if isinstance(node, dict) else None), [f for f in found if f.suffix == '.ipynb' and f.exists() and not f.name.startswith('_')]
 
 def title_of(nb):
     first = ''.join(json.loads(nb.read_text(encoding='utf-8'))['cells'][0]['source'])
