@@ -12,21 +12,24 @@ from contextlib import contextmanager
 # %% ../../nbs/80_bench/00b_signals.ipynb #10f999e9
 @contextmanager
 def terminable():
-    "Inside the block SIGTERM raises KeyboardInterrupt, and `status` of what is yielded becomes 143 instead of 130."
-    class Came: status = 130
+    "Inside the block SIGTERM raises KeyboardInterrupt as Ctrl-C does; `status` of what is yielded says which: 143 or 130."
+    class Came: status, stopped = 130, False
     process = os.getpid()
     def handler(number, frame):
         if os.getpid() != process: # a worker: what ends it is not for us
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            return os.kill(os.getpid(), signal.SIGTERM)
-        if Came.status == 143: return
-        Came.status = 143
+            signal.signal(number, signal.SIG_DFL)
+            return os.kill(os.getpid(), number)
+        if number == signal.SIGTERM and Came.status == 143: return
+        Came.stopped = True
+        if number == signal.SIGTERM: Came.status = 143
         raise KeyboardInterrupt
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) in (
-        signal.SIG_DFL,
-        None,
-    )
-    before = signal.signal(signal.SIGTERM, handler) if ours else None
+    main = threading.current_thread() is threading.main_thread()
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ours = [s for s, handled in usual.items() if main and signal.getsignal(s) in (handled, None)]
+    before = {s: signal.signal(s, handler) for s in ours}
     try: yield Came
+    except Exception as e:
+        if Came.stopped: raise KeyboardInterrupt from e # a library took the interrupt for a fault of its own
+        raise
     finally:
-        if ours: signal.signal(signal.SIGTERM, before)
+        for s, handled in before.items(): signal.signal(s, handled)
