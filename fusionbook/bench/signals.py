@@ -9,27 +9,35 @@ __all__ = ['terminable']
 import os, signal, threading
 from contextlib import contextmanager
 
-# %% ../../nbs/80_bench/00b_signals.ipynb #10f999e9
-@contextmanager
-def terminable():
-    "Inside the block SIGTERM raises KeyboardInterrupt as Ctrl-C does; `status` of what is yielded says which: 143 or 130."
-    class Came: status, stopped = 130, False
+# %% ../../nbs/80_bench/00b_signals.ipynb #b5d651b3
+class _Came:
+    "Whether a stop was asked for, and the status that says which."
+    status, stopped = 130, False
+
+def _handler(came):
+    "What answers SIGINT and SIGTERM."
     process = os.getpid()
     def handler(number, frame):
         if os.getpid() != process: # a worker: what ends it is not for us
             signal.signal(number, signal.SIG_DFL)
             return os.kill(os.getpid(), number)
-        if number == signal.SIGTERM and Came.status == 143: return
-        Came.stopped = True
-        if number == signal.SIGTERM: Came.status = 143
+        if number == signal.SIGTERM and came.status == 143: return
+        came.stopped = True
+        if number == signal.SIGTERM: came.status = 143
         raise KeyboardInterrupt
-    main = threading.current_thread() is threading.main_thread()
+    return handler
+
+# %% ../../nbs/80_bench/00b_signals.ipynb #10f999e9
+@contextmanager
+def terminable():
+    "Inside the block SIGTERM raises KeyboardInterrupt as Ctrl-C does; `status` of what is yielded says which: 143 or 130."
+    came, main = _Came(), threading.current_thread() is threading.main_thread()
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     ours = [s for s, handled in usual.items() if main and signal.getsignal(s) in (handled, None)]
-    before = {s: signal.signal(s, handler) for s in ours}
-    try: yield Came
+    before = {s: signal.signal(s, _handler(came)) for s in ours}
+    try: yield came
     except Exception as e:
-        if Came.stopped: raise KeyboardInterrupt from e # a library took the interrupt for a fault of its own
+        if came.stopped: raise KeyboardInterrupt from e # a library took the interrupt for a fault of its own
         raise
     finally:
         for s, handled in before.items(): signal.signal(s, handled)
