@@ -10,10 +10,9 @@ __all__ = ['MODEL_FILES', 'index_of', 'model_files', 'read_model', 'stored_ties'
 import json, os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from torch import Tensor
 from .errors import FusionError
 from .files import read_json, read_text
-from .reading import check_kind, contents
+from .headers import check_kind
 
 # %% ../../nbs/00_core/01c_folders.ipynb #335ad8c0
 def index_of(
@@ -95,8 +94,9 @@ def model_files(
 # %% ../../nbs/00_core/01c_folders.ipynb #4d4d2114
 def read_model(
     path:str|Path, # a file of tensors, an index, or a folder
-) -> tuple[dict[str, tuple[Tensor, Callable]], dict, dict[str, str]]: # as `contents` of one file
+) -> tuple[dict[str, tuple], dict, dict[str, str]]: # as `contents` of one file
     "The tensors of a model, each from the shard that owns it; what index and shards say of each other must agree."
+    from fusionbook.core.reading import contents
     files, entries, notes, tied = model_files(path), {}, {}, {}
     promised = {n for names in files.values() for n in names or ()}
     for file, names in files.items():
@@ -119,7 +119,7 @@ def read_model(
 # %% ../../nbs/00_core/01c_folders.ipynb #1d5ae824
 def stored_ties(
     notes:Mapping[str, str],       # metadata of a file
-    info:Mapping[str, Tensor],     # its tensors, on the `meta` device
+    info:Mapping,                  # its tensors, on the `meta` device
     file:str|Path,                 # it, for the message
 ) -> dict[str, str]:               # alias -> owner, for names that are not stored themselves
     "The ties that a file's metadata speak of."
