@@ -23,7 +23,7 @@ from fusionbook.method.adaptive.coefficients import (
     read_coefficients,
 )
 from ..one_pass import shared_logits, passes
-from ..task_vector.ties import kept_share
+from ..task_vector.sparsify import kept_share
 
 # %% ../../../nbs/66_adaptive/adamerging.ipynb #fb2ecbac
 def entropies(

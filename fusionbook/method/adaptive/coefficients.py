@@ -16,7 +16,8 @@ from ...core.engine import map_tensors, pieces as _pieces
 from ...core.errors import FusionError, nearest
 from ...core.files import read_json
 from ...core.state_dict import StateDict, meta
-from ..task_vector.ties import _thresholds, elect_sign, kept_share, trim
+from ..task_vector.elect import elect_sign
+from ..task_vector.sparsify import count_kept, kept_share, thresholds, trim
 
 # %% ../../../nbs/66_adaptive/01_coefficients.ipynb #bbb1b2c8
 def layer_group(
@@ -52,9 +53,11 @@ def pruning(
     if prune not in (None, 'trim', 'ties'):
         raise FusionError(f'expected `prune` as null, trim or ties, got `{prune}`')
     if prune is None: return lambda name, tau: tau
-    whole, _ = _thresholds(base, experts, names, kept_share(threshold), device)
+    share = kept_share(threshold)
+    def rank(n): return count_kept(n, share, 'model')
+    smallest = thresholds(base, experts, names, rank=rank, by='model', device=device)
     def clean(name, tau):
-        kept = trim(tau, whole())
+        kept = trim(tau, smallest(name))
         return kept * (kept * elect_sign(kept, by='sum', tie=1.) > 0) if prune == 'ties' else kept
     return clean
 
