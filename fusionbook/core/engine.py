@@ -81,6 +81,9 @@ class Route:
     matrix: Callable[[Entry], Tensor] # whole matrices: base (rows, columns), experts (T, rows, columns)
     other: Callable[[Entry], Tensor]  # flat pieces of everything else: base (n,), experts (T, n)
     rule: Matrices = field(default_factory=Matrices) # which tensors are matrices
+    # (rows, columns) -> bytes that `matrix` holds beside base and result, where it only reads experts one at a
+    # time by `e.task_vectors()`; None where it is given all of them at once
+    held: Callable[[int, int], int]|None = None
 
 # %% ../../nbs/00_core/01e_engine.ipynb #2938c206
 def _way(f, elementwise, name, shape):
@@ -99,12 +102,10 @@ def memory_needed(
     "The largest amount of memory that a merge holds at one time."
     def need(name, t):
         width = 8 if t.dtype == torch.float64 else 4
-        whole = _way(f, elementwise, name, t.shape)[1] is not None
-        return (
-            (count + 3) * t.numel() * width
-            if whole
-            else t.numel() * t.element_size() + (count + 3) * piece_size(count) * width
-        )
+        shape = _way(f, elementwise, name, t.shape)[1]
+        if shape is None: return t.numel() * t.element_size() + (count + 3) * piece_size(count) * width
+        held = getattr(f, 'held', None)
+        return (count + 3) * t.numel() * width if held is None else 2 * t.numel() * width + held(*shape)
     sizes = {name: need(name, t) for name, t in info.items() if t.is_floating_point()}
     largest = max(sizes, key=sizes.get, default='')
     return sizes.get(largest, 0), largest
@@ -201,6 +202,23 @@ def _whole(job, name, shape):
     b = None if job.base is None else first.reshape(shape).to(job.device, stack.dtype)
     return _finite(name, b, stack, job.experts)
 
+# %% ../../nbs/00_core/01e_engine.ipynb #ee1c1dcb
+class _NotFinite(Exception): "An expert has a number that is not finite."
+
+def _one_by_one(job, name, kind, shape):
+    "The merged matrix of a function that reads experts one at a time; None where a number is not finite."
+    first = (job.experts[0] if job.base is None else job.base)[name].detach()
+    b = None if job.base is None else first.reshape(shape).to(job.device, _type(first))
+    def read():
+        for expert in job.experts:
+            x = expert[name].detach().reshape(shape).to(job.device, _type(first), copy=True)
+            if not is_finite(x): raise _NotFinite
+            yield x
+    extra, at = _extra(job, name, shape, slice(0, kind.numel()), job.device), slice(0, kind.numel())
+    try: result = job.f.matrix(Entry(name, tuple(kind.shape), at, b, None, extra, read)).to('cpu', kind.dtype)
+    except _NotFinite: return None
+    return result.reshape(kind.shape) if is_finite(result) and (b is None or is_finite(b)) else None
+
 # %% ../../nbs/00_core/01e_engine.ipynb #5a73bb0b
 def _compute(job, name, kind):
     "One merged tensor, in the type of the reference."
@@ -210,6 +228,9 @@ def _compute(job, name, kind):
     def entry(at, b, stack):
         return Entry(name, tuple(kind.shape), at, b, stack, _extra(job, name, shape, at, job.device))
     if shape is not None:
+        if getattr(job.f, 'held', None) is not None:
+            merged = _one_by_one(job, name, kind, shape)
+            if merged is not None: return merged
         b, stack, held = _whole(job, name, shape)
         result = f(entry(slice(0, kind.numel()), b, stack))
         return _settled(name, result, kind.dtype, b, stack, held).reshape(kind.shape)

@@ -7,7 +7,7 @@ __all__ = ['CHUNK', 'uniform_at', 'Entry', 'chunk', 'piece_size']
 
 # %% ../../nbs/00_core/01b_entries.ipynb #2aac2318
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -43,21 +43,29 @@ class Entry:
     shape: tuple          # of the whole tensor
     at: slice             # which of its flattened entries these are
     base: Tensor|None     # (n,), or the tensor's shape where whole tensors were asked for; None without a base
-    experts: Tensor       # (T, n), or (T, *shape)
+    experts: Tensor|None  # (T, n), or (T, *shape); None where they are only read one at a time
     extra: Mapping = field(default_factory=dict) # further numbers at the same place, by name: statistics, masks
+    read: Callable|None = None # () -> experts, one at a time and free to be written over; those of the stack when None
     @property
     def tau(self) -> Tensor:
         "The task vectors, experts less base: (T, n) or (T, *shape)."
+        self._with_base()
+        return self.experts - self.base
+    def task_vectors(self) -> Iterator[Tensor]:
+        "The task vectors one at a time, each free to be written over: T times (n,) or (*shape)."
+        self._with_base()
+        for x in self.experts if self.read is None else self.read():
+            yield x - self.base if self.read is None else x.sub_(self.base)
+    def _with_base(self):
         if self.base is None:
             raise FusionError(f'expected a base for the task vectors of `{self.name}`, got none')
-        return self.experts - self.base
     @property
     def whole(self) -> bool:
         "Whether this is a whole tensor in its own shape."
-        return self.experts.shape[1:] == self.shape
+        return (self.base.shape if self.experts is None else self.experts.shape[1:]) == self.shape
     def random(self, seed:int, of:str='') -> Tensor:
         "Uniform numbers in [0, 1), as many as `base` has, that belong to (seed, tensor, place, `of`: what they are for)."
-        like = self.experts[0]
+        like = self.base if self.experts is None else self.experts[0]
         drawn = uniform_at(
             seed, f'{self.name}/{of}' if of else self.name, self.at.start, like.numel(), like.dtype
         )
