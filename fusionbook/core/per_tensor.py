@@ -55,26 +55,27 @@ def _matches(entry, name):
     return pattern in (None, '*') or str(pattern) in name
 
 # %% ../../nbs/00_core/01c_per_tensor.ipynb #770335a0
-def _check_filters(entries, names, key):
+def _check_filters(entries, names, key, partial):
     "Refuse filters that match nothing, and tensors without a value."
     for entry in entries:
-        _check_setting(entry['value'], names, key)
+        _check_setting(entry['value'], names, key, partial)
         if not any(_matches(entry, name) for name in names):
             raise FusionError(f'expected a filter of `{key}` that matches a tensor, got `{entry["filter"]}`; '
                               f'{nearest(str(entry["filter"]), names)}')
+    if partial: return
     if lost := [name for name in names if not any(_matches(entry, name) for entry in entries)]:
         raise FusionError(
             f'expected a `{key}` for every tensor, got none for `{lost[0]}`; end the list with {{value: …}}'
         )
 
-def _check_setting(setting, names, key):
+def _check_setting(setting, names, key, partial):
     "Refuse what is neither a value, nor a gradient, nor a list of filters."
     if _number(setting) or isinstance(setting, (str, bool)) or setting is None: return
     if isinstance(setting, (list, tuple)) and setting and all(map(_number, setting)): return
     if not _filters(setting):
         raise FusionError(f'expected `{key}` as a number, a list of numbers over the layers or a list of '
                           f'{{filter: …, value: …}}, got {setting!r:.80}')
-    _check_filters(setting, names, key)
+    _check_filters(setting, names, key, partial)
 
 # %% ../../nbs/00_core/01c_per_tensor.ipynb #2a123738
 def _check_experts(setting, experts, key):
@@ -87,7 +88,9 @@ def _check_experts(setting, experts, key):
         )
 
 def _value(setting, name, depth):
-    if _filters(setting): return _value(next(e['value'] for e in setting if _matches(e, name)), name, depth)
+    if _filters(setting):
+        found = [e['value'] for e in setting if _matches(e, name)]
+        return _value(found[0], name, depth) if found else None
     return along(setting, depth) if isinstance(setting, (list, tuple)) else setting
 
 # %% ../../nbs/00_core/01c_per_tensor.ipynb #00b36c1b
@@ -98,11 +101,14 @@ class PerTensor:
         names:Iterable[str],     # of all tensors of the model
         experts:Sequence[str]=(),# names of the experts
         key:str='value',         # what the hyper-parameter is called, for errors
+        *, depth:Mapping[str, float]|None=None, # name -> depth, where it is not that of the layer in its stack
+        partial:bool=False,      # filters may leave tensors out; their value is None
     ):
         self.setting, self.key, names = setting, key, list(names)
-        self.depth, self.by_expert = depths(names), isinstance(setting, Mapping)
+        self.depth, self.by_expert = depth or depths(names), isinstance(setting, Mapping)
         if self.by_expert: _check_experts(setting, experts, key)
-        for one in setting.values() if self.by_expert else [setting]: _check_setting(one, names, key)
+        for one in setting.values() if self.by_expert else [setting]:
+            _check_setting(one, names, key, partial)
     def __call__(self, name, expert=None):
         if self.by_expert and expert is None:
             raise FusionError(

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from .errors import FusionError
-from .mergeable import check_weights
+from .headers import check_weights
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #90faaea7
 StateDict = Mapping[str, Tensor] # names to tensors, in any of the three forms
