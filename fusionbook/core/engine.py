@@ -303,12 +303,11 @@ def direction_of(
 def step_along(
     base:StateDict,      # θ₀
     direction:StateDict, # v, with its names and shapes
-    scale:float,         # λ
+    scale:float|Callable[[str], float], # λ, or a function from a tensor's name to it
     device:str='cpu',    # where the arithmetic happens
 ) -> Lazy:               # in the base's types
     "The model θ₀ + λ v."
-    merged = map_tensors(
-        lambda e: e.base + scale * e.experts[0], base, [direction], elementwise=True, device=device
-    )
+    def f(e): return e.base + (scale(e.name) if callable(scale) else scale) * e.experts[0]
+    merged = map_tensors(f, base, [direction], elementwise=True, device=device)
     merged.memory = max(merged.memory, getattr(direction, 'memory', (0, '')))
     return merged

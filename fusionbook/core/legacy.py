@@ -20,8 +20,9 @@ PARTS = ('method', 'modelpool', 'taskpool')
 _WORDS = {'method': 'method', 'modelpool': 'model pool', 'taskpool': 'task pool'}
 # FusionBench's switches without meaning here:
 _DROP = ('inplace', 'show_pbar', 'strict', 'devices', 'num_workers', 'cache_dir', 'save_merging_weights')
-# inputs are never modified, progress is `progress=`, a run's device is `device=`, and what a method learned
-# is written to the run's folder
+_DROP += 'model_save_path', 'merged_model_save_path', 'model_save_kwargs', 'save_tokenizer', 'push_to_hub'
+# inputs are never modified, progress is `progress=`, a run's device is `device=`, what a method learned is
+# written to the run's folder, and so is the merged model where a run is asked to save it, tokenizer included
 
 # %% ../../nbs/00_core/07_legacy.ipynb #35061a42
 def of_fusionbench(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from ..core.config import BaseYAMLSerializable, public_name, published
 from ..core.engine import step_along
+from ..core.per_tensor import every_number, numeric_setting
 from ..core.errors import FusionError
 from ..core.legacy import build
 from ..core.mergeable import check_numbers, is_finite
@@ -74,7 +75,9 @@ class BaseAlgorithm(_Facts, BaseYAMLSerializable):
                 f'{type(self).__name__} defines none of `direction`, `merge`, `build`, `run`'
             )
         v = self.direction(pool) if self.known_direction is None else self.known_direction
-        return step_along(pool.pretrained(), v, self.scaling_factor, getattr(self, 'device', 'cpu'))
+        base = pool.pretrained()
+        scale = numeric_setting(self.scaling_factor, base, 'scaling_factor')
+        return step_along(base, v, scale, getattr(self, 'device', 'cpu'))
     def run(self, modelpool:BaseModelPool):
         "The merged model; also takes a list or a mapping of networks or state dicts."
         pool = as_pool(modelpool)
@@ -110,10 +113,13 @@ def check_fields(
     "Refuse hyper-parameters of another type than their field's."
     for f in fields(method) if is_dataclass(method) else ():
         value = getattr(method, f.name)
-        (kind, *more) = (f.type.__name__ if isinstance(f.type, type) else str(f.type)).split(' | ')
-        if value is None and (f.default is None or 'None' in more): continue
-        expected, right = _TYPES.get(kind, ('', lambda x: True))
-        if not right(value): raise FusionError(f'expected `{f.name}` as {expected}, got {value!r:.60}')
+        kinds = (f.type.__name__ if isinstance(f.type, type) else str(f.type)).split(' | ')
+        if value is None and (f.default is None or 'None' in kinds): continue
+        kind, known = kinds[0], [_TYPES.get(k, ('', lambda x: True)) for k in kinds if k != 'None']
+        if not any(right(value) for _, right in known):
+            expected = ' or '.join(what for what, _ in known)
+            raise FusionError(f'expected `{f.name}` as {expected}, got {value!r:.60}')
+        if kinds[:2] == ['float', 'list'] and not _is(Real)(value): every_number(value, f.name)
         if kind == 'list' and isinstance(f.default, tuple) and not _texts(value, f.default):
             raise FusionError(
                 f'expected `{f.name}` as a list of texts{", at least one" * bool(f.default)}, got '

@@ -7,11 +7,13 @@ __all__ = []
 
 # %% ../../nbs/50_modelpool/00c_moved.ipynb #966cf500
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from fastcore.basics import patch
 from torch import nn
 from ..core.errors import FusionError
-from ..core.state_dict import StateDict
+from ..core.matrices import is_embedding, is_head
+from ..core.state_dict import Lazy, StateDict, meta, shared
 from .base import BaseModelPool, fill
 
 # %% ../../nbs/50_modelpool/00c_moved.ipynb #f8077783
@@ -35,4 +37,30 @@ def with_experts(self:BaseModelPool,
     new.__class__ = type(f'Moved{kind.__name__}', (_Moved, kind), {})
     new._exchanged, new._hashes = dict(zip(self.model_names, states)), {}
     new._states = {k: v for k, v in self._states.items() if k not in new._exchanged} | new._exchanged
+    return new
+
+# %% ../../nbs/50_modelpool/00c_moved.ipynb #fd5e0d42
+def _restricted(sd, wanted):
+    "The tensors whose names are wanted, read when asked; a second name goes with the first."
+    tied, table = shared(sd), {}
+    info = {k: t for k, t in meta(sd).items() if wanted(tied.get(k, k))}
+    for k in info: table[k] = partial(sd.__getitem__, k)
+    part = Lazy(table, info, {a: o for a, o in tied.items() if a in info})
+    part.name = getattr(sd, 'name', 'a model')
+    return part
+
+# %% ../../nbs/50_modelpool/00c_moved.ipynb #011ff9eb
+@patch
+def part(self:BaseModelPool,
+    wanted:Callable[[str], bool], # whether a tensor of this name is merged
+) -> BaseModelPool:
+    "The pool with some of its tensors only; whatever is loaded from a merge keeps the base's others."
+    new, first = copy.copy(self), (['_pretrained_'] if self.has_pretrained else self.model_names)[0]
+    new._states = {n: _restricted(self.opened(n), wanted) for n in self.all_model_names}
+    names = list(new._states[first])
+    if not names:
+        raise FusionError(
+            f'expected a model with tensors in the part that is merged, got none in {list(self.opened(first))[:3]}'
+        )
+    new.check_vocabulary = self.check_vocabulary and any(is_embedding(k) or is_head(k) for k in names)
     return new
