@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['backbone_pool']
 
-# %% ../../nbs/60_method/08b_backbone.ipynb #6c00c199
+# %% ../../nbs/60_method/08b_backbone.ipynb #7d6018f6
 from ..core.errors import FusionError
 from ..core.matrices import is_head
 from ..core.per_tensor import layer_of
 
-# %% ../../nbs/60_method/08b_backbone.ipynb #83e98b54
+# %% ../../nbs/60_method/08b_backbone.ipynb #de62e7d7
 def backbone_pool(
     pool,                # models
     merge_backbone:bool, # whether only the layers are merged; the pool as it is when false
@@ -19,7 +19,9 @@ def backbone_pool(
     "The part of a pool that is merged when embeddings and heads stay the base's."
     if not merge_backbone: return pool
     if not pool.has_pretrained:
-        raise FusionError('expected a pool with a base model `_pretrained_`, whose embedding and head stay, got none')
+        raise FusionError(
+            'expected a pool with a base model `_pretrained_`, whose embedding and head stay, got none'
+        )
     part = pool.part(lambda name: not is_head(name) if keep == 'head' else layer_of(name) is not None)
     part.pretrained() # what stays is the base's: that is knowledge of it
     return part

@@ -39,7 +39,7 @@ def with_experts(self:BaseModelPool,
     new._states = {k: v for k, v in self._states.items() if k not in new._exchanged} | new._exchanged
     return new
 
-# %% ../../nbs/50_modelpool/00c_moved.ipynb #fd5e0d42
+# %% ../../nbs/50_modelpool/00c_moved.ipynb #4fdeb5a7
 def _restricted(sd, wanted):
     "The tensors whose names are wanted, read when asked; a second name goes with the first."
     tied, table = shared(sd), {}
@@ -49,7 +49,7 @@ def _restricted(sd, wanted):
     part.name = getattr(sd, 'name', 'a model')
     return part
 
-# %% ../../nbs/50_modelpool/00c_moved.ipynb #011ff9eb
+# %% ../../nbs/50_modelpool/00c_moved.ipynb #933bc73f
 @patch
 def part(self:BaseModelPool,
     wanted:Callable[[str], bool], # whether a tensor of this name is merged
@@ -60,7 +60,8 @@ def part(self:BaseModelPool,
     names = list(new._states[first])
     if not names:
         raise FusionError(
-            f'expected a model with tensors in the part that is merged, got none in {list(self.opened(first))[:3]}'
+            f'expected a model with tensors in the part that is merged, got none: '
+            f'{", ".join(list(self.opened(first))[:3])}'
         )
     new.check_vocabulary = self.check_vocabulary and any(is_embedding(k) or is_head(k) for k in names)
     return new
