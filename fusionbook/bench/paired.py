@@ -29,8 +29,8 @@ def mcnemar(
 # %% ../../nbs/80_bench/06b_paired.ipynb #e99ae191
 def _wider(count):
     "By how much an interval from few numbers is wider than the normal one."
-    from scipy.stats import t
-    return (count / (count - 1))**.5 * t.ppf(.975, count - 1) / t.ppf(.975, np.inf)
+    from scipy.special import stdtrit
+    return (count / (count - 1))**.5 * stdtrit(count - 1, .975) / stdtrit(np.inf, .975)
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #ae21cb00
 def _by_example(d, draws, rng):

@@ -8,9 +8,11 @@ __all__ = ['SIDE', 'dice', 'grid', 'press', 'clouds', 'speckle', 'ink', 'hsv', '
 
 # %% ../../nbs/10_data/02_canvas.ipynb #2c999da3
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
 import numpy as np
+from ..core.errors import FusionError
 
 # %% ../../nbs/10_data/02_canvas.ipynb #09942d8f
 SIDE = 32 # height and width of every image, pixels
@@ -107,17 +109,27 @@ def hsv(
     s, v = np.clip(s, 0, 1)[..., None], np.clip(v, 0, 1)[..., None]
     return (v * (1 - s * np.clip(np.minimum(k, 4 - k), 0, 1))).astype('f4')
 
+# %% ../../nbs/10_data/02_canvas.ipynb #37f7eb81
+def _shipped(*parts):
+    "A file that lies in scikit-learn's folder; importing the package would cost more than reading the file."
+    spec = find_spec('sklearn')
+    if spec is None:
+        raise FusionError('expected scikit-learn, whose digits and photographs are drawn, got none')
+    return Path(spec.submodule_search_locations[0]).joinpath('datasets', *parts)
+
+def _digits():
+    "The 1,797 scans (n, 8, 8) with values 0 to 16, and the digit of each (n,)."
+    rows = np.loadtxt(_shipped('data', 'digits.csv.gz'), delimiter=',')
+    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int)
+
 # %% ../../nbs/10_data/02_canvas.ipynb #9711ac04
 @lru_cache
 def scans() -> tuple: # stamps (1797, 24, 24) in [0, 1] and the digit of each, (1797,)
     "Real handwritten digits, enlarged smoothly."
     from PIL import Image
-    from sklearn.datasets import load_digits
-    data = load_digits()
-    large = [
-        Image.fromarray((i * 15.9).astype(np.uint8)).resize((24, 24), Image.BICUBIC) for i in data.images
-    ]
-    return np.stack([np.asarray(i, 'f4') for i in large]) / 255, data.target
+    images, digit = _digits()
+    large = [Image.fromarray((i * 15.9).astype(np.uint8)).resize((24, 24), Image.BICUBIC) for i in images]
+    return np.stack([np.asarray(i, 'f4') for i in large]) / 255, digit
 
 # %% ../../nbs/10_data/02_canvas.ipynb #ff6b73bb
 @lru_cache
@@ -149,8 +161,9 @@ def outline(
 @lru_cache
 def photographs() -> np.ndarray: # (2, 427, 640, 3) in [0, 1]
     "The temple and the flower."
-    from sklearn.datasets import load_sample_images
-    return np.stack([np.asarray(i, 'f4') / 255 for i in load_sample_images().images])
+    from PIL import Image
+    files = [_shipped('images', f'{name}.jpg') for name in ('china', 'flower')]
+    return np.stack([np.asarray(Image.open(f), 'f4') / 255 for f in files])
 
 # %% ../../nbs/10_data/02_canvas.ipynb #069a1962
 def crops(

@@ -37,7 +37,7 @@ def effective_size(
     clusters, # which source each example has, integers or names, (n,); every example its own when None
 ) -> float|None: # independent examples that would say as much, at most n; None for fewer than `FEW` sources
     "Size of the sample after its design effect (Kish, 1965)."
-    from scipy.stats import t
+    from scipy.special import stdtrit
     x = np.asarray(correct, np.float64)
     n = len(x)
     if clusters is None: return float(n)
@@ -48,7 +48,7 @@ def effective_size(
     if len(m) < FEW: return None
     p, effect = x.mean(), np.sum(m**2) / n
     if 0 < p < 1: effect = len(m) / (len(m) - 1) * np.sum(np.bincount(at, x - p)**2) / (n * p * (1 - p))
-    return float(n / max(1., effect) * (1.96 / t.ppf(.975, len(m) - 1))**2)
+    return float(n / max(1., effect) * (1.96 / stdtrit(len(m) - 1, .975))**2)
 
 # %% ../../nbs/40_metrics/01_classification.ipynb #3ef1f8bb
 def mean_interval(
