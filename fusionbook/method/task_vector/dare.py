@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dropped', 'dare', 'DareSimpleAverage', 'DareTaskArithmetic', 'DareTiesMerging']
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #26d1a178
+# %% ../../../nbs/63_task_vector/dare.ipynb #b4e7f293
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import torch
@@ -19,14 +19,14 @@ from ..base import BaseAlgorithm, check_fields, expert_weights
 from .elect import check_choices, elected_direction
 from .sparsify import kept_share, l1_kept, random_keep
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #fba30337
+# %% ../../../nbs/63_task_vector/dare.ipynb #2ed89fb3
 def _check_density(density, rescale_by):
     if not 0 < density <= 1:
         raise FusionError(f'expected `sparsity_ratio` in [0, 1), got {1 - density:g}; nothing would be left')
     if rescale_by not in ('density', 'l1'):
         raise FusionError(f'expected `rescale_by` as density or l1, got `{rescale_by}`')
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #b6544971
+# %% ../../../nbs/63_task_vector/dare.ipynb #6ea67094
 def dropped(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -57,7 +57,7 @@ def dare(
     def f(e): return torch.einsum('t,t...->...', w.to(e.base.dtype), vectors(e))
     return direction_of(f, base, experts, elementwise=True, device=device)
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #e275b780
+# %% ../../../nbs/63_task_vector/dare.ipynb #909292ec
 @dataclass(kw_only=True)
 class _Dare(BaseAlgorithm):
     uses, symmetric = ('pretrained', 'experts'), False # each expert has a mask of its own
@@ -79,7 +79,7 @@ class _Dare(BaseAlgorithm):
         weights = expert_weights(self.weights, len(pool), normalize=False, equal=self.equal(len(pool)))
         return dare(pool.pretrained(), pool.experts(), weights=weights, **self.dropping())
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #800b7b08
+# %% ../../../nbs/63_task_vector/dare.ipynb #dcb7276a
 @dataclass
 class DareSimpleAverage(_Dare):
     "DARE, then the mean of the experts (Yu et al., 2023)."
@@ -95,7 +95,7 @@ class DareTaskArithmetic(_Dare):
     scaling_factor: float = .3 # λ, length of the step along the sum
     def equal(self, count): return 1.
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #15921e52
+# %% ../../../nbs/63_task_vector/dare.ipynb #2555e366
 @dataclass
 class DareTiesMerging(_Dare):
     "DARE, then TIES merging (Yu et al., 2023)."
