@@ -94,13 +94,14 @@ def model_files(
 # %% ../../nbs/00_core/01c_folders.ipynb #4d4d2114
 def read_model(
     path:str|Path, # a file of tensors, an index, or a folder
+    read:Callable|None=None, # of one file; `contents` when None
 ) -> tuple[dict[str, tuple], dict, dict[str, str]]: # as `contents` of one file
     "The tensors of a model, each from the shard that owns it; what index and shards say of each other must agree."
-    from fusionbook.core.reading import contents
+    if read is None: from fusionbook.core.reading import contents as read
     files, entries, notes, tied = model_files(path), {}, {}, {}
     promised = {n for names in files.values() for n in names or ()}
     for file, names in files.items():
-        found, more, ties = contents(file)
+        found, more, ties = read(file)
         if lost := [n for n in names or () if n not in found]:
             raise FusionError(
                 f'expected tensor `{lost[0]}` in `{file}`, as its index says, got {len(found)} others'
