@@ -16,10 +16,12 @@ def local(match):
     if not path.exists(): raise SystemExit(f'{INDEX.name}: no file for the link `{target}`')
     return f'{text}({path.relative_to(root).as_posix()}{"".join(target.partition("#")[1:])})'
 
+def linked(text): return re.sub(r'(!?\[[^\]]*\])\(([^)\s]+)\)', local, text)
+
 def prose(src):
     "A markdown cell: front matter (`- key: value` below the title) taken out, links seen from the root."
     if src.startswith('# '): src = re.sub(r'(?m)^- [a-z_-]+:.*\n?', '', src).rstrip()
-    return re.sub(r'(!?\[[^\]]*\])\(([^)\s]+)\)', local, src)
+    return linked(src)
 
 def output(o, name):
     "One output as (markdown, picture): pictures as files, markdown and HTML as they are, text indented."
@@ -27,8 +29,8 @@ def output(o, name):
     if o['output_type'] == 'stream': return text(o['text']) if o['name'] == 'stdout' else '', {}
     data = o.get('data', {})
     if 'image/png' in data: return f'![]({RAW}/nbs/{PICTURES.name}/{name}.png)', {f'{name}.png': base64.b64decode(''.join(data['image/png']))}
-    for kind in 'text/markdown', 'text/html':
-        if kind in data: return ''.join(data[kind]).strip(), {}
+    if 'text/markdown' in data: return linked(''.join(data['text/markdown']).strip()), {}
+    if 'text/html' in data: return ''.join(data['text/html']).strip(), {}
     return text(data.get('text/plain', '')), {}
 
 def export():

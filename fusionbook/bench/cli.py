@@ -27,6 +27,7 @@ _USAGE = '''fusionbook: merge trained networks and measure the result.
   fusionbook experiment NAME [-p key value ...] [--grid key=a,b,c ...] [-o OUTPUT] [--report]
   fusionbook sweep method.scaling_factor=0:1:0.1 [key=a,b,c ...] [validation=TASKPOOL]     choose on validation, report on test
   fusionbook compare A/report.json B/report.json ... [-o FOLDER]                           differences, with paired intervals
+  fusionbook board [POOL] [METHOD ...] [--jobs N] [--report]                               every method at its best, on one pool; resumes
   fusionbook finetune --base MODEL --data DATA --name TASK [--out experts] ...             an expert of your own data, and what merges it with others
   fusionbook train    --experiment_name E --model_type M --dataset_name D [--seeds N] ...  pairs of networks, in the folders of the OT-fusion study
   fusionbook fuse     --experiment_name E --model_type M --dataset_name D [--seeds N] ...  naive and geometric fusion of each pair
@@ -70,6 +71,7 @@ COMMANDS = { # word -> module and function that takes the rest of the line
     'experiment': ('fusionbook.bench.batch', 'experiment_command'),
     'sweep': ('fusionbook.bench.sweep_command', 'sweep_command'),
     'compare': ('fusionbook.bench.compare', 'compare_command'),
+    'board': ('fusionbook.bench.board', 'board_command'),
     'train': ('fusionbook.bench.train', 'train_command'),
     'fuse': ('fusionbook.bench.fuse', 'fuse_command'),
     'measure': ('fusionbook.bench.measure', 'measure_command'),
