@@ -28,6 +28,7 @@ _USAGE = '''fusionbook: merge trained networks and measure the result.
   fusionbook sweep method.scaling_factor=0:1:0.1 [key=a,b,c ...] [validation=TASKPOOL]     choose on validation, report on test
   fusionbook compare A/report.json B/report.json ... [-o FOLDER]                           differences, with paired intervals
   fusionbook board [POOL] [METHOD ...] [--jobs N] [--report]                               every method at its best, on one pool; resumes
+  fusionbook merge CONFIG.yml OUT/ [--dry-run]  model files into one folder, by a recipe of ours or of mergekit; or method=… models=[…] OUT/
   fusionbook finetune --base MODEL --data DATA --name TASK [--out experts] ...             an expert of your own data, and what merges it with others
   fusionbook train    --experiment_name E --model_type M --dataset_name D [--seeds N] ...  pairs of networks, in the folders of the OT-fusion study
   fusionbook fuse     --experiment_name E --model_type M --dataset_name D [--seeds N] ...  naive and geometric fusion of each pair
@@ -76,6 +77,7 @@ COMMANDS = { # word -> module and function that takes the rest of the line
     'fuse': ('fusionbook.bench.fuse', 'fuse_command'),
     'measure': ('fusionbook.bench.measure', 'measure_command'),
     'finetune': ('fusionbook.bench.finetune', 'finetune_command'),
+    'merge': ('fusionbook.bench.merge_command', 'merge_command'),
 }
 
 # %% ../../nbs/80_bench/99_cli.ipynb #f23b50ae
@@ -133,6 +135,9 @@ TEXTS |= {
 # %% ../../nbs/80_bench/99_cli.ipynb #ef04f924
 def _help(word):
     "Print the help of a command, or of the program."
+    if word == 'merge':
+        from fusionbook.bench.merge_command import MERGE_HELP
+        return print(MERGE_HELP.rstrip('\n'))
     if word not in COMMANDS or word in TEXTS: return print(TEXTS.get(word, HELP).rstrip('\n'))
     _prepare([])
     module, function = COMMANDS[word]

@@ -10,9 +10,9 @@ import errno, logging, os, tempfile, time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from ..core.checkpoint import check_replaceable
 from ..core.errors import FusionError
 from ..core.files import read_json
+from ..core.places import check_replaceable
 
 # %% ../../nbs/80_bench/03c_places.ipynb #1c14fb78
 def _writable(path, what):

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 import torch
 from torch import nn
-from ..core.checkpoint import WEIGHTS, Checkpoint, check_packaged, find
+from ..core.checkpoint import Checkpoint
 from ..core.errors import FusionError
 from ..core.files import read_json
 from ..core.folders import beside, check_whole, described
+from ..core.places import WEIGHTS, check_packaged, find
 from ..core.state_dict import content_hash, meta
 from .base import fill
 from .saving import FORMAT, RECIPE
