@@ -26,7 +26,7 @@ from ..modelpool.base import BaseModelPool
 
 # %% ../../nbs/60_method/00_base.ipynb #d167b399
 # all that a method can see
-USES = ('pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test', 'labels')
+USES = 'pretrained', 'experts', 'spec', 'train', 'validation', 'unlabeled_test', 'labels', 'task_identity'
 
 # %% ../../nbs/60_method/00_base.ipynb #7fdb5a1e
 class _Facts:

@@ -256,8 +256,12 @@ class _BuildTrial(_Trial):
         if isinstance(self.merged, nn.Module): self.answers = self.outputs(self.merged)
     def run(self, pool): return fuse(self.method, pool)
     def outputs(self, network):
-        with torch.no_grad():
-            return [x for x in tree_leaves(network.eval()(self.inputs)) if isinstance(x, Tensor)]
+        found = []
+        # a network that switches answers for each task
+        for task in network.tasks if hasattr(network, 'set_task') else [None]:
+            if task is not None: network.set_task(task)
+            with torch.no_grad(): found += tree_leaves(network.eval()(self.inputs))
+        return [x for x in found if isinstance(x, Tensor)]
     def agrees(self, network):
         "Whether a network has the same tensors and answers."
         own, other = self.merged.state_dict(), network.state_dict()

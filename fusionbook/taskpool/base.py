@@ -166,8 +166,10 @@ def model_info(
 @contextmanager
 def evaluating(
     model:nn.Module, # any network
+    task:str|None=None, # what is evaluated; told to a network that switches, see below
 ):                   # yields the device its parameters lie on
     "Evaluation mode inside the block; each module's own mode after it."
+    if task is not None and hasattr(model, 'set_task'): model.set_task(task)
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try: yield next((p.device for p in model.parameters()), torch.device('cpu'))

@@ -85,7 +85,7 @@ def probabilities(self:ClassificationTaskPool,
     task:str,
 ) -> dict:           # what `predict` gives, and probabilities (N, C) float64
     "Answers with the probability of each class."
-    with naming(task), evaluating(model) as device:
+    with naming(task), evaluating(model, task) as device:
         tap = _Tap(model)
         rows = _dataset(self, task)
         loop = dict(task=task, batch_size=self.batch_size, fast_dev_run=self.fast_dev_run)

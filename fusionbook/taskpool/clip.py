@@ -309,7 +309,7 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
         self.tasks = _tasks_of(self)
         self.task_names = tuple(self.tasks)
     def predict(self, model, task):
-        with naming(task), evaluating(model) as device: return _predict(self.task(task), model, device)
+        with naming(task), evaluating(model, task) as device: return _predict(self.task(task), model, device)
     def fingerprint(self, task): return _fingerprint(self.task(task))
     def dataset(self, task): return self.task(task).dataset
     def task(self, name:str) -> CLIPTask: return _task_of(self, name)

@@ -264,7 +264,8 @@ class TextClassificationTaskPool(BaseTaskPool):
         self.tasks = _tasks(self)
         self.task_names = tuple(self.tasks)
     def predict(self, model, task):
-        with naming(task), evaluating(model) as device: return _predict(_task_of(self, task), model, device)
+        with naming(task), evaluating(model, task) as device:
+            return _predict(_task_of(self, task), model, device)
     def fingerprint(self, task): return _fingerprint(_task_of(self, task))
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #17f432c4
