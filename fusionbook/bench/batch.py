@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import quote
+from .rows import declared_metrics
 from fusionbook.bench.experiment import (
     EXPERIMENTS,
     REPORTS,
@@ -92,7 +93,8 @@ class NotebookRun:
     state:str='waiting'  # then finished, kept or failed
     seconds:float|None=None
     error:str|None=None
-    averages:dict=field(default_factory=dict) # report -> accuracy averaged over tasks
+    averages:dict=field(default_factory=dict) # report -> its primary metric averaged over tasks
+    metrics:dict=field(default_factory=dict)  # report -> that metric
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #2d3a60a6
 def _note(copy):
@@ -101,11 +103,16 @@ def _note(copy):
     except (OSError, ValueError, LookupError, TypeError, RecursionError): return {}
 
 def _averages(run):
-    "Average accuracies in the JSON file of a run: of one report, or of several by name."
+    "Averages in the JSON file of a run, of one report or of several by name, and the metrics they are in."
     try: content = json.loads(Path(run.given['out_json']).read_text())
-    except (OSError, ValueError, KeyError, TypeError): return {}
-    reports = content.get('reports') or {'average': content}
-    return {n: r['average']['accuracy'] for n, r in reports.items() if 'accuracy' in (r.get('average') or {})}
+    except (OSError, ValueError, KeyError, TypeError): return {}, {}
+    reports, means, metrics = content.get('reports') or {'average': content}, {}, {}
+    for n, r in reports.items():
+        known = declared_metrics(r.get('metrics'), [])
+        metric = known[r.get('primary') or next(iter(known))]
+        value = (r.get('average') or {}).get(metric.name)
+        if value is not None: means[n], metrics[n] = value, metric
+    return means, metrics
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #8a687752
 def finished(
@@ -134,7 +141,7 @@ def _do(run, file, content):
     note = _note(run.copy)
     run.seconds = note.get('seconds')
     run.error = note.get('error') if run.state != 'failed' else note.get('error') or run.error
-    run.averages = {} if run.state == 'failed' else _averages(run)
+    run.averages, run.metrics = ({}, {}) if run.state == 'failed' else _averages(run)
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #ef7da18e
 def summary_table(
@@ -143,7 +150,7 @@ def summary_table(
 ) -> str:
     "The runs of a batch in Markdown."
     keys = list(dict.fromkeys(k for r in runs for k in r.named))
-    names = list(dict.fromkeys(n for r in runs for n in r.averages))
+    names = {n: m for r in runs for n, m in r.metrics.items()}
     def line(r):
         state = r.state + (f': {" ".join((r.error or "").split())[:120]}' if r.state == 'failed' else '')
         values = [parameters_text({k: r.named[k]}).partition(' = ')[2] if k in r.named else '' for k in keys]
@@ -151,10 +158,10 @@ def summary_table(
         return (
             values
             + [shown.replace('|', '\\|'), '' if r.seconds is None else f'{r.seconds:.1f}']
-            + [f'{100 * r.averages[n]:.1f}' if n in r.averages else '' for n in names]
+            + [r.metrics[n].text(r.averages[n]) if n in r.averages else '' for n in names]
         )
     return markdown_table(
-        [*keys, 'state', 'seconds', *(f'{n}, accuracy in %' for n in names)], [line(r) for r in runs]
+        [*keys, 'state', 'seconds', *(f'{n}, {m.heading}' for n, m in names.items())], [line(r) for r in runs]
     )
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #9c990f70

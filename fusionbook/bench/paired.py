@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from ..core.errors import FusionError
 from ..metrics.classification import FEW
+from ..metrics.metric import Metric
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #662aaa99
 def mcnemar(
@@ -33,10 +34,15 @@ def _wider(count):
     return (count / (count - 1))**.5 * stdtrit(count - 1, .975) / stdtrit(np.inf, .975)
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #ae21cb00
+def _parts(draws):
+    "Sizes of the portions in which resamples are made, so that memory stays small."
+    return [min(1000, draws - i) for i in range(0, draws, 1000)]
+
 def _by_example(d, draws, rng):
     "Resampled means of differences (N,): (draws,)."
     values, counts = np.unique(d, return_counts=True)
-    return rng.multinomial(len(d), counts / len(d), size=draws) @ values / len(d)
+    share = counts / len(d)
+    return np.concatenate([rng.multinomial(len(d), share, size=k) @ values / len(d) for k in _parts(draws)])
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #84db4394
 def _by_source(d, clusters, draws, rng):
@@ -45,13 +51,26 @@ def _by_source(d, clusters, draws, rng):
     sums, sizes = np.bincount(at, d), np.bincount(at)
     if len(sizes) == len(d): return _by_example(d, draws, rng)
     equal = np.full(len(sizes), 1 / len(sizes))
-    parts = [rng.multinomial(len(sizes), equal, size=min(1000, draws - i)) for i in range(0, draws, 1000)]
+    parts = [rng.multinomial(len(sizes), equal, size=k) for k in _parts(draws)]
     means = np.concatenate([(part @ sums) / (part @ sizes) for part in parts])
     return d.mean() + (means - d.mean()) * _wider(len(sizes))
 
+# %% ../../nbs/80_bench/06b_paired.ipynb #78265c89
+def _intervals(centres, samples, few, seeds, level):
+    "Each task, and their mean: difference, low, high, which are None for tasks of too few sources."
+    def of(centre, sample, task):
+        low, high = np.quantile(sample + seeds.get(task, 0.), [(1 - level) / 2, (1 + level) / 2])
+        return dict(difference=float(centre), low=float(low), high=float(high))
+    none = dict(low=None, high=None)
+    found = {t: of(centres[t], samples[t], t) | (none if t in few else {}) for t in centres}
+    mean = np.mean([f['difference'] for f in found.values()])
+    return found | {'average': of(mean, np.mean(list(samples.values()), axis=0), 'average')}
+
+def _few(clusters, tasks): return {t for t in tasks if t in clusters and len(np.unique(clusters[t])) < FEW}
+
 # %% ../../nbs/80_bench/06b_paired.ipynb #646ec841
 def bootstrap(
-    differences:Mapping[str, np.ndarray], # task -> second minus first, right = 1, wrong = 0, (N,)
+    differences:Mapping[str, np.ndarray], # task -> second minus first, such as right = 1, wrong = 0, (N,)
     *, clusters:Mapping[str, np.ndarray]={}, # task -> source of each example (N,), where they share sources
     seeds:Mapping[str, np.ndarray]={}, # task, and `average` -> what seeds add to each resample, (draws,)
     draws:int=10_000, # resamples
@@ -59,23 +78,18 @@ def bootstrap(
     level:float=.95,  # share of the resamples between the ends
 ) -> dict[str, dict]: # each task, and `average` with equal weights -> difference, low, high or None
     "Percentile intervals of paired differences, stratified by task (Efron, 1979)."
-    rng, found, means = np.random.default_rng(seed), {}, []
-    def of(centre, sample, task):
-        low, high = np.quantile(sample + seeds.get(task, 0.), [(1 - level) / 2, (1 + level) / 2])
-        return dict(difference=float(centre), low=float(low), high=float(high))
+    rng, few, samples = np.random.default_rng(seed), _few(clusters, differences), {}
     for task, d in differences.items():
-        few = task in clusters and len(np.unique(clusters[task])) < FEW
-        single = task not in clusters or few
-        means.append(_by_example(d, draws, rng) if single else _by_source(d, clusters[task], draws, rng))
-        found[task] = dict(of(np.mean(d), means[-1], task), **dict(low=None, high=None) if few else {})
-    centre = np.mean([f['difference'] for f in found.values()])
-    return found | {'average': of(centre, np.mean(means, axis=0), 'average')}
+        single = task not in clusters or task in few
+        samples[task] = _by_example(d, draws, rng) if single else _by_source(d, clusters[task], draws, rng)
+    return _intervals({t: np.mean(d) for t, d in differences.items()}, samples, few, seeds, level)
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #01942d11
 def seed_part(
-    first:Mapping[str, np.ndarray],  # task -> right or wrong, (S, N)
+    first:Mapping[str, np.ndarray],  # task -> scores such as right or wrong, (S, N)
     second:Mapping[str, np.ndarray], # likewise, perhaps of other seeds
-    *, together:bool=False, # whether the s-th seed of one belongs to the s-th of the other
+    *, metric:Metric|None=None, # whose link is behind their means; none when None
+    together:bool=False,    # whether the s-th seed of one belongs to the s-th of the other
     draws:int, seed:int,
 ) -> dict[str, np.ndarray]: # task, and `average` -> (draws,); 0 where there is one seed
     "What the choice of the seeds adds to a difference."
@@ -84,15 +98,33 @@ def seed_part(
         if len(x) == 1: return np.zeros(draws)
         return rng.standard_t(len(x) - 1, draws) * x.std(ddof=1) / len(x)**.5
     def of(a, b): return luck(b - a) if together else luck(a) + luck(b)
-    means = {t: (first[t].mean(1), second[t].mean(1)) for t in first}
+    def value(x): return x.mean(1) if metric is None else metric.through_link(x.mean(1))
+    means = {t: (value(first[t]), value(second[t])) for t in first}
     whole = [np.mean(m, axis=0) for m in zip(*means.values())]
     return {t: of(*m) for t, m in means.items()} | {'average': of(*whole)}
 
+# %% ../../nbs/80_bench/06b_paired.ipynb #4146d8dc
+def _behind_link(first, second, clusters, metric, draws, rng):
+    "The difference of two values, and resampled ones (draws,)."
+    both, count = np.concatenate([first, second]), first.shape[1]
+    if clusters is None: at = np.arange(count)
+    else: _, at = np.unique(clusters, return_inverse=True)
+    sizes = np.bincount(at)
+    sums, equal = np.stack([np.bincount(at, x) for x in both], 1), np.full(len(sizes), 1 / len(sizes))
+    def difference(means):
+        values = metric.through_link(means)
+        return values[..., len(first):].mean(-1) - values[..., :len(first)].mean(-1)
+    parts = [rng.multinomial(len(sizes), equal, size=k) for k in _parts(draws)]
+    sample = np.concatenate([difference((p @ sums) / (p @ sizes)[:, None]) for p in parts])
+    centre = difference(both.mean(1))
+    return centre, sample if clusters is None else centre + (sample - centre) * _wider(len(sizes))
+
 # %% ../../nbs/80_bench/06b_paired.ipynb #0f194367
 def paired(
-    first:Mapping[str, np.ndarray],  # task -> right or wrong, (S, N), one line a seed
+    first:Mapping[str, np.ndarray],  # task -> scores such as right or wrong, (S, N), one line a seed
     second:Mapping[str, np.ndarray], # the same examples, perhaps other seeds
     *, clusters:Mapping[str, np.ndarray]={}, # as in `bootstrap`
+    metric:Metric|None=None,         # whose scores they are; the values are means of scores when None
     together:bool=False,             # as in `seed_part`
     draws:int=10_000, seed:int=0,    # of the resampling
 ) -> dict[str, dict]:                # each task, and `average` -> difference, low, high
@@ -101,9 +133,15 @@ def paired(
         bad := [(len(first[t]), len(second[t])) for t in first if len(first[t]) != len(second[t])]
     ):
         raise FusionError('expected as many seeds of both, got {} and {}'.format(*bad[0]))
-    luck = seed_part(first, second, together=together, draws=draws, seed=seed)
-    d = {t: second[t].mean(0) - first[t].mean(0) for t in first}
-    return bootstrap(d, clusters=clusters, seeds=luck, draws=draws, seed=seed)
+    luck = seed_part(first, second, metric=metric, together=together, draws=draws, seed=seed)
+    if metric is None or metric.link == 'identity':
+        d = {t: second[t].mean(0) - first[t].mean(0) for t in first}
+        return bootstrap(d, clusters=clusters, seeds=luck, draws=draws, seed=seed)
+    rng, few = np.random.default_rng(seed), _few(clusters, first)
+    own = {t: None if t in few else clusters.get(t) for t in first}
+    found = {t: _behind_link(first[t], second[t], own[t], metric, draws, rng) for t in first}
+    centres, samples = ({t: f[i] for t, f in found.items()} for i in (0, 1))
+    return _intervals(centres, samples, few, luck, .95)
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #f0a5ecae
 def verdict(
@@ -118,9 +156,12 @@ def verdict(
 # %% ../../nbs/80_bench/06b_paired.ipynb #c913f689
 def in_points(
     d:Mapping, # difference, low, high, in [-1, 1]
-) -> str:      # percentage points: `+12.4 [+8.3, +16.5]`
+    scale:float=100, # of what is shown
+    decimals:int=1,
+) -> str:      # percentage points: `+12.4 [+8.3, +16.5]`; with another `scale` whatever that gives
     "A difference with its interval."
+    def text(x): return f'{scale * x:+.{decimals}f}'
     if d['low'] is None: interval = 'no interval'
     elif d['low'] == d['high']: interval = 'width 0: equal' if d['difference'] == 0 else 'width 0: constant'
-    else: interval = f'{100 * d["low"]:+.1f}, {100 * d["high"]:+.1f}'
-    return f'{100 * d["difference"]:+.1f} [{interval}]'
+    else: interval = f'{text(d["low"])}, {text(d["high"])}'
+    return f'{text(d["difference"])} [{interval}]'

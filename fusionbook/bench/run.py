@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from torch import nn
 from .meeting import run_meets
 from .provenance import git_commit, measured, versions
-from .report import Report, check_task_names, spread
+from .report import Report, check_task_names
+from .rows import last_step, spread
 from .seeded import check_seeds, seed_path, seeded
 from .unbuilt import Unbuilt, cast, float_type, unbuilt
 from ..core.cached import remembered
@@ -27,7 +28,7 @@ from ..core.progress import track
 from ..core.stamped import cache_folder
 from ..method.base import BaseAlgorithm
 from ..modelpool.base import BaseModelPool
-from ..taskpool.base import BaseTaskPool, DummyTaskPool, model_info, row
+from ..taskpool.base import BaseTaskPool, DummyTaskPool, metric_rows, model_info, naming
 from ..taskpool.clip import lending
 
 # %% ../../nbs/80_bench/03_run.ipynb #1d9c512d
@@ -133,12 +134,13 @@ def _reference_rows(pool, taskpool, device, hashes) -> Iterator[dict]:
                 held[name] = pool.load_model(name).to(device)
             return held[name]
         found = cached_predictions(taskpool, network, task, model_hash=hashes[name], device=device)
-        yield dict(model=name, role=role, task=task), found
+        yield dict(model=name, role=role, seed=None, step=None, task=task), found
 
 # %% ../../nbs/80_bench/03_run.ipynb #955672a7
 def _models(result, suffix='') -> dict[str, nn.Module]:
-    "What a method made, by name."
+    "What a method made, by name; of a method that goes in steps, what it ended with."
     if isinstance(result, nn.Module): return {f'merged{suffix}': result}
+    if isinstance(result, Mapping) and result.get('steps'): return {f'merged{suffix}': result['steps'][-1]}
     items = (
         dict(result)
         if isinstance(result, Mapping)
@@ -155,19 +157,27 @@ def _models(result, suffix='') -> dict[str, nn.Module]:
 def _returned(result) -> dict:
     "What a method gave beside its models, for the report."
     items = result if isinstance(result, Mapping) and _models(result) else {}
-    return {str(k): _readable(v) for k, v in items.items() if k != 'models' and not isinstance(v, nn.Module)}
+    return {str(k): _readable(v) for k, v in items.items() if k not in ('models', 'steps') and not isinstance(v, nn.Module)}
+
+def _staged(result, suffix):
+    "Names, steps and models to measure."
+    steps = result.get('steps') if isinstance(result, Mapping) else None
+    if steps: return [(f'merged{suffix}', i, m) for i, m in enumerate(steps, 1)]
+    return [(name, None, m) for name, m in _models(result, suffix).items()]
 
 # %% ../../nbs/80_bench/03_run.ipynb #765dfed0
 def merged_rows(
-    result,                 # what a method made: a network, or several by name
+    result,                 # what a method made: a network, several by name, or those after each of its `steps`
     taskpool:BaseTaskPool,  # what to measure
     *, device:str='cpu',    # where
     suffix:str='',          # added to the names, such as `, seed 0`
-) -> Iterator[tuple[dict, dict]]: # model, role and task; the answers
+    seed:int|None=None,     # of the method
+) -> Iterator[tuple[dict, dict]]: # model, role, seed, step and task; the answers
     "Answers of merged models, task by task."
-    asked = [(n, m, t) for n, m in _models(result, suffix).items() for t in taskpool.task_names]
-    for name, model, task in track(asked, 'merged model'):
-        yield dict(model=name, role='merged', task=task), taskpool.predict(model.to(device), task)
+    asked = [(*found, t) for found in _staged(result, suffix) for t in taskpool.task_names]
+    for name, step, model, task in track(asked, 'merged model'):
+        head = dict(model=name, role='merged', seed=seed, step=step, task=task)
+        yield head, taskpool.predict(model.to(device), task)
 
 # %% ../../nbs/80_bench/03_run.ipynb #2278099a
 def _readable(x):
@@ -260,6 +270,8 @@ def _head(self:Run, result):
             model_info=_info(result),
             config=_readable(config),
             seed=self.settings.get('seed', 0),
+            metrics=[m.facts for m in self.taskpool.metrics],
+            primary=self.taskpool.primary.name,
             rows=[],
             cost=self.cost,
             hashes=dict(models={name: s['hash'] for name, s in sources.items()}),
@@ -272,7 +284,7 @@ def _head(self:Run, result):
 def _add(self:Run, rows):
     "Keep rows and the answers behind them, one by one, so that an interruption keeps what is there."
     for head, found in rows:
-        self.data['rows'].append(head | row(found))
+        with naming(head['task']): self.data['rows'] += [head | r for r in metric_rows(found, self.taskpool.metrics)]
         self.answers.append(head | found)
 
 # %% ../../nbs/80_bench/03_run.ipynb #123d0c3c
@@ -280,6 +292,7 @@ def _add(self:Run, rows):
 def evaluate(self:Run, results:Iterator):
     "Measure the base, the experts and each model; the next one is merged when the one before has been measured."
     suffix, result = next(results)   # a merge that fails has nothing to report
+    methods = seeded(self.method, self.seeds)
     device, self.data = self.settings.get('device', 'cpu'), self._head(result)
     hashes = self.data['hashes']
     with measured(self.cost, 'evaluation'):
@@ -291,24 +304,25 @@ def evaluate(self:Run, results:Iterator):
             self._add(_reference_rows(self.pool, self.taskpool, device, hashes['models']))
     for suffix, result in chain([(suffix, result)], results):
         with measured(self.cost, 'evaluation'):
-            self._add(merged_rows(result, self.taskpool, device=device, suffix=suffix))
+            how = dict(device=device, suffix=suffix, seed=getattr(methods[suffix], 'seed', None))
+            self._add(merged_rows(result, self.taskpool, **how))
 
 # %% ../../nbs/80_bench/03_run.ipynb #8f66db59
 @patch
 def _spread(self:Run):
     "What a report says of its seeds."
     if not self.seeds: return {}
-    merged = [r for r in self.data['rows'] if r['role'] == 'merged']
-    alone = '' in seeded(self.method, self.seeds)
-    found = dict(note=f'{_name(self.method)} has no `seed`') if alone else dict(accuracy=spread(merged))
-    return dict(seeds=dict(values=self.seeds, **found))
+    alone, primary = '' in seeded(self.method, self.seeds), self.taskpool.primary.name
+    merged = [r for r in self.data['rows'] if r['role'] == 'merged' and r['metric'] == primary]
+    note = {'note': f'{_name(self.method)} has no `seed`'}
+    return dict(seeds=dict(values=self.seeds) | (note if alone else {primary: spread(last_step(merged))}))
 
 # %% ../../nbs/80_bench/03_run.ipynb #48bc49e4
 @patch
 def report(self:Run, interrupted:bool=False) -> Report:
     "The report, with the answers behind its rows and the model that was made last."
     found = Report(self.data | (dict(interrupted=True) if interrupted else self._spread()))
-    found.answers, found.made = self.answers, None if interrupted else self.model
+    found.answers, found.made = last_step(self.answers), None if interrupted else self.model
     return found
 
 # %% ../../nbs/80_bench/03_run.ipynb #20d6ef5f

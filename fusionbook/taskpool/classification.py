@@ -23,11 +23,13 @@ from fusionbook.data.datasets import (
 )
 from ..data.classes import say_order
 from ..data.images import Normalise
+from ..metrics.metric import CLASSIFICATION
 from .base import BaseTaskPool, Inputs, evaluating, naming, predict_batches
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #c2316081
 class ClassificationTaskPool(BaseTaskPool):
     "Accuracy of networks with a head of their own on several data sets."
+    metrics = CLASSIFICATION
     _config_mapping = BaseTaskPool._config_mapping | {
         k: k
         for k in ('test_datasets', 'mean', 'std', 'size', 'batch_size', 'rows', 'fast_dev_run', 'clusters')

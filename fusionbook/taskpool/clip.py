@@ -18,6 +18,7 @@ from ..core.config import CONFIG, plain
 from ..core.errors import FusionError, check_known, nearest
 from ..core.foreign import note
 from ..data import datasets as data
+from ..metrics.metric import CLASSIFICATION
 from ..data.classes import by_name, check_telling, class_list, names_in_label_order, say_order
 from ..modelpool.clip import CLIPVisionModelPool
 from ..models.clip import Processor, head_hash, zero_shot_head
@@ -289,6 +290,7 @@ def _task_of(pool, name):
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #2619c3f0
 class CLIPVisionModelTaskPool(BaseTaskPool):
     "Zero-shot classification by a CLIP vision tower on several data sets."
+    metrics = CLASSIFICATION
     # the idle ones are known, never written
     _config_mapping = BaseTaskPool._config_mapping | {k: k for k in (*_KEYS, *_IDLE)}
     def __init__(self,

@@ -18,6 +18,7 @@ from ..core.errors import FusionError, check_known
 from ..core.state_dict import content_hash
 from ..data import datasets as data
 from ..data.classes import by_name, check_telling, class_list, names_in_label_order
+from ..metrics.metric import CLASSIFICATION
 from ..models.text import Tokens, embed, padded, text_head
 from .base import BaseTaskPool, Inputs, evaluating, logits_of, naming, predict_batches
 from .clip import _check_tasks, _loop, _path, _task_of
@@ -244,6 +245,7 @@ def _tasks(pool):
 # %% ../../nbs/55_taskpool/03_text.ipynb #4583450b
 class TextClassificationTaskPool(BaseTaskPool):
     "Zero-shot classification by a sentence encoder on several data sets."
+    metrics = CLASSIFICATION
     _config_mapping = BaseTaskPool._config_mapping | {k: k for k in _KEYS}
     def __init__(self,
         test_datasets:dict,     # task -> entry, see `TextTask`

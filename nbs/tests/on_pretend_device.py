@@ -44,7 +44,7 @@ def rows(method, device):
     held = {t: mini8.load(t, 'validation').select(slice(0, 24)) for t in TASKS}
     pool = CLIPVisionModelPool(MODELS, val_datasets=held, train_datasets=held)
     report = fusion(method, pool, CLIPVisionModelTaskPool(tests, 'mini8/clip'), device=device)
-    return {f'{r["model"]} {r["task"]} {k}': torch.tensor(r[k]).double() for r in report['rows'] for k in ('accuracy', 'loss')}
+    return {f'{r["model"]} {r["task"]} {r["metric"]}': torch.tensor(r['value']).double() for r in report['rows']}
 
 
 RUNS = {

@@ -95,8 +95,10 @@ merged_model_save_kwargs: null
 
 
 def numbers(report):
-    "What was measured: (role, task) -> accuracy and loss."
-    return {(r['role'], r['task']): (r['accuracy'], r['loss'], r['n']) for r in report['rows']}
+    "What was measured: (role, task) -> accuracy, loss, number of examples."
+    found = {}
+    for r in report['rows']: found.setdefault((r['role'], r['task']), {})[r['metric']] = r
+    return {k: (by['accuracy']['value'], by['loss']['value'], by['accuracy']['n']) for k, by in found.items()}
 
 
 # ---- without torch
@@ -230,7 +232,7 @@ def test_loaders_of_the_page(hub, world):
         assert (method.scaling_factor, pool.model_names, tasks.task_names) == (.5, ['svhn', 'mnist'], ('svhn', 'mnist'))
         report = tasks.evaluate(method.run(pool))
         assert list(report) == ['model_info', 'svhn', 'mnist', 'average']
-        assert set(report['svhn']) >= {'accuracy', 'loss'} and set(report['average']) == {'accuracy', 'loss'}
+        assert set(report['svhn']) >= {'accuracy', 'loss'} and set(report['average']) == {'accuracy', 'loss', 'brier', 'calibration_error'}
     assert load_taskpool_from_config({'type': 'dummy'}).evaluate(method.run(pool)) == {'model_info': report['model_info']}
 
 
@@ -452,14 +454,19 @@ def test_report_has_what_repeats_it(first, hub):
     for phase in ('loading', 'merging', 'evaluation'):
         assert report['cost'][phase]['seconds'] > 0 and report['cost'][phase]['peak_mb'] > 50, phase
     merged = [r for r in report['rows'] if r['role'] == 'merged']
-    for key in ('accuracy', 'loss'):
-        assert report['average'][key] == pytest.approx(sum(r[key] for r in merged) / 2)
-        assert [report[t][key] for t in EXPERTS] == [r[key] for r in merged]
+    assert report['primary'] == 'accuracy' and [m['name'] for m in report['metrics']] == ['accuracy', 'loss', 'brier', 'calibration_error']
+    for metric in report['metrics']:
+        key, rows = metric['name'], [r for r in merged if r['metric'] == metric['name']]
+        assert report['average'][key] == pytest.approx(sum(r['value'] for r in rows) / 2)
+        assert [report[t][key] for t in EXPERTS] == [r['value'] for r in rows]
     for r in report['rows']:
-        assert set(r) >= {'model', 'role', 'task', 'accuracy', 'loss', 'low', 'high', 'n', 'normalised_accuracy'}
-        assert 0 <= r['low'] <= r['accuracy'] <= r['high'] <= 1
-        expert = next(e for e in report['rows'] if e['role'] == 'expert' and e['task'] == r['task'])
-        assert r['normalised_accuracy'] == pytest.approx(r['accuracy'] / expert['accuracy'])
+        assert list(r)[:10] == ['model', 'role', 'seed', 'step', 'task', 'metric', 'value', 'low', 'high', 'n']
+        if r['metric'] == 'calibration_error': assert r['low'] is r['high'] is None
+        else: assert r['low'] <= r['value'] <= r['high']
+        if r['metric'] == 'accuracy': assert 0 <= r['low'] and r['high'] <= 1
+        expert = next(e for e in report['rows'] if (e['role'], e['task'], e['metric']) == ('expert', r['task'], r['metric']))
+        over, under = (r, expert) if r['metric'] == 'accuracy' else (expert, r)
+        assert r['normalised'] == pytest.approx(over['value'] / under['value'])
 
 
 def test_report_says_how_the_model_was_made(here, two):

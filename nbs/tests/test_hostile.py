@@ -349,8 +349,11 @@ def test_reports_pickles_and_pictures(place, canary):
     tally, draw = Tally('reports, pickles, pictures', canary), random.Random(6)
     row = dict(model='merged', role='merged', task='a', accuracy=.5, loss=1., n=10, low=.2, high=.8, normalised_accuracy=1.)
     good = dict(rows=[row, row | {'task': 'b'}], method='x', config={'method': {}}, average={'accuracy': .5, 'loss': 1.}, uses=['experts'], versions={}, hashes={'data': {'a': 'x'}, 'models': {}})
-    for i in range(200):
-        Path('report.json').write_bytes(damaged_json(good, draw))
+    tidy = dict(model='merged', role='merged', seed=None, step=None, metric='ppl', value=5., low=2., high=8., n=10)
+    fact = dict(name='ppl', scores='losses', higher_is_better=False, interval='mean', link='exp', unit='', scale=1, decimals=2)
+    today = good | dict(rows=[tidy | {'task': t} for t in 'ab'], metrics=[fact], primary='ppl')
+    for i in range(300):
+        Path('report.json').write_bytes(damaged_json(today if i % 2 else good, draw))
         tally.call(f'report {i}', lambda: read_report('report.json'))
     bomb = pickle.dumps(Pickled())
     torch.save({'w': Pickled()}, 'modern.bin')

@@ -30,16 +30,18 @@ def test_one_word_does_it_all(main_job):
 
 def test_all_is_measured(main_job):
     from fusionbook.data.mini8 import TASKS
-    rows = main_job.report['rows']
+    rows = [r for r in main_job.report['rows'] if r['metric'] == 'accuracy']
+    losses = [r for r in main_job.report['rows'] if r['metric'] == 'loss']
     assert [(r['role'], r['task']) for r in rows if r['role'] != 'expert'] == [(role, t) for role in ('pretrained', 'merged') for t in TASKS]
     assert [r['task'] for r in rows if r['role'] == 'expert'] == list(TASKS) and len(TASKS) == 8
-    assert all(0 < r['accuracy'] <= 1 and r['loss'] > 0 and r['n'] >= 100 for r in rows)
+    assert all(0 < r['value'] <= 1 and r['n'] >= 100 for r in rows) and len(losses) == len(rows)
+    assert all(r['value'] > 0 for r in losses)
     assert all(r['low'] is r['high'] is None if r.get('clusters') == 2 else 0 <= r['low'] < r['high'] <= 1 for r in rows) # two photographs
     assert main_job.report['method'] == 'task_arithmetic' and 0 < main_job.report['average']['accuracy'] < 1
 
 
 def mean(report, role):
-    found = [r['accuracy'] for r in report['rows'] if r['role'] == role]
+    found = [r['value'] for r in report['rows'] if r['role'] == role and r['metric'] == 'accuracy']
     return sum(found) / len(found)
 
 

@@ -189,8 +189,8 @@ def test_comparison_at_80_columns_loses_nothing(here, two, monkeypatch):
     found = json.loads(Path('out/comparison.json').read_text())
     lines = out.splitlines()
     assert max(len(l) for l in lines[:next(i for i, l in enumerate(lines) if l.startswith('table'))]) <= 80 and '…' not in out
-    for accuracies in found['accuracies'].values():
-        assert all(f'{100 * a:.1f}' in out for a in accuracies.values())
+    for values in found['values'].values():
+        assert all(f'{100 * a:.1f}' in out for a in values.values())
     for word in ('svhn', 'mnist', 'average', 'mean rank', 'read', 'tuned on', 'no data', '[95 %]'): assert word in out and word in Path('out/comparison.md').read_text()
     for p in found['pairs'][:2]: assert all(f'{100 * d["difference"]:+.1f}' in out for d in p['differences'].values())
 
@@ -213,7 +213,7 @@ def test_seeds(here, two, monkeypatch):
     once = here(*two, 'seeds=[0,1,2]')
     assert once.status == 0, once.err
     assert once.report['seeds'] == {'values': [0, 1, 2], 'note': 'task_arithmetic has no `seed`'} and 'run once' in once.out
-    assert len([r for r in once.report['rows'] if r['role'] == 'merged']) == 2
+    assert len([r for r in once.report['rows'] if r['role'] == 'merged' and r['metric'] == 'accuracy']) == 2
     Path('shaken.py').write_text('''from dataclasses import dataclass
 import torch
 from fusionbook.method.task_vector.task_arithmetic import TaskArithmetic
@@ -229,16 +229,37 @@ class Shaken(TaskArithmetic):
     toy = ['method._target_=shaken.Shaken', 'allow_target=[shaken.Shaken]']
     done = here(*two, *toy, 'seeds=[0,1,2]', 'merged_model_save_path={log_dir}/model')
     assert done.status == 0, done.err
-    report, merged = done.report, [r for r in done.report['rows'] if r['role'] == 'merged']
+    report = done.report
+    merged = [r for r in report['rows'] if r['role'] == 'merged' and r['metric'] == 'accuracy']
+    assert [r['seed'] for r in merged] == [0, 0, 1, 1, 2, 2]
     assert [r['model'] for r in merged] == [f'merged, seed {k}' for k in (0, 0, 1, 1, 2, 2)]
-    losses = [r['loss'] for r in merged if r['task'] == 'svhn']
+    losses = [r['value'] for r in report['rows'] if (r['role'], r['task'], r['metric']) == ('merged', 'svhn', 'loss')]
     assert len(set(losses)) == 3 and report['svhn']['loss'] == pytest.approx(sum(losses) / 3)
     spread = report['seeds']['accuracy']['average']
     assert spread['min'] <= spread['mean'] <= spread['max'] and spread['mean'] == pytest.approx(report['average']['accuracy'])
     assert sorted(f.name for f in done.folder.glob('model*')) == [f'model_seed_{k}' for k in range(3)]
     alone = here(*two, *toy, '+method.seed=1', 'references=false').report
-    assert [r['accuracy'] for r in alone['rows']] == [r['accuracy'] for r in merged[2:4]]
+    assert [r['value'] for r in alone['rows'] if r['metric'] == 'accuracy'] == [r['value'] for r in merged[2:4]]
     assert 'expected `seeds` as a list' in here(*two, 'seeds=3').line
     mixed = here('compare', done.folder, once.folder, '-o', 'out')
     assert mixed.status == 0, mixed.err
     assert 'p' not in json.loads(Path('out/comparison.json').read_text())['pairs'][0]['differences']['svhn']
+
+
+# ---- reports of before
+
+def test_an_old_report_opens():
+    "A file from before metrics were declared: a column for accuracy, one for loss. Its table, average and remarks are those of that time."
+    from fusionbook.bench.report import comparison, read_report
+    report = read_report(Path(__file__).with_name('old_report.json'))
+    assert report.primary.name == 'accuracy' and list(report.metrics) == ['accuracy', 'loss']
+    assert report.table()[1] == [
+        ['digits', '1,000', '334', '52.8', '92.5', '60.7 [55.4, 65.8]', '65.6'],
+        ['photographs', '1,000', '2', '44.0', '75.9', '46.8 [no interval]', '61.7'],
+        ['average', '', '', '48.4', '84.2', '53.8 [50.7, 56.8]', '63.6']]
+    assert report['average'] == {'accuracy': 0.5375, 'loss': 1.1414681940602605, 'normalised_accuracy': 0.6364085033650251,
+                                 'low': 0.5070191107981129, 'high': 0.5677031412889237}
+    assert report['digits'] == {'accuracy': 0.607, 'loss': 1.110174374340102}
+    assert report.remarks() == ' (photographs: 2 sources, which the interval of the average takes as given)'
+    assert comparison({'a': report})[1][1] == ['a', '60.7 −5.3 +5.1', '46.8 [no interval]', '53.8 ±3.0', '63.6', 'no data', 'nothing']
+    assert [r['metric'] for r in report['rows'][:2]] == ['accuracy', 'loss'] and len(report['rows']) == 12
