@@ -10,7 +10,6 @@ __all__ = ['mean_ranks', 'with_answers', 'reports_by_name', 'check_same_data', '
 # %% ../../nbs/80_bench/07_compare.ipynb #37776b2d
 import json, time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from textwrap import wrap
@@ -46,7 +45,8 @@ def _belong(metric, row, answers):
     except (FusionError, KeyError): return False
     if len(scores) != row['n']: return False
     if metric.interval == 'proportion': return round(row['value'] * row['n']) == int(scores.sum())
-    return row['value'] is None or bool(np.isclose(row['value'], metric.through_link(scores.mean()), rtol=1e-4))
+    value = metric.through_link(scores.mean())
+    return row['value'] is None or bool(np.isclose(row['value'], value, rtol=1e-4))
 
 # %% ../../nbs/80_bench/07_compare.ipynb #88ad2a51
 def with_answers(
@@ -59,7 +59,8 @@ def with_answers(
         raise FusionError(f'expected a report of a merged model on some tasks, got `{file}` without')
     report.answers = read_predictions(predictions_path(file))
     rows = last_step([r for r in report['rows'] if r['metric'] == report.primary.name])
-    if len(rows) != len(report.answers) or not all(map(partial(_belong, report.primary), rows, report.answers)):
+    pairs = zip(rows, report.answers)
+    if len(rows) != len(report.answers) or not all(_belong(report.primary, *pair) for pair in pairs):
         raise FusionError(
             f'expected answers that belong to `{file}`, got `{predictions_path(file)}` of another run'
         )
@@ -249,10 +250,12 @@ def comparison_figure(
     names = {n: '\n'.join(wrap(_titled(result, n), 90)) for n in result['reports']}
     shown = {names[n]: {t: d[t] for t in [*result['tasks'], 'average']} for n, d in _against(result).items()}
     metric = Metric(**result['metric'])
-    scale, unit = metric.scale, ', points' if metric.unit == '%' else f' in {metric.unit}' if metric.unit else ''
-    def ends(ds): return {t: (scale * d['low'], scale * d['high']) for t, d in ds.items() if d['low'] is not None}
-    name = metric.name.replace('_', ' ')
-    label = wrap(f'{name} − that of {_titled(result, result["reports"][0])}{unit}', 36)
+    scale, unit = metric.scale, f' in {metric.unit}' if metric.unit else ''
+    unit = ', points' if metric.unit == '%' else unit
+    def ends(ds):
+        known = {t: d for t, d in ds.items() if d['low'] is not None}
+        return {t: (scale * d['low'], scale * d['high']) for t, d in known.items()}
+    label = wrap(f'{metric.words} − that of {_titled(result, result["reports"][0])}{unit}', 36)
     heights = {n: {t: scale * d['difference'] for t, d in ds.items()} for n, ds in shown.items()}
     return bars(heights, {n: ends(ds) for n, ds in shown.items()}, ylabel='\n'.join(label))
 

@@ -94,26 +94,35 @@ class Report(Mapping):
     def __len__(self): return len(self.data)
     @property
     def tasks(self) -> list[str]: return list(dict.fromkeys(r['task'] for r in self.data['rows']))
-    def metric(self, name:str|None=None) -> Metric:
-        "A metric by its name; the primary one for None."
-        if name is None: return self.primary
-        if name not in self.metrics:
-            raise FusionError(f'expected a metric of the report, got `{name}`; {nearest(name, self.metrics)}')
-        return self.metrics[name]
-    def rows(self,
-        role:str, # merged, pretrained or expert
-        metric:str|None=None, # the primary one when None
-    ) -> list[dict]: # one for each model and task
-        "The rows of a role in one metric, after the last step."
-        name = self.metric(metric).name
-        return last_step([r for r in self.data['rows'] if r['role'] == role and r['metric'] == name])
-    def average(self, role:str='merged', metric:str|None=None) -> dict:
-        "The mean over tasks: value, low, high, normalised."
-        return average_row(self.rows(role, metric), self.metric(metric))
-    def scores(self, role:str='merged', metric:str|None=None) -> list[dict]:
-        "A row a task, over the models of the role, and the mean over tasks."
-        rows = self.rows(role, metric)
-        return [*pooled(rows), self.average(role, metric)] if rows else []
+
+# %% ../../nbs/80_bench/01_report.ipynb #c617aae1
+@patch
+def metric(self:Report, name:str|None=None) -> Metric:
+    "A metric by its name; the primary one for None."
+    if name is None: return self.primary
+    if name not in self.metrics:
+        raise FusionError(f'expected a metric of the report, got `{name}`; {nearest(name, self.metrics)}')
+    return self.metrics[name]
+
+@patch
+def rows(self:Report,
+    role:str, # merged, pretrained or expert
+    metric:str|None=None, # the primary one when None
+) -> list[dict]: # one for each model and task
+    "The rows of a role in one metric, after the last step."
+    name = self.metric(metric).name
+    return last_step([r for r in self.data['rows'] if r['role'] == role and r['metric'] == name])
+
+@patch
+def average(self:Report, role:str='merged', metric:str|None=None) -> dict:
+    "The mean over tasks: value, low, high, normalised."
+    return average_row(self.rows(role, metric), self.metric(metric))
+
+@patch
+def scores(self:Report, role:str='merged', metric:str|None=None) -> list[dict]:
+    "A row a task, over the models of the role, and the mean over tasks."
+    rows = self.rows(role, metric)
+    return [*pooled(rows), self.average(role, metric)] if rows else []
 
 # %% ../../nbs/80_bench/01_report.ipynb #d32e2465
 @patch(as_prop=True)
@@ -129,6 +138,7 @@ def save(self:Report, path:str|Path) -> Path:
     with atomic(path) as new: new.write_text(json_text(self.data))
     return Path(path)
 
+# %% ../../nbs/80_bench/01_report.ipynb #5c5cae9f
 def read_report(
     path:str|Path, # a `report.json`, or a run's folder
 ) -> Report:
@@ -252,7 +262,8 @@ def table(self:Report,
     several = max((r.get('models', 1) for r in scores['merged']), default=1)
     merged = 'merged [95 %]' if several == 1 else f'mean of {several} [range]'
     head = ['task', 'n', 'sources', 'pretrained', 'expert', merged, 'normalised']
-    shown = [t for t in [*self.tasks, 'average'] if any(r['task'] == t for rows in scores.values() for r in rows)]
+    known = {r['task'] for rows in scores.values() for r in rows}
+    shown = [t for t in [*self.tasks, 'average'] if t in known]
     lines = [_line(kind, scores, t) for t in shown]
     if any(line[2] for line in lines): return head, lines
     return [c for i, c in enumerate(head) if i != 2], [
@@ -384,7 +395,9 @@ def same_metric(
     (first, base), *others = reports.items()
     for name, r in others:
         if r.primary != base.primary:
-            raise FusionError(f'expected reports in {base.primary.name}, as `{first}`, got `{name}` in {r.primary.name}')
+            raise FusionError(
+                f'expected reports in {base.primary.name}, as `{first}`, got `{name}` in {r.primary.name}'
+            )
     return base.primary
 
 # %% ../../nbs/80_bench/01_report.ipynb #59a5b314
@@ -430,11 +443,12 @@ def show(
 ) -> None:
     "Print a report as a table."
     head, lines = report.table()
+    method = f'{report["method"]}, ' if 'method' in report else ''
     if lines:
         print_table(
             head,
             lines,
-            title=f'{report.get("method", "")}, {report.primary.heading}{report.remarks()}'.removeprefix(', '),
+            title=f'{method}{report.primary.heading}{report.remarks()}',
             bold=[len(lines) - 1],
             console=console,
         )

@@ -27,8 +27,8 @@ def _two_rows(r):
     "A row that had a column for each metric, as rows."
     head = {k: r[k] for k in ('model', 'role')} | dict(seed=_seed_of(r['model']), step=None, task=r['task'])
     shared = dict(clusters=r['clusters']) if 'clusters' in r else {}
-    size = dict(effective=r['effective']) if 'effective' in r else {}
-    yield head | dict(metric='accuracy', value=r['accuracy'], low=r['low'], high=r['high'], n=r['n']) | shared | size
+    size = shared | (dict(effective=r['effective']) if 'effective' in r else {})
+    yield head | dict(metric='accuracy', value=r['accuracy'], low=r['low'], high=r['high'], n=r['n']) | size
     if 'loss' in r: yield head | dict(metric='loss', value=r['loss'], low=None, high=None, n=r['n']) | shared
 
 # %% ../../nbs/80_bench/00c_rows.ipynb #44e16235
@@ -87,6 +87,7 @@ def pooled(
         return dict(low=min(values, default=None), high=max(values, default=None), models=len(rs))
     return [dict(rs[0]) if len(rs) == 1 else {**rs[0], **mean(rs), **span(rs)} for rs in by.values()]
 
+# %% ../../nbs/80_bench/00c_rows.ipynb #559137f2
 def averages(
     rows:Sequence[Mapping], # of one role and metric
 ) -> dict[str, float]:      # value and, where every task has it, normalised
@@ -95,6 +96,7 @@ def averages(
     keys = [k for k in ('value', 'normalised') if all(r.get(k) is not None for r in rows)]
     return {k: math.fsum(r[k] for r in rows) / len(rows) for k in keys} if rows else {}
 
+# %% ../../nbs/80_bench/00c_rows.ipynb #b0db87a2
 def average_interval(
     rows:Sequence[Mapping], # of one role and metric
     metric:Metric,          # which it is
@@ -103,14 +105,17 @@ def average_interval(
     by = {}
     for r in rows: by.setdefault(r['task'], []).append(r)
     def mean(rs, k): return None if None in (xs := [r[k] for r in rs]) else math.fsum(xs) / len(xs)
-    return metric.interval_of_mean([{**rs[0], **{k: mean(rs, k) for k in ('value', 'low', 'high')}} for rs in by.values()])
+    def one(rs): return {**rs[0], **{k: mean(rs, k) for k in ('value', 'low', 'high')}}
+    return metric.interval_of_mean([one(rs) for rs in by.values()])
 
+# %% ../../nbs/80_bench/00c_rows.ipynb #9cc979d5
 def average_row(
     rows:Sequence[Mapping], # of one role and metric
     metric:Metric,          # which it is
 ) -> dict: # task `average`, metric, value, low, high, normalised; of several models their range and number, as `pooled` has them
     "The mean over tasks as a row."
-    head = dict(task='average', metric=metric.name, value=None, low=None, high=None, normalised=None) | averages(rows)
+    head = dict(task='average', metric=metric.name) | dict.fromkeys(('value', 'low', 'high', 'normalised'))
+    head |= averages(rows)
     several = max((r.get('models', 1) for r in pooled(rows)), default=1)
     if several == 1: return head | dict(zip(('low', 'high'), average_interval(rows, metric), strict=True))
     ends = spread(rows)['average']

@@ -157,7 +157,8 @@ def _models(result, suffix='') -> dict[str, nn.Module]:
 def _returned(result) -> dict:
     "What a method gave beside its models, for the report."
     items = result if isinstance(result, Mapping) and _models(result) else {}
-    return {str(k): _readable(v) for k, v in items.items() if k not in ('models', 'steps') and not isinstance(v, nn.Module)}
+    made = {k for k, v in items.items() if k in ('models', 'steps') or isinstance(v, nn.Module)}
+    return {str(k): _readable(v) for k, v in items.items() if k not in made}
 
 def _staged(result, suffix):
     "Names, steps and models to measure."
@@ -284,7 +285,8 @@ def _head(self:Run, result):
 def _add(self:Run, rows):
     "Keep rows and the answers behind them, one by one, so that an interruption keeps what is there."
     for head, found in rows:
-        with naming(head['task']): self.data['rows'] += [head | r for r in metric_rows(found, self.taskpool.metrics)]
+        with naming(head['task']): rows_of_task = metric_rows(found, self.taskpool.metrics)
+        self.data['rows'] += [head | r for r in rows_of_task]
         self.answers.append(head | found)
 
 # %% ../../nbs/80_bench/03_run.ipynb #123d0c3c

@@ -7,14 +7,13 @@ __all__ = ['MAX_POINTS', 'span', 'axis', 'points', 'at', 'edges', 'edge_note', '
            'run_sweep']
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #3918d123
-import hashlib, json, math, re, time
+import fusionbook, hashlib, json, math, re, time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from decimal import Decimal
 from itertools import product
 from pathlib import Path
 from omegaconf import OmegaConf
-import fusionbook
 from .configured import check_places, complete, made, root_defaults, run_config
 from .directions import Directions
 from .experiment import parsed
@@ -177,8 +176,9 @@ def sweep_figure(
     from fusionbook.core.plot import bars, theme
     pts, (key, values), best = points(grid), next(iter(grid.items())), metric.best(scores)
     y = [math.nan if s is None else metric.scale * s for s in scores]
-    ends = [(v, v) if None in r else (metric.scale * r[0], metric.scale * r[1]) for v, r in zip(y, reach, strict=True)]
-    label = metric.heading.replace(metric.name.replace('_', ' '), f'{metric.name.replace("_", " ")} on {label}', 1)
+    def shown(v, r): return (v, v) if None in r else tuple(metric.scale * end for end in r)
+    ends = [shown(v, r) for v, r in zip(y, reach, strict=True)]
+    label = metric.heading.replace(metric.words, f'{metric.words} on {label}', 1)
     edge = edges(grid, pts[best])
     if len(grid) > 1: return _map(grid, pts, y, pts[best], edge, metric)
     if None in map(_number, values):
@@ -334,7 +334,7 @@ def _list(grid, results, best, validation, metrics):
             *(m.text(r.get(m.name), 1) for m in others[:1]),
         ]
     print_table(
-        [*grid, first.name, '[95 %]', *(m.name.replace('_', ' ') for m in others[:1])],
+        [*grid, first.name, '[95 %]', *(m.words for m in others[:1])],
         [line(i) for i in order],
         title=f'on {validation}',
         bold=[list(order).index(best)],
@@ -413,5 +413,5 @@ def _choice(facts, metric):
     met = ', '.join(f'{n:,} of {t}' for t, n in facts['meets'].items() if n)
     test = f'; test examples among those to choose on: {met}' if met else ''
     value, ends = metric.text(facts[metric.name], 1), metric.interval_text(facts['low'], facts['high'], 1)
-    unit = metric.unit or metric.name.replace('_', ' ')
+    unit = metric.unit or metric.words
     return f'chosen   {chosen} with {value} {ends} {unit} on {facts["validation"]}{beyond}{test}'

@@ -42,10 +42,11 @@ class Metric:
             if (got := getattr(self, key)) not in valid:
                 raise FusionError(f'expected `{key}` of {self.name} in {valid}, got {got!r}')
     @property
+    def words(self) -> str: return self.name.replace('_', ' ')
+    @property
     def label(self) -> str:
         "The name with its unit, for an axis or a heading."
-        name = self.name.replace('_', ' ')
-        return f'{name} in {self.unit}' if self.unit else name
+        return f'{self.words} in {self.unit}' if self.unit else self.words
     @property
     def heading(self) -> str:
         "The label, with a word where smaller is better."
@@ -65,6 +66,7 @@ def _sources(clusters, n):
     count = int(at.max()) + 1
     return at.reshape(-1), (count if count >= FEW or count == n else None)
 
+# %% ../../nbs/40_metrics/01b_metric.ipynb #544b2925
 def _of_mean(x, clusters):
     "Interval of the mean of scores (N,); (None, None) where there are too few."
     from scipy.stats import t
@@ -74,11 +76,13 @@ def _of_mean(x, clusters):
     half = t.ppf(.975, count - 1) * (count / (count - 1) * np.sum(apart**2))**.5 / len(x)
     return x.mean() - half, x.mean() + half
 
+# %% ../../nbs/40_metrics/01b_metric.ipynb #882dae6c
 def _of_proportion(x, clusters):
     "Wilson's interval by the effective size."
     size = effective_size(x > 0, clusters)
     return (None, None) if size is None else wilson(int(x.sum()) / len(x) * size, size)
 
+# %% ../../nbs/40_metrics/01b_metric.ipynb #33397592
 def _resampled(statistic, answers, clusters, draws=1000):
     "Percentiles of the statistic over resampled examples, or sources (Efron, 1979)."
     n, rng = len(next(iter(answers.values()))), np.random.default_rng(0)
@@ -93,7 +97,8 @@ def _resampled(statistic, answers, clusters, draws=1000):
 
 # %% ../../nbs/40_metrics/01b_metric.ipynb #d2c8c712
 def _scores(metric, answers):
-    if metric.scores is None: raise FusionError(f'expected a mean over examples, got `{metric.name}`, which is none')
+    if metric.scores is None:
+        raise FusionError(f'expected a mean over examples, got `{metric.name}`, which is none')
     if metric.scores == 'correct' and 'correct' not in answers:
         return (np.asarray(answers['predictions']) == np.asarray(answers['labels'])).astype(np.float64)
     if metric.scores not in answers:
@@ -101,12 +106,14 @@ def _scores(metric, answers):
                           f'{", ".join(_vectors(answers))}')
     return np.asarray(answers[metric.scores], np.float64)
 
+# %% ../../nbs/40_metrics/01b_metric.ipynb #a3136571
 def _value(metric, answers):
     if metric.statistic: return float(metric.statistic(answers))
     x = _scores(metric, answers)
     if metric.interval == 'proportion': return int(x.sum()) / len(x)
     with np.errstate(over='ignore'): return float(_LINKS[metric.link](x.mean()))
 
+# %% ../../nbs/40_metrics/01b_metric.ipynb #119a8b5c
 def _ends(metric, answers, clusters):
     "The interval, as two numbers or None."
     if metric.interval is None: found = None, None
@@ -125,6 +132,7 @@ def examples(self:Metric,
     "The scores whose mean the metric is, before its link."
     return _scores(self, answers)
 
+# %% ../../nbs/40_metrics/01b_metric.ipynb #8ce43223
 @patch
 def through_link(self:Metric,
     means, # of scores, any shape
@@ -132,6 +140,7 @@ def through_link(self:Metric,
     "Means of scores as values."
     with np.errstate(over='ignore'): return _LINKS[self.link](np.asarray(means, np.float64))
 
+# %% ../../nbs/40_metrics/01b_metric.ipynb #90359873
 @patch
 def row(self:Metric,
     answers:Mapping, # numpy vectors (N,), as from a task pool's `predict`; what is no vector is left out
@@ -181,6 +190,7 @@ def share(self:Metric,
     over, under = (value, expert) if self.higher_is_better else (expert, value)
     return None if not under or under < 0 or over is None else normalised(over, under)
 
+# %% ../../nbs/40_metrics/01b_metric.ipynb #13b4cdbd
 @patch
 def text(self:Metric,
     value:float|None, # nothing for None

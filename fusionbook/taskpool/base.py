@@ -120,7 +120,8 @@ def _score(logits, labels, task):
     p = logits.double().softmax(1)
     sure, of_right = (p.gather(1, k[:, None])[:, 0] for k in (predictions, labels))
     briers = (p * p).sum(1) - 2 * of_right + 1
-    found = dict(labels=labels, predictions=predictions, losses=losses.double(), confidences=sure, briers=briers)
+    found = dict(labels=labels, predictions=predictions, losses=losses.double())
+    found |= dict(confidences=sure, briers=briers)
     return {k: v.numpy() for k, v in found.items()}
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #0f3bc88b
