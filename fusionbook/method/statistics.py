@@ -38,6 +38,11 @@ def _reader(module):
     return _convolution if isinstance(module, nn.Conv2d) else None
 
 # %% ../../nbs/60_method/02_statistics.ipynb #b02132dd
+def _input_axis(module):
+    "The axis of the weight that the rows meet: 1, but 0 for transformers' Conv1D, whose weight lies the other way."
+    return 0 if type(module).__name__ == 'Conv1D' else 1
+
+# %% ../../nbs/60_method/02_statistics.ipynb #c44320c8
 def rows_read(
     module:nn.Module, # a linear layer, transformers' Conv1D or a convolution
     x:Tensor,         # its input
@@ -100,7 +105,7 @@ def collect(
     forward:Callable=None,  # (network, batch) -> anything; `network(batch)` when None
     dtype:torch.dtype=torch.float64, # of the sums
     label:str='statistics', # for the progress bar
-) -> dict[str, Tensor]:     # `gram/layer.weight` -> statistic, on the processor; `rows/layer.weight` -> how many rows, int64
+) -> dict[str, Tensor]:     # `gram/layer.weight` -> statistic, on the processor; `rows/layer.weight` -> how many rows; `input_axis/…`
     "Sums over what every matrix of a network reads."
     for kind in kinds: check_known([kind], KINDS, 'the kinds of statistics')
     modules = matrix_modules(network, include)
@@ -111,7 +116,8 @@ def collect(
     heard = {name: s for name, s in sums.items() if s.count}
     if not heard: raise FusionError('expected batches that reach at least one matrix, got none')
     found = {f'{kind}/{n}.weight': s.statistic(kind).cpu() for n, s in heard.items() for kind in kinds}
-    return found | {f'rows/{n}.weight': torch.tensor(s.count) for n, s in heard.items()}
+    found |= {f'rows/{n}.weight': torch.tensor(s.count) for n, s in heard.items()}
+    return found | {f'input_axis/{n}.weight': torch.tensor(_input_axis(modules[n])) for n in heard}
 
 # %% ../../nbs/60_method/02_statistics.ipynb #d01acbe4
 def save_statistics(

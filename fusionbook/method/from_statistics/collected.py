@@ -13,9 +13,11 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 from ...core.cached import remembered
+from ...core.checkpoint import Checkpoint
 from ...core.errors import FusionError, check_known
 from ...core.identity import text_hash
 from ...core.stamped import cache_folder
+from ...core.state_dict import StateDict, content_hash
 from ..base import BaseAlgorithm, at_least, check_fields
 from ..neurons import CALIBRATION_SPLITS, load_network
 
@@ -64,6 +66,14 @@ def _rows_hash(batches):
             digest.update(x.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
+# %% ../../../nbs/65_statistics/01_collected.ipynb #5919d1d2
+def _from_disk(path, tensors):
+    "The same tensors, lazy, where the file holds them."
+    try:
+        kept = Checkpoint(path)
+        return kept if content_hash(kept) == content_hash(tensors) else tensors
+    except (FusionError, OSError): return tensors
+
 # %% ../../../nbs/65_statistics/01_collected.ipynb #6d65da5d
 def expert_statistics(
     method,              # with `data`, `batch_size`, `seed`, `device`
@@ -75,7 +85,7 @@ def expert_statistics(
     labels:bool=False,   # batches are pairs of inputs and classes
     code:Sequence[str]=(), # modules whose text decides what `compute` gives
     **settings,          # further numbers that decide, as JSON values
-) -> dict[str, Tensor]:  # from the cache where it is there
+) -> StateDict:           # name -> tensor, read from the cache when it is asked for
     "Numbers that one expert's network gives on inputs of its task."
     def batches(): return task_batches(method, pool, task, samples, labels)
     key = dict(
@@ -89,4 +99,5 @@ def expert_statistics(
         network = load_network(pool, task).to(method.device)
         def moved(x): return tuple(map(moved, x)) if isinstance(x, tuple) else x.to(method.device)
         return compute(network, map(moved, batches()))
-    return remembered(cache_folder()/'statistics'/f'{name}.safetensors', run, kind=kind, key=key)
+    path = cache_folder()/'statistics'/f'{name}.safetensors'
+    return _from_disk(path, remembered(path, run, kind=kind, key=key))
