@@ -32,7 +32,15 @@ def of_fusionbench(
     return target.startswith('fusion_bench.') or '.' not in target and target.endswith('Algorithm')
 
 # %% ../../nbs/00_core/07_legacy.ipynb #27187fb5
-_SAME = {'EnsembleAlgorithm': 'SimpleEnsemble'} | dict.fromkeys(
+_SAME = {
+    'EnsembleAlgorithm': 'SimpleEnsemble',
+    'FisherMergingForCLIPVisionModel': 'FisherMerging',
+    'FisherMergingAlgorithmForGPT2': 'FisherMerging',
+    'RegMeanAlgorithmForCLIP': 'RegMean',
+    'RegMeanAlgorithmForGPT2': 'RegMeanForGPT2',
+    'RegMeanAlgorithmForCLIPPlusPlus': 'RegMeanPlusPlus',
+    'TaskArithmeticWithTrustRegionForCLIP': 'TaskArithmeticWithTrustRegion',
+} | dict.fromkeys(
     (
         'SparseWEMoECLIPVisionModelTaskPool',
         'RankoneWEMoECLIPVisionModelTaskPool',

@@ -6,8 +6,8 @@
 __all__ = ['PER_CHUNK', 'KINDS_OF_FISHER', 'squared_gradients', 'diagonal_fisher', 'fisher_merging', 'norm_coefficients',
            'FisherMerging']
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #ca4e15c8
-import re, warnings
+# %% ../../../nbs/65_statistics/fisher.ipynb #08930386
+import math, re, warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 import torch
@@ -21,7 +21,7 @@ from ...core.state_dict import StateDict
 from ..base import at_least
 from .collected import StatisticsMethod, expert_statistics
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #279f1e3b
+# %% ../../../nbs/65_statistics/fisher.ipynb #a26d2f64
 class _Headed(nn.Module):
     "A network with a task's head: inputs (n, …) -> log-probabilities (n, C)."
     def __init__(self, network, head):
@@ -29,7 +29,7 @@ class _Headed(nn.Module):
         self.network, self.head = network, head
     def forward(self, x): return self.head(self.network, x).float().log_softmax(-1)
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #994a002c
+# %% ../../../nbs/65_statistics/fisher.ipynb #fbed0bdd
 PER_CHUNK = 1 << 25 # numbers of all gradients that are held at one time: 128 MB of float32
 
 def _gradients(headed, parameters, x, choice):
@@ -40,7 +40,7 @@ def _gradients(headed, parameters, x, choice):
         warnings.filterwarnings('ignore', message='There is a performance drop')
         return vmap(grad(value), (None, 0, 0))(parameters, x, choice)
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #770f3634
+# %% ../../../nbs/65_statistics/fisher.ipynb #e03273a8
 def squared_gradients(
     network:nn.Module, # in evaluation mode
     head:Callable,     # (network, inputs) -> logits (n, C)
@@ -60,7 +60,7 @@ def squared_gradients(
             total[k] += torch.tensordot(counts, g.double().square(), 1)
     return {k.removeprefix('network.'): v for k, v in total.items() if k.startswith('network.')}
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #5171be96
+# %% ../../../nbs/65_statistics/fisher.ipynb #a59f982c
 KINDS_OF_FISHER = ('sampled', 'expected', 'empirical', 'fusion_bench')
 
 def _label_weights(kind, probabilities, labels, seed, task, start):
@@ -71,7 +71,7 @@ def _label_weights(kind, probabilities, labels, seed, task, start):
         labels = (probabilities.cumsum(1) < u[:, None]).sum(1).clamp(max=probabilities.shape[1] - 1)
     return nn.functional.one_hot(labels.to(probabilities.device), probabilities.shape[1]).float()
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #7eb6e867
+# %% ../../../nbs/65_statistics/fisher.ipynb #38d40935
 def _of_batch(network, head, x):
     "FusionBench's number for one batch: the square of one gradient."
     log_p = _Headed(network, head)(x)
@@ -80,7 +80,7 @@ def _of_batch(network, head, x):
     found = torch.autograd.grad(value, parameters, allow_unused=True)
     return {k: g.double().square() for k, g in zip(names, found, strict=True) if g is not None}
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #a5d18229
+# %% ../../../nbs/65_statistics/fisher.ipynb #1424a4d1
 def diagonal_fisher(
     network:nn.Module,  # in evaluation mode
     head:Callable,      # (network, inputs) -> logits (n, C)
@@ -101,7 +101,7 @@ def diagonal_fisher(
         count += len(x)
     return {k: (v / count).float().cpu() for k, v in total.items()}
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #78b5a1bc
+# %% ../../../nbs/65_statistics/fisher.ipynb #47d0b49c
 def fisher_merging(
     experts:Sequence[StateDict], # T state dicts
     fishers:Sequence[Mapping],   # T mappings parameter -> F, in its shape
@@ -133,7 +133,7 @@ def norm_coefficients(
     inverse = [1 / (n + 1e-6) for n in lengths]
     return [x / sum(inverse) for x in inverse]
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #f61cfaec
+# %% ../../../nbs/65_statistics/fisher.ipynb #112330ad
 def _excluded(names, patterns):
     "Names that a regular expression finds."
     try: found = [re.compile(p) for p in patterns]
@@ -141,7 +141,7 @@ def _excluded(names, patterns):
         raise FusionError(f'expected `exclude_param_names_regex` as regular expressions, got {e}') from None
     return [n for n in names if any(p.search(n) for p in found)]
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #ebf1154c
+# %% ../../../nbs/65_statistics/fisher.ipynb #267308b5
 @dataclass
 class FisherMerging(StatisticsMethod):
     "Fisher merging: the mean of experts, each weight by its certainty (Matena and Raffel, 2022)."
@@ -182,7 +182,7 @@ class FisherMerging(StatisticsMethod):
             device=self.device,
         )
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #9420227d
+# %% ../../../nbs/65_statistics/fisher.ipynb #7d8fac41
 def _expert_fisher(method, pool, task):
     "The Fisher information of one expert on inputs of its task."
     head = pool.logits(task)
