@@ -5,18 +5,16 @@
 # %% auto #0
 __all__ = ['elected_vector', 'EMRMerging']
 
-# %% ../../../nbs/63_task_vector/emr.ipynb #eb8e6003
-from collections.abc import Callable, Sequence
+# %% ../../../nbs/63_task_vector/emr.ipynb #58a4dc8c
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
-from ...core.entries import Entry
 from ...core.errors import FusionError
 from ..base import BaseAlgorithm, check_fields
 from .elect import disjoint_merge, elect_sign
 from .switch import switching
 
-# %% ../../../nbs/63_task_vector/emr.ipynb #7190cae0
+# %% ../../../nbs/63_task_vector/emr.ipynb #ff081313
 def elected_vector(
     tau:Tensor,  # task vectors, (T, n)
     *, tie:str,  # where the sum is zero: `minus` or `plus`
@@ -26,7 +24,7 @@ def elected_vector(
     vector = disjoint_merge(tau, sign, torch.ones(len(tau), device=tau.device), how='max')
     return vector, tau * vector > 0
 
-# %% ../../../nbs/63_task_vector/emr.ipynb #1f8cc2bb
+# %% ../../../nbs/63_task_vector/emr.ipynb #d1429d7e
 @dataclass
 class EMRMerging(BaseAlgorithm):
     "Elect a vector, mask it for each task, rescale (Huang et al., 2024)."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['task_masks', 'consensus', 'TallMaskTaskArithmetic', 'ConsensusTaskArithmetic', 'ConsensusTies']
 
-# %% ../../../nbs/63_task_vector/tall_mask.ipynb #94617919
-from collections.abc import Callable, Mapping, Sequence
+# %% ../../../nbs/63_task_vector/tall_mask.ipynb #1610b6dd
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .elect import check_choices, election
 from .sparsify import kept_share
 from .switch import switching
 
-# %% ../../../nbs/63_task_vector/tall_mask.ipynb #0c7d771b
+# %% ../../../nbs/63_task_vector/tall_mask.ipynb #31d221c1
 def task_masks(
     tau:Tensor,    # task vectors, (T, n)
     merged:Tensor, # τ_MTL, (n,)
@@ -32,7 +32,7 @@ def task_masks(
 
 def _summed(base, experts): return lambda e: e.tau.sum(0)
 
-# %% ../../../nbs/63_task_vector/tall_mask.ipynb #257f0658
+# %% ../../../nbs/63_task_vector/tall_mask.ipynb #2fed6aa6
 def consensus(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -48,7 +48,7 @@ def consensus(
         return vector.where(wanted >= agreeing, 0)
     return direction_of(f, base, experts, elementwise=True, device=device)
 
-# %% ../../../nbs/63_task_vector/tall_mask.ipynb #3d4a5187
+# %% ../../../nbs/63_task_vector/tall_mask.ipynb #789a8690
 def _limits(setting, pool):
     "λ_t in the order of the pool."
     read = PerTensor(setting, [''], pool.model_names, 'tall_mask_lambda')
@@ -57,7 +57,7 @@ def _limits(setting, pool):
         raise FusionError(f'expected `tall_mask_lambda` of at least 0 for each task, got {bad[0]!r}')
     return found
 
-# %% ../../../nbs/63_task_vector/tall_mask.ipynb #39d949f4
+# %% ../../../nbs/63_task_vector/tall_mask.ipynb #e9b2b84e
 @dataclass
 class TallMaskTaskArithmetic(BaseAlgorithm):
     "The sum of the task vectors, masked for each task (Wang et al., 2024)."
@@ -72,7 +72,7 @@ class TallMaskTaskArithmetic(BaseAlgorithm):
             return vector, task_masks(e.tau, vector, limits=limits)
         return switching(pool, lambda base, experts: masked, rescale='none', device=self.device)
 
-# %% ../../../nbs/63_task_vector/tall_mask.ipynb #2fc8dba9
+# %% ../../../nbs/63_task_vector/tall_mask.ipynb #306b39d0
 @dataclass
 class ConsensusTaskArithmetic(BaseAlgorithm):
     "The sum of the task vectors where at least two tasks want it (Wang et al., 2024)."
