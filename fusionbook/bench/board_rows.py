@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from .paired import paired
-from .report import average_interval, averages, spread
+from .rows import average_interval, averages, spread
 from .tuned import Benchmark, read_tested, with_values
 from ..core.errors import FusionError
 from ..method.base import BaseAlgorithm
@@ -55,9 +55,10 @@ def _rounded(x, digits=4):
 def _measured(tests):
     "Score, interval and cost of a method."
     rows, costs = _over_seeds(tests), [t.report['cost']['merging'] for t in tests]
-    means, (low, high) = averages(rows), average_interval(rows)
-    found = dict(score=means['accuracy'], low=low, high=high, sd=spread(rows)['average']['sd'])
-    found |= dict(normalised=means.get('normalised_accuracy'))
+    low, high = average_interval(rows, tests[0].report.primary)
+    means = averages(rows)
+    found = dict(score=means['value'], low=low, high=high, sd=spread(rows)['average']['sd'])
+    found |= dict(normalised=means.get('normalised'))
     seconds = sum(c['cpu_seconds'] for c in costs) / len(costs)
     memory = max(c['rise_mb'] for c in costs)
     return {k: _rounded(v) for k, v in found.items()} | dict(
@@ -107,16 +108,19 @@ def leads(
 ) -> list[dict]:            # over, difference, low, high, one a row but the last
     "How surely each method is ahead of the next."
     import numpy as np
-    def right(r):
+    def by_example(r):
         tests = [read_tested(folder, name) for name in r.get('cell', ())]
         if not tests or None in tests: return None
-        return {t: np.concatenate([x.right[t] for x in tests]) for t in tests[0].right}, tests[0].sources
-    known, found = [right(r) for r in rows], []
+        metric = tests[0].report.primary
+        if metric.scores is None: return None
+        scores = {t: np.concatenate([x.scores[t] for x in tests]) for t in tests[0].scores}
+        return scores, dict(clusters=tests[0].sources, metric=metric)
+    known, found = [by_example(r) for r in rows], []
     for i, (above, below) in enumerate(zip(rows, rows[1:])):
         gap = _rounded(above['score'] - below['score'])
         lead = dict(over=below['name'], difference=gap, low=None, high=None)
         if known[i] and known[i + 1]:
-            ends = paired(known[i + 1][0], known[i][0], clusters=known[i][1], draws=draws)['average']
+            ends = paired(known[i + 1][0], known[i][0], **known[i][1], draws=draws)['average']
             lead |= {k: _rounded(ends[k]) for k in ('low', 'high')}
         found.append(lead)
     return found
@@ -130,12 +134,11 @@ def references_of(
     tests = [read_tested(folder, r['cell'][0]) for r in rows if r.get('cell')]
     report = next((t.report for t in tests if t), None)
     if report is None: return {}
-    def facts(rows):
-        low, high = average_interval(rows)
-        found = dict(score=averages(rows)['accuracy'], low=low, high=high)
-        return {k: _rounded(v) for k, v in found.items()}
+    def facts(role):
+        mean = report.average(role)
+        return dict(score=_rounded(mean['value'])) | {k: _rounded(mean[k]) for k in ('low', 'high')}
     roles = dict(pretrained='pretrained', experts='expert')
-    return {n: facts(report.rows(role)) for n, role in roles.items() if report.rows(role)}
+    return {n: facts(role) for n, role in roles.items() if report.rows(role)}
 
 # %% ../../nbs/80_bench/98a_board_rows.ipynb #3ad7e63c
 def digest_text(

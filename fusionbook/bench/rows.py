@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'tidy_rows', 'declared_metrics', 'with_normalised', 'last_step', 'pooled', 'averages', 'average_interval',
-           'average_row', 'spread']
+           'average_row', 'means_of', 'spread']
 
 # %% ../../nbs/80_bench/00c_rows.ipynb #9c109599
 import math, re, statistics
@@ -120,6 +120,16 @@ def average_row(
     if several == 1: return head | dict(zip(('low', 'high'), average_interval(rows, metric), strict=True))
     ends = spread(rows)['average']
     return head | dict(low=ends['min'], high=ends['max'], models=several)
+
+# %% ../../nbs/80_bench/00c_rows.ipynb #4aa43a4d
+def means_of(
+    rows:Sequence[Mapping],    # merged rows, of all metrics
+    metrics:Sequence[Metric],  # the first one is primary
+) -> dict: # name of each metric -> mean over tasks, None where it is unknown; low, high of the primary one
+    "What a choice is made by."
+    def of(metric): return last_step([r for r in rows if r['metric'] == metric.name])
+    found = {m.name: averages(of(m)).get('value') for m in metrics}
+    return found | dict(zip(('low', 'high'), average_interval(of(metrics[0]), metrics[0]), strict=True))
 
 # %% ../../nbs/80_bench/00c_rows.ipynb #836cb0b9
 def spread(

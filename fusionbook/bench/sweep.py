@@ -19,7 +19,7 @@ from .directions import Directions
 from .experiment import parsed
 from .meeting import check_apart
 from .report import Report
-from .rows import average_interval, averages, last_step
+from .rows import means_of
 from .run import merged_model, merged_rows
 from .unbuilt import float_type
 from .seeded import seeded
@@ -243,10 +243,7 @@ def score(
             'expected a validation task pool with tasks and a method that makes a network, got nothing to '
             'score'
         )
-    def of(metric): return last_step([r for r in rows if r['metric'] == metric.name])
-    ends = average_interval(of(taskpool.primary), taskpool.primary)
-    means = {m.name: averages(of(m)).get('value') for m in taskpool.metrics}
-    return means | dict(zip(('low', 'high'), ends, strict=True)) | dict(rows=rows)
+    return means_of(rows, taskpool.metrics) | dict(rows=rows)
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #9574e394
 _OUTPUTS = (

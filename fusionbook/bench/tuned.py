@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from .compare import correct, sources
+from .compare import example_scores, sources
 from .directions import Directions
 from .experiment import parsed
-from .report import Report, average_interval, averages
+from .report import Report
+from .rows import means_of
 from .run import cached_predictions, fusion, merged_model, merged_rows
 from .seeded import seeded
-from .sweep import axis, choose, edges, points
+from .sweep import axis, edges, points
 from ..core.cached import read_kept, read_record, write_kept, write_record
 from ..core.errors import FusionError
 from ..core.identity import code_hash, identity, network_facts
@@ -31,7 +32,7 @@ from ..core.stamped import cache_folder
 from ..core.state_dict import content_hash
 from ..method.base import BaseAlgorithm
 from ..modelpool.base import BaseModelPool
-from ..taskpool.base import BaseTaskPool, row
+from ..taskpool.base import BaseTaskPool, metric_rows
 
 # %% ../../nbs/80_bench/07c_tuned.ipynb #31bebf2e
 def tune_grid(
@@ -54,12 +55,12 @@ def _together(pts):
     keys = [json.dumps({k: v for k, v in p.items() if k != 'scaling_factor'}) for p in pts]
     return sorted(range(len(pts)), key=lambda i: (keys.index(keys[i]), i))
 
-def _best(tried): return tried[choose([s for _, s in tried])][0]
+def _best(tried): return max(tried, key=lambda found: found[1])[0] # the first of equals
 
 # %% ../../nbs/80_bench/07c_tuned.ipynb #82fd804a
 def search(
     grid:Mapping[str, Sequence[str]],  # field -> values
-    score:Callable[[Sequence[Mapping]], Sequence[float]], # points -> their scores
+    score:Callable[[Sequence[Mapping]], Sequence[float]], # points -> their scores, larger is better
     *, limit:int, # of the points that are tried in every combination
 ) -> list[tuple[dict, float]]: # points and scores; a point holds the fields that it sets
     "Every combination of the values; one field after another where these are more than `limit`."
@@ -166,34 +167,42 @@ def scored(self:Benchmark,
     method:BaseAlgorithm,
     taskpool:BaseTaskPool,  # validation tasks
     directions:Directions,  # where points that differ in `scaling_factor` alone find what they share
-) -> dict:                  # accuracy and its interval low..high, loss, rows
+) -> dict:                  # mean of each metric by its name, interval low..high of the primary one, rows
     "The score of a method, from its cell where it is known."
     key = self.key(method, taskpool)
     file = self.folder/f'{cell_name(key)}.json'
     if found := read_record(file, kind='board point', key=key): return found['content']
     model = merged_model(directions.lend(method, self.pool), self.pool.attach(taskpool))
-    rows = [head | row(found) for head, found in merged_rows(model, taskpool, device=self.device)]
+    rows = [
+        head | r
+        for head, found in merged_rows(model, taskpool, device=self.device)
+        for r in metric_rows(found, taskpool.metrics)
+    ]
     if not rows: raise FusionError('expected a method that makes a network, got nothing to score')
-    low, high = average_interval(rows)
-    found = averages(rows) | dict(low=low, high=high, rows=rows)
+    found = means_of(rows, taskpool.metrics) | dict(rows=rows)
     write_record(file, found, kind='board point', key=key)
     return found
 
 # %% ../../nbs/80_bench/07c_tuned.ipynb #93651a6e
 def _scores(bench, method, taskpool, pts, failed):
-    "Scores of points in their order; -inf where a point failed."
+    "What points score, in their order; nothing where a point failed."
     found = {}
     with Directions() as directions:
         for i in track(_together(pts), f'{type(method).__name__}, {len(pts)} points'):
             try: found[i] = bench.scored(with_values(method, pts[i]), taskpool, directions)
             except FusionError as e: failed.append(e)
-    nothing = dict(accuracy=-math.inf)
-    return [found.get(i, nothing) for i in range(len(pts))]
+    return [found.get(i, {}) for i in range(len(pts))]
+
+def _oriented(taskpool, found):
+    "A score of which the larger is better; -inf where there is none."
+    value = found.get(taskpool.primary.name)
+    return -math.inf if value is None else taskpool.primary.sign * value
 
 # %% ../../nbs/80_bench/07c_tuned.ipynb #68caa080
 def _screened(bench, method, grid, failed):
     "The points that deserve all of the validation data."
-    def on_screen(pts): return [s['accuracy'] for s in _scores(bench, method, bench.screen, pts, failed)]
+    def on_screen(pts):
+        return [_oriented(bench.screen, s) for s in _scores(bench, method, bench.screen, pts, failed)]
     tried = search(grid, on_screen, limit=bench.limit)
     order = sorted(range(len(tried)), key=lambda i: (-tried[i][1], i))[:bench.finalists]
     return [tried[i][0] for i in sorted(order)], len(tried)
@@ -205,7 +214,7 @@ class Choice:
     values: dict = field(default_factory=dict)  # field -> chosen value as typed; empty where nothing is chosen
     edge: list = field(default_factory=list)    # fields that were chosen at the end of their range
     tried: int = 0                              # points
-    points: list = field(default_factory=list)  # on all validation data: (point, accuracy, low, high, loss, rows)
+    points: list = field(default_factory=list)  # on all validation data: (point, its `scored`)
 
 # %% ../../nbs/80_bench/07c_tuned.ipynb #9c005869
 @patch
@@ -218,7 +227,7 @@ def chosen(self:Benchmark,
     def on_all(pts):
         found = _scores(self, method, self.validation, pts, failed)
         kept.update({json.dumps(p): s for p, s in zip(pts, found, strict=True)})
-        return [s['accuracy'] for s in found]
+        return [_oriented(self.validation, s) for s in found]
     few = math.prod(map(len, grid.values())) <= self.finalists
     if self.screen is None or few:
         tried = search(grid, on_all, limit=self.limit)
@@ -227,17 +236,19 @@ def chosen(self:Benchmark,
         pts, count = _screened(self, method, grid, failed)
         tried = list(zip(pts, on_all(pts), strict=True))
     best = _best(tried)
-    if kept[json.dumps(best)]['accuracy'] == -math.inf: raise failed[0]
+    if not kept[json.dumps(best)]: raise failed[0]
     scored = [(p, kept[json.dumps(p)]) for p, s in tried if s > -math.inf]
     edge = [k for k in best if edges({k: grid[k]}, {k: best[k]})]
     return Choice(with_values(method, best), best, edge, count, scored)
 
 # %% ../../nbs/80_bench/07c_tuned.ipynb #948b822e
-def _right(report):
-    "Which test examples the model got right, and the source of each where examples share some."
-    right = {f'right/{t}': torch.from_numpy(x.astype(np.uint8)) for t, x in correct(report).items()}
+def _by_example(report):
+    "What the primary metric is the mean of, and the source of each example where they share some."
+    kind = np.uint8 if report.primary.interval == 'proportion' else np.float32
+    found = {} if report.primary.scores is None else example_scores(report)
+    scores = {f'scores/{t}': torch.from_numpy(x.astype(kind)) for t, x in found.items()}
     shared = {f'source/{t}': torch.from_numpy(np.asarray(c)) for t, c in sources(report).items()}
-    return right | shared
+    return scores | shared
 
 def _answers(tensors, part):
     names = {k: k.removeprefix(f'{part}/') for k in tensors}
@@ -247,7 +258,7 @@ def _answers(tensors, part):
 class Tested:
     "A test cell."
     report: Report  # without the answers
-    right: dict     # task -> right or wrong (S, N), one line a model
+    scores: dict    # task -> such as right (1) or wrong (0), (S, N), one line a model; empty where the metric is no mean
     sources: dict   # task -> source of each example, where they share sources
     name: str       # of the cell
 
@@ -259,7 +270,7 @@ def read_tested(
     "A test result that was kept."
     kept = read_kept(Path(folder)/f'{name}.safetensors', kind='board test')
     if not kept: return None
-    parts = (_answers(kept.tensors, part) for part in ('right', 'source'))
+    parts = (_answers(kept.tensors, part) for part in ('scores', 'source'))
     return Tested(Report(kept.facts), *parts, name)
 
 @patch
@@ -274,7 +285,7 @@ def tested(self:Benchmark,
     if found := read_tested(self.folder, name): return found
     report = fusion(method, self.pool, self.test, seed=seed, device=self.device)
     if not report.rows('merged'): raise FusionError('expected a method that makes a network, got none')
-    tensors, facts = _right(report), {k: v for k, v in report.items() if k not in ('adaptation', 'returned')}
+    tensors, facts = _by_example(report), {k: v for k, v in report.items() if k not in ('adaptation', 'returned')}
     write_kept(self.folder/f'{name}.safetensors', tensors, kind='board test', key=key, facts=facts)
     return read_tested(self.folder, name)
 
