@@ -13,8 +13,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-import numpy as np
-import torch
+import numpy as np, torch
 from fastcore.basics import patch
 from .compare import example_scores, sources
 from .directions import Directions
@@ -285,7 +284,8 @@ def tested(self:Benchmark,
     if found := read_tested(self.folder, name): return found
     report = fusion(method, self.pool, self.test, seed=seed, device=self.device)
     if not report.rows('merged'): raise FusionError('expected a method that makes a network, got none')
-    tensors, facts = _by_example(report), {k: v for k, v in report.items() if k not in ('adaptation', 'returned')}
+    tensors = _by_example(report)
+    facts = {k: v for k, v in report.items() if k not in ('adaptation', 'returned')}
     write_kept(self.folder/f'{name}.safetensors', tensors, kind='board test', key=key, facts=facts)
     return read_tested(self.folder, name)
 
