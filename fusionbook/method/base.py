@@ -11,7 +11,7 @@ import math, warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 import torch
 from ..core.config import BaseYAMLSerializable, public_name, published
@@ -125,7 +125,7 @@ def check_fields(
                 f'expected `{f.name}` as a list of texts{", at least one" * bool(f.default)}, got '
                 f'{value!r:.60}'
             )
-        if kind == 'int' and not isinstance(value, Integral): setattr(method, f.name, int(value))
+        if kind == 'int' and isinstance(value, float): setattr(method, f.name, int(value))
         if f.name == 'device': _device(value)
 
 # %% ../../nbs/60_method/00_base.ipynb #791b651d

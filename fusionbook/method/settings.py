@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weights_for', 'weights_at']
 
-# %% ../../nbs/60_method/08_settings.ipynb #2e904c07
+# %% ../../nbs/60_method/08_settings.ipynb #4f3a45db
 from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..core.per_tensor import PerTensor, every_number, numeric_setting
 from ..core.state_dict import StateDict, meta
 from .base import expert_weights
 
-# %% ../../nbs/60_method/08_settings.ipynb #e814b228
+# %% ../../nbs/60_method/08_settings.ipynb #1c811c2f
 def _all_alike(weights):
     "Whether this is one list of name filters for all experts."
     return bool(weights) and all(isinstance(w, Mapping) and 'value' in w for w in weights)
@@ -29,7 +29,7 @@ def _listed(weights, names):
     if isinstance(weights, (list, tuple)) and _all_alike(weights): return [list(weights)] * len(names)
     return weights
 
-# %% ../../nbs/60_method/08_settings.ipynb #362db0c4
+# %% ../../nbs/60_method/08_settings.ipynb #3db23d33
 def weights_for(
     weights,              # in one of the forms of the table; equal ones when None
     base:StateDict,       # the tensors that it is about

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['linear_interpolation', 'LinearInterpolation']
 
-# %% ../../../nbs/62_average/linear_interpolation.ipynb #0ecc401e
+# %% ../../../nbs/62_average/linear_interpolation.ipynb #bec4abfd
 from collections.abc import Callable
 from dataclasses import dataclass
 from ...core.engine import map_tensors
@@ -13,7 +13,7 @@ from ...core.per_tensor import numeric_setting
 from ...core.state_dict import StateDict
 from .pair import PairMethod
 
-# %% ../../../nbs/62_average/linear_interpolation.ipynb #18c3c67b
+# %% ../../../nbs/62_average/linear_interpolation.ipynb #0df9a2bc
 def linear_interpolation(
     a:StateDict, b:StateDict,  # two state dicts with the same names and shapes
     *, t:float|Callable,       # share of b; or a function from a tensor's name to it
@@ -26,7 +26,7 @@ def linear_interpolation(
         return (1 - share) * e.experts[0] + share * e.experts[1]
     return map_tensors(f, None, [a, b], like=like, elementwise=True, device=device)
 
-# %% ../../../nbs/62_average/linear_interpolation.ipynb #29b1973d
+# %% ../../../nbs/62_average/linear_interpolation.ipynb #4373e9e4
 @dataclass
 class LinearInterpolation(PairMethod):
     "A point on the straight line between two models."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['multislerp_coefficients', 'multislerp', 'MultiSlerp']
 
-# %% ../../../nbs/62_average/multislerp.ipynb #14d881f1
+# %% ../../../nbs/62_average/multislerp.ipynb #141025e4
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import torch
@@ -16,7 +16,7 @@ from .combination import combination, length_of
 from ..base import BaseAlgorithm, check_fields
 from ..settings import weights_for
 
-# %% ../../../nbs/62_average/multislerp.ipynb #3855ba82
+# %% ../../../nbs/62_average/multislerp.ipynb #efb8b642
 def multislerp_coefficients(
     G:Tensor,        # inner products, (T, T)
     *, weights:Sequence[float], # w, (T,)
@@ -45,7 +45,7 @@ def multislerp(
         return multislerp_coefficients(G, weights=w, epsilon=epsilon) if G.any() else torch.zeros(len(G))
     return combination(base, experts, coefficients, like=like, device=device)
 
-# %% ../../../nbs/62_average/multislerp.ipynb #38362fa4
+# %% ../../../nbs/62_average/multislerp.ipynb #4e6a1d87
 @dataclass
 class MultiSlerp(BaseAlgorithm):
     "Mean direction of the task vectors, or of the models where there is no base, at their mean length."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['turn', 'nuslerp', 'NuSlerp']
 
-# %% ../../../nbs/62_average/nuslerp.ipynb #e3627226
+# %% ../../../nbs/62_average/nuslerp.ipynb #a4349291
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import torch
@@ -17,7 +17,7 @@ from .combination import combination
 from ..base import BaseAlgorithm, check_fields
 from ..settings import weights_for
 
-# %% ../../../nbs/62_average/nuslerp.ipynb #f545ca7b
+# %% ../../../nbs/62_average/nuslerp.ipynb #7c7077e0
 def turn(
     products:Tensor, # inner products <x,x>, <x,y>, <y,y>, (3, …)
     *, t:float,      # share of y
@@ -33,7 +33,7 @@ def turn(
         torch.full_like(angle, s).where(flat, torch.sin(s * angle) / sine) for s in (1 - t, t)
     ])
 
-# %% ../../../nbs/62_average/nuslerp.ipynb #dbd1e975
+# %% ../../../nbs/62_average/nuslerp.ipynb #6ee3aacc
 def nuslerp(
     base:StateDict|None,         # θ₀; the experts themselves are turned when None
     experts:Sequence[StateDict], # two models with the same names and shapes
@@ -58,7 +58,7 @@ def nuslerp(
         return c * x + d * y if base is None else e.base + c * x + d * y
     return map_tensors(f, base, experts, like=like, device=device)
 
-# %% ../../../nbs/62_average/nuslerp.ipynb #279fc931
+# %% ../../../nbs/62_average/nuslerp.ipynb #bb04824a
 @dataclass
 class NuSlerp(BaseAlgorithm):
     "Spherical interpolation of two task vectors, or of two models where there is no base."
