@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict
-from .by_matrix import MatrixMethod, SideBySide, by_matrix, held_bytes, orthogonal_sum
+from .by_matrix import MatrixMethod, SideBySide, by_matrix
+from .by_matrix import held_bytes, orthogonal_sum
 from .spectrum import FLOAT32, leading
 
 # %% ../../../nbs/64_subspace/iso_cts.ipynb #dd3dec6f

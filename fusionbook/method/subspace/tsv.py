@@ -14,7 +14,8 @@ from torch import Tensor
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from ..base import expert_weights
-from .by_matrix import MatrixMethod, SideBySide, by_matrix, held_bytes, orthogonal_sum
+from .by_matrix import MatrixMethod, SideBySide, by_matrix
+from .by_matrix import held_bytes, orthogonal_sum
 from .spectrum import FLOAT32, Triplets, leading
 
 # %% ../../../nbs/64_subspace/tsv.ipynb #dc6e9236
