@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stages', 'RegMeanPlusPlus']
 
-# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #d67b10c2
+# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #e9448413
 from dataclasses import dataclass
 from functools import partial
 from torch import nn
@@ -16,9 +16,8 @@ from .collected import task_batches
 from .least_squares import GramMethod
 from ..neurons import load_network
 from ..statistics import collect, matrix_modules
-from ...modelpool.base import fill
 
-# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #6115839f
+# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #2de7fa63
 def stages(
     network:nn.Module, # any network
 ) -> list[tuple]:      # (stack, number) of a layer and the names of its matrices, in order; (None, names) for what stands behind
@@ -30,7 +29,7 @@ def stages(
         else: found.append((layer, [name]))
     return found[1:] if len(found) > 1 and found[0][0] is None else found
 
-# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #a3088b82
+# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #0129202d
 class _Reached(Exception): "The layer that was asked for has answered; the rest of the network need not."
 
 def _until(network, layer):
@@ -50,11 +49,11 @@ def _read_by(network, layer, names, batches, head, label):
     finally:
         if handle: handle.remove()
 
-# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #4b5760f0
+# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #774e433f
 def _arriving(method, pool, task, merged, layer, names):
     "Gram matrices of one expert's layer behind the merged ones."
     network = load_network(pool, task).to(method.device)
-    fill(network, merged)
+    network.load_state_dict(merged, strict=False) # those merged so far; the rest is the expert's own
     batches = (x.to(method.device) for x in task_batches(method, pool, task, method.num_regmean_examples))
     return _read_by(network, layer, names, batches, pool.logits(task), f'inputs of {task}')
 
@@ -63,7 +62,7 @@ def _tensors_of(layer, modules, names):
     if layer is None: return [n for n in names if n.rpartition('.')[0] in modules]
     return [n for n in names if layer_of(n) == layer]
 
-# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #b0df9bbe
+# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #cdd356b1
 @dataclass
 class RegMeanPlusPlus(GramMethod):
     "RegMean++: least-squares means of matrices, each behind the layers merged before it (Nguyen et al., 2025)."
@@ -82,5 +81,5 @@ class RegMeanPlusPlus(GramMethod):
             merged |= {n: found[n] for n in names if n not in shared(like)}
         return Lazy({n: partial(merged.__getitem__, n) for n in merged}, meta(merged), shared(like))
 
-# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #81e52829
+# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #d6dc9271
 def _first(pool): return load_network(pool, pool.model_names[0])
