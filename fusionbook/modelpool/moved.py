@@ -10,20 +10,21 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from fastcore.basics import patch
-from torch import nn
 from ..core.errors import FusionError
 from ..core.matrices import is_embedding, is_head
 from ..core.state_dict import Lazy, StateDict, meta, shared
-from .base import BaseModelPool, fill
+from ..core.views import completed
+from .base import BaseModelPool
 
 # %% ../../nbs/50_modelpool/00c_moved.ipynb #f8077783
 class _Moved:
     "Of a pool whose experts were exchanged."
     def load_model(self, name):
-        model = super().load_model(name)
-        if name not in self._exchanged: return model
-        sd = self._exchanged[name]
-        return fill(model, sd) if isinstance(model, nn.Module) else model | {k: sd[k] for k in sd}
+        if name not in self._exchanged: return super().load_model(name)
+        return super().filled(name, self._exchanged[name])
+    def filled(self, name, sd):
+        if name not in self._exchanged: return super().filled(name, sd)
+        return super().filled(name, completed(sd, self._exchanged[name]))
 
 # %% ../../nbs/50_modelpool/00c_moved.ipynb #857ad37b
 @patch
@@ -55,7 +56,7 @@ def part(self:BaseModelPool,
     wanted:Callable[[str], bool], # whether a tensor of this name is merged
 ) -> BaseModelPool:
     "The pool with some of its tensors only; whatever is loaded from a merge keeps the base's others."
-    new, first = copy.copy(self), (['_pretrained_'] if self.has_pretrained else self.model_names)[0]
+    new, first = copy.copy(self), self.host
     new._states = {n: _restricted(self.opened(n), wanted) for n in self.all_model_names}
     names = list(new._states[first])
     if not names:

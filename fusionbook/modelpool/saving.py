@@ -33,33 +33,46 @@ def path_facts(self:BaseModelPool, path:str|Path) -> dict|None:
     file = beside(find(path))/'config.json'
     return told_config(read_json(file)) if file.exists() else None
 
+# %% ../../nbs/50_modelpool/00a_saving.ipynb #d26d2877
+@patch
+def entry_facts(self:BaseModelPool, model):
+    "What computes with the tensors that an entry names; None where only its network knows."
+    return self.path_facts(model) if isinstance(model, (str, Path)) else None
+
+@patch
+def files_of(self:BaseModelPool, model) -> list[Path]:
+    "The files that decide the tensors of an entry; none for what is in memory."
+    return list(model_files(find(model))) if isinstance(model, (str, Path)) else []
+
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #757c6980
 def _facts(pool, name):
     "What computes with a model's tensors."
     model = pool._models[name]
-    if isinstance(model, (str, Path)): return pool.path_facts(model)
+    if (found := pool.entry_facts(model)) is not None: return found
     network = model if isinstance(model, nn.Module) else pool._networks.get(name)
     return network_facts(network) if isinstance(network, nn.Module) else None
 
 def _all_tensors(pool, name):
     "The tensors of one model, also those that are not merged."
     found, network = pool.opened(name), pool._networks.get(name, pool._models[name])
+    entire = select(network.state_dict()) if isinstance(network, nn.Module) else pool._entire.get(name, found)
     exchanged = name in getattr(pool, '_exchanged', ())
-    return found if exchanged or not isinstance(network, nn.Module) else select(network.state_dict())
+    if not exchanged: return entire
+    return completed(found, entire) if found.keys() <= entire.keys() else found
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #a67e5142
 _READING = [f'fusionbook.core.{m}' for m in ('checkpoint', 'folders', 'reading', 'state_dict', 'views')]
 
 def _tensor_hash(pool, name):
     "Hash of one model's tensors; of a path it is known as long as its files do not change."
-    sd, model = _all_tensors(pool, name), pool._models[name]
-    if not isinstance(model, (str, Path)): return content_hash(sd)
+    sd, files = _all_tensors(pool, name), pool.files_of(pool._models[name])
+    if not files: return content_hash(sd)
     info = sorted((k, str(t.dtype), list(t.shape)) for k, t in meta(sd).items())
     key = dict(
         pool=code_hash(type(pool)), reading=text_hash(*_READING), tensors=info, common_only=pool.common_only
     )
     return while_unchanged(
-        model_files(find(model)),
+        files,
         lambda: content_hash(sd),
         folder=cache_folder() / 'hashes',
         kind='hash',
@@ -72,27 +85,23 @@ def hash(self:BaseModelPool, name:str) -> str:
     "Identity of one model, see `core.identity`; what is in memory may change, and is read again each time."
     if name in self._hashes: return self._hashes[name]
     found = identity(_tensor_hash(self, name), _facts(self, name))
-    if isinstance(self._models[name], (str, Path)): self._hashes[name] = found
+    if self.files_of(self._models[name]): self._hashes[name] = found
     return found
 
 @patch
 def source(self:BaseModelPool, name:str) -> dict:
     "Where a model came from and its identity."
     model = self._models[name]
-    path = (
-        str(model)
-        if isinstance(model, (str, Path))
-        else model.get('pretrained_model_name_or_path')
-        if isinstance(model, Mapping)
-        else None
-    )
-    return {'path': path if isinstance(path, str) else None, 'hash': self.hash(name)}
+    keys = ('pretrained_model_name_or_path', 'config_path', 'adapter')
+    found = [model.get(k) for k in keys] if isinstance(model, Mapping) else [model]
+    path = next((str(p) for p in found if isinstance(p, (str, Path))), None)
+    return {'path': path, 'hash': self.hash(name)}
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #5ae6a451
 @patch
 def whole(self:BaseModelPool) -> StateDict:
     "All tensors of the base, or of the first expert, also those that are not merged."
-    return _all_tensors(self, '_pretrained_' if self.has_pretrained else self.model_names[0])
+    return _all_tensors(self, self.host)
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #0fb11964
 def _own_config(model):
@@ -111,7 +120,7 @@ def _own_config(model):
 @patch
 def extras(self:BaseModelPool) -> dict[str, str|bytes]:
     "Files that belong into the folder of a saved model: configuration, tokenizer, processor."
-    model = self._models['_pretrained_' if self.has_pretrained else self.model_names[0]]
+    model = self._models[self.host]
     where = self.place(model)
     return companions(where) if where else _own_config(model)
 
