@@ -13,30 +13,25 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.checkpoint import find
 from ..core.errors import FusionError
-from ..core.state_dict import Lazy
+from ..core.state_dict import Lazy, StateDict
 from .base import BaseModelPool, fill
-from ..models.lora import adapted, holds_adapter
+from .hub import AutoModelPool
 from ..models.tower import tower_note, vision_model, vision_state
 
 # %% ../../nbs/50_modelpool/01_clip.ipynb #7f8e8cfc
-class CLIPVisionModelPool(BaseModelPool):
-    "CLIP image encoders by name; a text is a hub name, a folder or a file."
+class CLIPVisionModelPool(AutoModelPool):
+    "CLIP image encoders by name; a text is a hub name, a folder or a file, perhaps of a LoRA adapter."
     has_words = False # the tower has none, whatever tokenizer lies beside it
-    _config_mapping = BaseModelPool._config_mapping | {'processor': 'processor', 'platform': 'platform'}
+    _config_mapping = AutoModelPool._config_mapping | {'platform': 'platform'}
     def __init__(self,
         models:Mapping,        # name -> path, `CLIPVisionModel`, state dict or configuration
         *, processor:str=None, # where `load_processor` reads the image preprocessing; the base when None
         platform:str='hf',     # where names are looked up; only the Hugging Face hub
-        **kwargs,              # arguments of `BaseModelPool`
+        **kwargs,              # arguments of `AutoModelPool`
     ):
         if platform != 'hf': raise FusionError(f'expected platform `hf`, got `{platform}`')
-        super().__init__(models, **kwargs)
-        self.processor, self.platform = processor, platform
-
-# %% ../../nbs/50_modelpool/01_clip.ipynb #2ce93030
-def _with_adapter(base, adapter):
-    "The tower's tensors with an adapter applied; a folder that holds a whole model holds one that was merged before."
-    return adapted(vision_state(base), adapter) if holds_adapter(adapter) else vision_state(adapter)
+        super().__init__(models, processor=processor, **kwargs)
+        self.platform = platform
 
 # %% ../../nbs/50_modelpool/01_clip.ipynb #998de635
 @patch
@@ -51,18 +46,15 @@ def path_facts(self:CLIPVisionModelPool, path:str|Path) -> dict:
 
 # %% ../../nbs/50_modelpool/01_clip.ipynb #a0d375f7
 @patch
-def build_model(self:CLIPVisionModelPool, model) -> nn.Module:
-    "The vision tower that a path names, with its weights, or a base and its LoRA adapter as `{base: …, adapter: …}`."
-    if isinstance(model, Mapping) and set(model) == {'base', 'adapter'}:
-        return fill(vision_model(model['base']), _with_adapter(**model))
-    if not isinstance(model, (str, Path)): return super(CLIPVisionModelPool, self).build_model(model)
-    return fill(vision_model(model), vision_state(model))
+def network(self:CLIPVisionModelPool, path, sd:StateDict, classnames=None) -> nn.Module:
+    "The vision tower that the configuration beside `path` describes, with the tensors of `sd`."
+    return fill(vision_model(path), sd)
 
 @patch
 def parameters(self:CLIPVisionModelPool) -> list|None:
     "Sizes of the parameters of the network that `load` makes, and whether they are trained; None where only the network knows."
-    base = self._models.get('_pretrained_', next(iter(self._models.values())))
-    return tower_note(base)['parameters'] if isinstance(base, (str, Path)) else None
+    where = self.place(self._models[self.host])
+    return tower_note(where)['parameters'] if where else None
 
 @patch
 def load_processor(self:CLIPVisionModelPool):
@@ -77,13 +69,11 @@ def load_processor(self:CLIPVisionModelPool):
 @patch
 def extras(self:CLIPVisionModelPool) -> dict[str, str|bytes]:
     "The `config.json` of the tower and the settings of its images, so that `transformers` can read what is saved."
-    found = super(CLIPVisionModelPool, self).extras()
+    found, model = BaseModelPool.extras(self), self._models[self.host]
     images = {k: v for k, v in found.items() if k == 'preprocessor_config.json'}
-    model = self._models.get('_pretrained_', next(iter(self._models.values())))
-    if isinstance(model, Mapping): model = model.get('base')
-    config = getattr(model, 'config', None)
+    config, where = getattr(model, 'config', None), self.place(model)
     written = config.to_json_string(use_diff=False) if hasattr(config, 'to_json_string') else None
-    if isinstance(model, (str, Path)): written = tower_note(model)['config']
+    if where: written = tower_note(where)['config']
     if written is None: return images
     told = json.loads(written) | {'architectures': ['CLIPVisionModel']}
     return images | {'config.json': json.dumps(told, indent=2) + '\n'}

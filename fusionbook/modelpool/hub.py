@@ -86,7 +86,7 @@ def _adapter_of(pool, entry):
     if entry.get('adapter') is not None: return entry['path'], entry['adapter']
     path, base = entry['path'], entry_of(pool._models.get('_pretrained_'))
     alone = not base or base['path'] == path or entry.get('fresh')
-    return (path, None) if alone or not holds_adapter(path) else (base['path'], path)
+    return (path, None) if alone or not holds_adapter(pool.located(path)) else (base['path'], path)
 
 def _new_classes(pool, entry):
     "The names of the classes of an entry's new head; None where it keeps its own."
@@ -98,6 +98,11 @@ def _number_of_classes(path):
     return len(told['id2label']) if 'id2label' in told else told.get('num_labels', 2)
 
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #10f894a8
+@patch
+def located(self:AutoModelPool, path) -> Path:
+    "The file or folder of a path; a subclass may know more names."
+    return find(path)
+
 @patch
 def tensors(self:AutoModelPool, model) -> Lazy|None:
     "All tensors that an entry names, lazy; None where only its network has them."
@@ -120,7 +125,7 @@ def merged_part(self:AutoModelPool, sd:StateDict) -> StateDict:
 def place(self:AutoModelPool, model) -> Path|None:
     "The file or folder of an entry's weights and configuration; None for what is in memory."
     entry = entry_of(model)
-    return find(_adapter_of(self, entry)[0]) if entry else None
+    return self.located(_adapter_of(self, entry)[0]) if entry else None
 
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #08f9d117
 @patch
@@ -138,7 +143,7 @@ def files_of(self:AutoModelPool, model) -> list[Path]:
     entry = entry_of(model)
     if entry is None or entry.get('fresh') or entry.get('dataset'): return []
     base, adapter = _adapter_of(self, entry)
-    found = list(model_files(find(base)))
+    found = list(model_files(self.located(base)))
     if adapter is None: return found
     folder = find(adapter)
     if not holds_adapter(adapter): return [*found, *model_files(folder)]

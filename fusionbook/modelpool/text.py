@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from ..core.errors import FusionError
 from ..core.identity import network_facts
-from ..core.state_dict import Lazy
-from .base import BaseModelPool, fill
+from ..core.state_dict import Lazy, StateDict
+from .base import fill
+from .hub import AutoModelPool
 from ..models.text import Tokens, text_folder, text_model, text_state
 
 # %% ../../nbs/50_modelpool/03_text.ipynb #5b76b5e0
-class TextEncoderPool(BaseModelPool):
+class TextEncoderPool(AutoModelPool):
     "Sentence encoders by name; a text is a folder, a file, a hub name or `all-MiniLM-L6-v2`."
 
 @patch
@@ -32,10 +33,9 @@ def path_facts(self:TextEncoderPool, path:str|Path) -> dict:
     with torch.device('meta'): return network_facts(text_model(path))
 
 @patch
-def build_model(self:TextEncoderPool, model) -> nn.Module:
-    "The encoder that a path names, with its weights."
-    if not isinstance(model, (str, Path)): return super(TextEncoderPool, self).build_model(model)
-    return fill(text_model(model), text_state(model))
+def network(self:TextEncoderPool, path, sd:StateDict, classnames=None) -> nn.Module:
+    "The encoder that the configuration beside `path` describes, with the tensors of `sd`."
+    return fill(text_model(path), sd)
 
 @patch
 def load_tokens(self:TextEncoderPool, max_length:int=128) -> Tokens:
@@ -46,9 +46,9 @@ def load_tokens(self:TextEncoderPool, max_length:int=128) -> Tokens:
 
 # %% ../../nbs/50_modelpool/03_text.ipynb #4c22c2c0
 @patch
-def place(self:TextEncoderPool, model) -> Path|None:
-    "The folder of an encoder, also of the packaged one; None for what is in memory."
-    return text_folder(model) if isinstance(model, (str, Path)) else super(TextEncoderPool, self).place(model)
+def located(self:TextEncoderPool, path) -> Path:
+    "The folder of an encoder, also of the packaged one."
+    return text_folder(path)
 
 @patch
 def extras(self:TextEncoderPool) -> dict[str, str|bytes]:
