@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from .arguments import TAKES, search_folders, split_words, vouched, with_hydra
 from .listing import listing
-from .mistakes import check_words, own_tasks
+from .mistakes import check_words, own_models, own_tasks
 from .signals import terminable
 from ..core.errors import FusionError
 from ..core.resolve import allowing
@@ -152,7 +152,7 @@ def _run(cfg):
 def _check(word, rest):
     "Refuse what cannot be a run or a sweep; with the task pool of the model pool's name."
     check_words(rest, ['list', *COMMANDS], several=word == 'sweep')
-    return [*rest, *own_tasks(rest)]
+    return [*rest, *own_tasks(rest), *own_models(rest)]
 
 def _list(rest):
     words = split_words(rest)[1]

@@ -46,12 +46,39 @@ def _split(cfg):
 def _adapted(cfg):
     return {'base': _first(cfg, 'base_model_name'), 'adapter': cfg.get('peft_name') or cfg['_args_'][1]}
 
+def _lora(cfg): return {'base': cfg['base_model_path'], 'adapter': cfg['peft_model_path']}
+
+def _pretrained(cfg):
+    return cfg | {'_target_': 'transformers.AutoModel.from_pretrained'}
+
+# %% ../../nbs/00_core/06c_foreign.ipynb #b997d947
+def _texts(path, name=None, split='train'):
+    "A loader of texts of FusionBench's as the rows that it tokenises; a task pool makes the tokens here."
+    def rows(cfg):
+        note('`tokenizer` of a data set of FusionBench is not used: tokens are made by the task pool')
+        found = {'_target_': 'datasets.load_dataset', 'path': _first(cfg, 'path') or path}
+        kind = cfg.get('name') or name
+        return found | ({'name': kind} if kind else {}) | {'split': cfg.get('split') or split}
+    return rows
+
+_GLUE = _texts('nyu-mll/glue')
+
 # %% ../../nbs/00_core/06c_foreign.ipynb #01332e2a
 _HELPERS = { # the last part of a target of FusionBench -> what makes our node of its node
     'load_fer2013': _fer2013,
     'train_validation_split': _split,
     'load_fft_vision_model_hf': lambda cfg: _first(cfg, 'model_name'),
     'load_lora_vision_model_hf': _adapted,
+    'load_lora_model': _lora,
+    'from_pretrained': _pretrained,
+    'create_reward_model_from_pretrained': _pretrained,
+    'load_glue_dataset': _GLUE,
+    'load_gpt2_dataset': _GLUE,
+    'load_gpt2_tokenizer': lambda cfg: _first(cfg, 'pretrained_model_name_or_path'),
+    'load_tokenized_alpaca_dataset': _texts('yahma/alpaca-cleaned'),
+    'load_tokenized_metamathqa': _texts('meta-math/MetaMathQA'),
+    'load_tokenized_ultrachat_200k': _texts('HuggingFaceH4/ultrachat_200k', split='train_sft'),
+    'load_tokenized_preference_700k_for_rlhf': _texts('hendrydong/preference_700K'),
 }
 
 # %% ../../nbs/00_core/06c_foreign.ipynb #f9436fc2

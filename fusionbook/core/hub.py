@@ -33,6 +33,8 @@ MOVED = {  # one word of older files -> what the hub calls it today
     'squad': 'rajpurkar/squad',
     'gsm8k': 'openai/gsm8k',
     'wikitext': 'Salesforce/wikitext',
+    'search_qa': 'kyunghyuncho/search_qa',
+    'xsum': 'EdinburghNLP/xsum',
 }
 
 def current_id(
@@ -45,6 +47,7 @@ def current_id(
 _NAMES = (
     'path',
     'pretrained_model_name_or_path',
+    'config_path',
     'base',
     'adapter',
     'base_model',

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from .config import CONFIG, check_targets, instantiate, known_keys, locate, plain, published
 from .errors import FusionError, check_known, nearest
 from .foreign import helped, note, program, resolved, unresolved
+from .foreign_pools import HUB_CLASSES, HUB_TYPES, hub_pool
 from .hub import mirrored
 
 # %% ../../nbs/00_core/07_legacy.ipynb #88ff7774
@@ -32,7 +33,7 @@ def of_fusionbench(
     return target.startswith('fusion_bench.') or '.' not in target and target.endswith('Algorithm')
 
 # %% ../../nbs/00_core/07_legacy.ipynb #27187fb5
-_SAME = {
+_SAME = HUB_CLASSES | {
     'EnsembleAlgorithm': 'SimpleEnsemble',
     'FisherMergingForCLIPVisionModel': 'FisherMerging',
     'FisherMergingAlgorithmForGPT2': 'FisherMerging',
@@ -195,7 +196,8 @@ def _model(entry):
     )
 
 def _modelpool(cfg):
-    out = {'_target_': 'fusion_bench.modelpool.CLIPVisionModelPool', 'models': _named(cfg['models'], _model)}
+    name = HUB_TYPES.get(str(cfg['type']), 'CLIPVisionModelPool')
+    out = {'_target_': f'fusion_bench.modelpool.{name}', 'models': _named(cfg['models'], _model)}
     return out | {
         _DATA.get(k, k): _named(v, _dataset) if k in _DATA else v
         for k, v in cfg.items()
@@ -230,7 +232,7 @@ def _taskpool(cfg):
 
 # %% ../../nbs/00_core/07_legacy.ipynb #87ccc778
 _TYPES = {
-    'modelpool': {'huggingface_clip_vision': _modelpool},
+    'modelpool': dict.fromkeys(('huggingface_clip_vision', 'hf_clip_vision', *HUB_TYPES), _modelpool),
     'taskpool': {
         'clip_vit_classification': _taskpool,
         'dummy': lambda cfg: {'_target_': 'fusionbook.taskpool.DummyTaskPool'},
@@ -238,17 +240,7 @@ _TYPES = {
 }
 _ABSENT_TYPES = {
     'modelpool': (
-        'AutoModelPool',
-        'AutoModelForCausalLMPool',
-        'AutoModelForSeq2SeqLM',
         'NYUv2ModelPool',
-        'huggingface_gpt2_classification',
-        'HF_GPT2ForSequenceClassification',
-        'PeftModelForSeq2SeqLM',
-        'openclip_vision',
-        'seq2seq_lm',
-        'causal_lm',
-        'hf_clip_vision',
     ),
     'taskpool': (
         'FlanT5GLUETextGenerationTaskPool',
@@ -307,7 +299,10 @@ def _clip_tasks(cfg):
         if not k.startswith('layer_wise_routing_weights') and k not in ('linear_module_names', 'corruption')
     }
 
-_POOLS = {'CLIPVisionModelPool': _clip_models, 'CLIPVisionModelTaskPool': _clip_tasks}
+_POOLS = dict.fromkeys(HUB_CLASSES.values(), hub_pool) | {
+    'CLIPVisionModelPool': _clip_models,
+    'CLIPVisionModelTaskPool': _clip_tasks,
+}
 
 # %% ../../nbs/00_core/07_legacy.ipynb #1d498d38
 def is_foreign(

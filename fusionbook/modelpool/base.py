@@ -199,6 +199,7 @@ def _check_words(pool, names):
 def _matching(pool):
     "All state dicts, checked to have the same names and shapes or restricted to what they share."
     names = pool.all_model_names if pool.has_pretrained else pool.model_names
+    if not names: raise FusionError('expected a pool with models, got none')
     first, *others = [_open(pool, n) for n in names]
     _check_words(pool, names)
     states = [first, *(under_names(sd, first) for sd in others)]

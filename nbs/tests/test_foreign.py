@@ -53,7 +53,7 @@ def test_keys_that_ask_for_nothing_and_one_that_asks_for_files(run):
 @pytest.mark.parametrize('change, told', [
     ({'method': {'_target_': 'fusion_bench.method.lm_finetune.FullFinetuneSFT'}}, 'a method of FusionBench that is not here yet'),
     ({'method': {'name': 'clip_finetune'}}, 'a method of FusionBench that is not here yet'),
-    ({'modelpool': {'_target_': 'fusion_bench.modelpool.CausalLMPool', 'models': {}}}, 'a model pool of FusionBench that is not here yet'),
+    ({'modelpool': {'_target_': 'fusion_bench.modelpool.nyuv2_modelpool.NYUv2ModelPool', 'models': {}}}, 'a model pool of FusionBench that is not here yet'),
     ({'taskpool': {'_target_': 'fusion_bench.taskpool.LMEvalHarnessTaskPool', 'tokenizer': '${modelpool.tokenizer}'}}, 'a task pool of FusionBench that is not here yet'),
     ({'modelpool': {'_target_': POOL, 'models': {'a': {'_target_': 'fusion_bench.models.x.load_l_lora_vision_model_hf'}}}}, 'a loader of FusionBench that is not here yet'),
     ({'_target_': 'fusion_bench.programs.other.Trainer'}, 'a program of FusionBench that is not here'),
