@@ -28,6 +28,7 @@ from fusionbook.models.hub import (
     hub_network,
     labelled,
     part_of_model,
+    weights_alone,
     with_new_head,
 )
 from ..models.lora import adapted, holds_adapter
@@ -109,7 +110,7 @@ def tensors(self:AutoModelPool, model) -> Lazy|None:
     entry = entry_of(model)
     if entry is None or entry.get('fresh'): return None
     base, adapter = _adapter_of(self, entry)
-    sd = self.open_path(base)
+    sd = weights_alone(self.open_path(base))
     if adapter is not None: sd = adapted(sd, adapter) if holds_adapter(adapter) else self.open_path(adapter)
     names = _new_classes(self, entry)
     was = _number_of_classes(base) if names else None
