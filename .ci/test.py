@@ -8,8 +8,8 @@ from pathlib import Path
 here = Path(__file__).resolve().parent
 root, tools = here.parent, Path(sys.executable).parent
 CALM = dict(OMP_WAIT_POLICY='passive', OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', MPLBACKEND='agg')
-CHECKS = dict(export=['check_export.py'], order=['check_order.py'], requirements=['check_requirements.py'], sizes=['check_nbs.py', '--table'], yaml=['check_yaml.py'], configs=['check_configs.py'],
-              parameters=['check_parameters.py'], board=['board.py', '--check'], readme=['readme.py', '--check'], pages=['pages.py'])
+CHECKS = dict(export=['check_export.py'], order=['check_order.py'], requirements=['check_requirements.py'], sizes=['check_nbs.py', '--table'], yaml=['check_yaml.py'],
+              configs=['check_configs.py'], parameters=['check_parameters.py'], board=['board.py', '--check'], readme=['readme.py', '--check'], pages=['pages.py'])
 
 def run(name, command):
     "Run one step from the root, say how long it took, and return its name if it failed."

@@ -23,11 +23,11 @@ from ..data.tables import class_table
 from .base import BaseModelPool, under_names
 from fusionbook.models.hub import (
     auto_class,
-    check_part,
+    check_scope,
     hub_config,
     hub_network,
     labelled,
-    part_of_model,
+    scoped,
     weights_alone,
     with_new_head,
 )
@@ -56,16 +56,16 @@ def entry_of(
 
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #d5d9c3a5
 _MODEL_KWARGS = ('torch_dtype', 'dtype', 'attn_implementation', 'low_cpu_mem_usage', 'device_map')
-_OWN = ('auto', 'part', 'tokenizer', 'processor', 'model_kwargs')
+_OWN = ('auto', 'scope', 'tokenizer', 'processor', 'model_kwargs')
 
 class AutoModelPool(BaseModelPool):
     "Models of `transformers` by name: a text is a hub name, a folder or a file."
-    auto, part = None, 'all' # the class that `config.json` names; what of each model is merged
+    auto, scope = None, 'all' # the class that `config.json` names; what of each model is merged
     _config_mapping = BaseModelPool._config_mapping | {k: k for k in _OWN}
     def __init__(self,
         models:Mapping,            # name -> what `entry_of` reads, a network, a state dict or a configuration
         *, auto:str|None=None,     # such as `AutoModelForCausalLM`, or `CausalLM`; that of the class when None
-        part:str|Sequence[str]|None=None, # `all`, `backbone` (without heads), `blocks`, or patterns of names; likewise
+        scope:str|Sequence[str]|None=None, # `all`, `backbone` (without heads), `blocks`, or patterns of names; likewise
         tokenizer=None,            # folder, hub name or `from_pretrained` call; that of the host when None
         processor=None,            # likewise, for images
         model_kwargs:Mapping|None=None, # torch_dtype and attn_implementation of the networks that are made
@@ -74,8 +74,9 @@ class AutoModelPool(BaseModelPool):
         check_known(model_kwargs or {}, _MODEL_KWARGS, '`model_kwargs`')
         super().__init__(models, **kwargs)
         self.auto = type(self).auto if auto is None else auto
-        self.part = check_part(type(self).part if part is None else part)
+        self.scope = check_scope(type(self).scope if scope is None else scope)
         self.tokenizer, self.processor, self.model_kwargs = tokenizer, processor, model_kwargs
+        self.has_words = type(self).has_words and self.scope != 'blocks' # blocks know no words
     @property
     def config(self) -> dict:
         told, usual = super().config, {k: getattr(type(self), k, None) for k in _OWN}
@@ -120,7 +121,7 @@ def tensors(self:AutoModelPool, model) -> Lazy|None:
 @patch
 def merged_part(self:AutoModelPool, sd:StateDict) -> StateDict:
     "Of one model's tensors those that are merged."
-    return sd if self.part == 'all' else part_of_model(sd, self.part)
+    return sd if self.scope == 'all' else scoped(sd, self.scope)
 
 @patch
 def place(self:AutoModelPool, model) -> Path|None:
