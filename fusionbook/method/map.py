@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from ..core.config import published
 from ..core.errors import FusionError
+from ..core.tables import markdown_table
 from .base import BaseAlgorithm, paper_url
 
 # %% ../../nbs/60_method/06_map.ipynb #31969cee
@@ -19,15 +20,12 @@ class Shown(str):
     "A Markdown text that a notebook shows as a page."
     def _repr_markdown_(self): return str(self)
 
-def _cell(x): return str(x).replace('|', r'\|')
-
 def shown_table(
     head:Sequence[str],            # column names
     lines:Sequence[Sequence[str]], # cells, links and code as they are
 ) -> Shown:
     "A table in Markdown, all columns left-aligned."
-    rows = [head, ['---'] * len(head), *lines]
-    return Shown('\n'.join('|'.join(['', *map(_cell, row), '']) for row in rows))
+    return Shown(markdown_table(head, lines, words=True))
 
 # %% ../../nbs/60_method/06_map.ipynb #1548f7f7
 def family_methods(
