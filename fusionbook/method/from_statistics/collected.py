@@ -83,20 +83,21 @@ def expert_statistics(
     *, kind:str,         # what it computes, such as `gram`
     samples:int,         # n, inputs
     labels:bool=False,   # batches are pairs of inputs and classes
+    model:str|None=None, # whose network reads them; the task's expert when None
     code:Sequence[str]=(), # modules whose text decides what `compute` gives
     **settings,          # further numbers that decide, as JSON values
 ) -> StateDict:           # name -> tensor, read from the cache when it is asked for
     "Numbers that one expert's network gives on inputs of its task."
     def batches(): return task_batches(method, pool, task, samples, labels)
     key = dict(
-        model=pool.hash(task),
+        model=pool.hash(model or task),
         inputs=_rows_hash(batches()),
         code=text_hash('fusionbook.method.statistics', *code),
         settings=settings,
     )
     name = hashlib.sha256(json.dumps([kind, key], sort_keys=True).encode()).hexdigest()[:32]
     def run():
-        network = load_network(pool, task).to(method.device)
+        network = load_network(pool, model or task).to(method.device)
         def moved(x): return tuple(map(moved, x)) if isinstance(x, tuple) else x.to(method.device)
         return compute(network, map(moved, batches()))
     path = cache_folder()/'statistics'/f'{name}.safetensors'
