@@ -78,7 +78,9 @@ def _files():
         p.relative_to(CONFIG / 'method').with_suffix('').as_posix(): p
         for p in sorted((CONFIG / 'method').rglob('*.yaml'))
     }
-    return {p.stem: p for p in reversed(found.values())} | {k: found[v] for k, v in _OLDER.items()} | found
+    # a folder that bears the file's name goes before folders of methods that are built on it
+    stems = sorted(reversed(found.values()), key=lambda p: p.stem in p.parent.name)
+    return {p.stem: p for p in stems} | {k: found[v] for k, v in _OLDER.items()} | found
 
 # %% ../../nbs/00_core/07_legacy.ipynb #e9d6db6c
 def _hint(name, files):
@@ -313,6 +315,12 @@ def is_foreign(
     if '_target_' in cfg: return of_fusionbench(str(cfg['_target_']))
     return 'type' in cfg or kind == 'method' and 'name' in cfg
 
+# %% ../../nbs/00_core/07_legacy.ipynb #3a8cd9b9
+def _inner(node):
+    "A method within a method's configuration, such as the merge that another one follows; anything else as it is."
+    ours = isinstance(node, Mapping) and str(node.get('_target_', '')).startswith('fusion_bench.method.')
+    return translate(node, 'method') if ours else node
+
 # %% ../../nbs/00_core/07_legacy.ipynb #6c0f3b7f
 def translate(
     cfg,       # a method's or pool's configuration in any of the schemas
@@ -331,6 +339,7 @@ def translate(
     ours = our_target(str(cfg['_target_']), kind)
     if foreign:
         cfg = _POOLS.get(ours.rpartition('.')[2], dict)({k: v for k, v in cfg.items() if k not in _DROP})
+        if kind == 'method': cfg = {k: _inner(v) for k, v in cfg.items()}
     return helped(cfg | {'_target_': ours}) | ({} if kind == 'method' else {'_recursive_': False})
 
 # %% ../../nbs/00_core/07_legacy.ipynb #6b83185b
