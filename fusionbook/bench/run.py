@@ -62,7 +62,7 @@ def _streams(method): return type(method).run is BaseAlgorithm.run and method.bu
 
 def _checked(method, pool):
     "Refuse models that differ before any work, unless the method takes networks as they are."
-    if _streams(method): pool.reference()
+    if _streams(method): method.part_of(pool).reference()
 
 def _notes(lineage, shard_size):
     "How a merged model is written: shards, card, lineage, a progress bar."

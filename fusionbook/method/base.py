@@ -67,6 +67,9 @@ class BaseAlgorithm(_Facts, BaseYAMLSerializable):
     direction = None
     # build(pool) -> a network of another architecture, saved with its recipe; see `check_build`
     build = None
+    def part_of(self, pool:BaseModelPool) -> BaseModelPool:
+        "The pool that is merged; a method that merges a part of every model gives that part."
+        return pool
     known_direction = None # v where it has been computed before; a sweep over `scaling_factor` lends it
     def merge(self, pool:BaseModelPool) -> StateDict:
         "The merged state dict, lazy."

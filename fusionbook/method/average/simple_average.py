@@ -41,4 +41,5 @@ class SimpleAverageForCausalLM(SimpleAverage):
     def __post_init__(self):
         super().__post_init__()
         if self.merge_backbone: self.uses = ('pretrained', 'experts')
-    def merge(self, pool) -> StateDict: return super().merge(backbone_pool(pool, self.merge_backbone))
+    def part_of(self, pool): return backbone_pool(pool, self.merge_backbone)
+    def merge(self, pool) -> StateDict: return super().merge(self.part_of(pool))

@@ -75,7 +75,8 @@ class SlerpForCausalLM(SlerpMerge):
     "Spherical linear interpolation of two language models, of their layers alone where embedding and head are to stay."
     config_names = ('slerp/slerp_lm',)
     merge_backbone: bool = False # embeddings, head and final norm stay the base's
+    def part_of(self, pool): return backbone_pool(pool, self.merge_backbone)
     def merge(self, pool) -> StateDict:
-        merged = super().merge(backbone_pool(pool, self.merge_backbone))
+        merged = super().merge(self.part_of(pool))
         if self.merge_backbone: self.uses = ('pretrained', 'experts')
         return merged

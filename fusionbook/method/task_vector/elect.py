@@ -14,6 +14,7 @@ from ...core.engine import direction_of
 from ...core.entries import Entry
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict, check_same
+from ..settings import weights_at
 from .sparsify import count_kept, entries_of, full_vectors, mergeable_names
 from .sparsify import thresholds, trim
 
@@ -66,7 +67,7 @@ def _votes(kept, ballot):
 def _majority(entries, sparse, ballot, by):
     "The sign that most weights of the model elect, +1 or -1; draws do not vote."
     total = 0.
-    for e in entries(): total += elect_sign(_votes(sparse(e), ballot), by=by, tie=0.).sum().item()
+    for e in entries(): total += elect_sign(_votes(sparse(e), ballot(e)), by=by, tie=0.).sum().item()
     return 1. if total >= 0 else -1.
 
 def _elect(kept, ballot, by, draw):
@@ -82,7 +83,7 @@ def election(
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
     *, share:float|None,         # fraction of each task vector that is kept, in (0, 1]; no trimming when None
     merge_func:str, trim_by:str, elect:str, tie:str, # the conventions, see `CHOICES`
-    weights:Sequence[float],     # w, (T,)
+    weights:Sequence[float]|Callable, # w, (T,); or a function from a tensor's name to them
     vectors:Callable[[Entry], Tensor]=full_vectors, # what is trimmed, (T, n); the task vectors
     whole:bool=False,            # whether `vectors` wants whole tensors
     keep_base:Sequence[str]=(),  # names that stay the base's
@@ -91,18 +92,19 @@ def election(
     "The merged entries: trim, elect and combine what agrees."
     check_same(base, experts)
     names = mergeable_names(base, keep_base)
-    w, by = torch.tensor(weights, dtype=torch.float64, device=device), 'count' if elect == 'count' else 'sum'
+    by = 'count' if elect == 'count' else 'sum'
     def rank(n): return count_kept(n, share, trim_by)
     how = dict(vectors=vectors, whole=whole, device=device)
     smallest = thresholds(base, experts, names, rank=rank, by=trim_by, **how)
     def sparse(e): return vectors(e) if share is None else trim(vectors(e), smallest(e.name))
     def every(): return (e for n in names for e in entries_of(n, base, experts, device, whole))
-    ballot = w if elect == 'weighted_sum' else None
+    def ballot(e): return weights_at(weights, e) if elect == 'weighted_sum' else None
     draw = cache(lambda: 1. if tie == 'plus' else _majority(every, sparse, ballot, by))
     def merged(e):
         if e.name in keep_base: return torch.zeros_like(e.base)
         kept = sparse(e)
-        return disjoint_merge(kept, _elect(kept, ballot, by, draw), w, how=merge_func)
+        sign = _elect(kept, ballot(e), by, draw)
+        return disjoint_merge(kept, sign, weights_at(weights, e), how=merge_func)
     return merged
 
 # %% ../../../nbs/63_task_vector/01_elect.ipynb #167ef886

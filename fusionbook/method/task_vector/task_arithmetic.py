@@ -56,5 +56,6 @@ class TaskArithmeticForCausalLM(TaskArithmetic):
     "Task arithmetic of language models, of their layers alone where embedding and head are to stay (Ilharco et al., 2023)."
     config_names = ('linear/task_arithmetic_for_causallm',)
     merge_backbone: bool = False # embeddings, head and final norm stay the base's
-    def direction(self, pool) -> StateDict: return super().direction(backbone_pool(pool, self.merge_backbone))
-    def merge(self, pool) -> StateDict: return super().merge(backbone_pool(pool, self.merge_backbone))
+    def part_of(self, pool): return backbone_pool(pool, self.merge_backbone)
+    def direction(self, pool) -> StateDict: return super().direction(self.part_of(pool))
+    def merge(self, pool) -> StateDict: return super().merge(self.part_of(pool))
