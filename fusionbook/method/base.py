@@ -14,6 +14,7 @@ from importlib import import_module
 from numbers import Real
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from ..core.config import BaseYAMLSerializable, public_name, published
 from ..core.engine import step_along
 from ..core.per_tensor import every_number, numeric_setting
@@ -67,9 +68,6 @@ class BaseAlgorithm(_Facts, BaseYAMLSerializable):
     direction = None
     # build(pool) -> a network of another architecture, saved with its recipe; see `check_build`
     build = None
-    def part_of(self, pool:BaseModelPool) -> BaseModelPool:
-        "The pool that is merged; a method that merges a part of every model gives that part."
-        return pool
     known_direction = None # v where it has been computed before; a sweep over `scaling_factor` lends it
     def merge(self, pool:BaseModelPool) -> StateDict:
         "The merged state dict, lazy."
@@ -85,6 +83,12 @@ class BaseAlgorithm(_Facts, BaseYAMLSerializable):
         "The merged model; also takes a list or a mapping of networks or state dicts."
         pool = as_pool(modelpool)
         return self.build(pool) if self.build else pool.load(self.merge(pool))
+
+# %% ../../nbs/60_method/00_base.ipynb #ffe70197
+@patch
+def part_of(self:BaseAlgorithm, pool:BaseModelPool) -> BaseModelPool:
+    "The pool that is merged; a method that merges a part of every model gives that part."
+    return pool
 
 # %% ../../nbs/60_method/00_base.ipynb #7f88740d
 def _is(*kinds): return lambda x: isinstance(x, kinds) and not isinstance(x, bool)

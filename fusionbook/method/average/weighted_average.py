@@ -48,7 +48,8 @@ class WeightedAverageForLLama(WeightedAverage):
     "Weighted average of language models, of their backbones alone where the head is to stay."
     config_names = ('linear/weighted_average_for_llama',)
     backbone_only: bool = True # the head stays the base's
-    def part_of(self, pool): return backbone_pool(pool, self.backbone_only and pool.has_pretrained, keep='head')
+    def part_of(self, pool):
+        return backbone_pool(pool, self.backbone_only and pool.has_pretrained, keep='head')
     def merge(self, pool) -> StateDict: return super().merge(self.part_of(pool))
     def __post_init__(self):
         super().__post_init__()
