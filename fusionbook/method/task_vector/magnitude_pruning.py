@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prune_rows', 'prune_groups', 'pruned', 'MagnitudeDiffPruning']
 
-# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #e97fc12d
+# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #c893371f
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
 from .sparsify import mergeable_names, thresholds, trim
 
-# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #1faf96e1
+# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #6e0a1564
 def prune_rows(
     tau:Tensor,        # (…, n); the last axis is a row
     *, drop:int,       # entries that each row loses
@@ -41,7 +41,7 @@ def prune_groups(
     groups = tau.reshape(*tau.shape[:-1], -1, size)
     return prune_rows(groups, drop=drop, largest=False).reshape(tau.shape)
 
-# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #3448dc4e
+# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #9b936fd1
 def _pattern(text):
     "`row`, `tensor` or `model`; or (n, m) of n:m."
     found = re.fullmatch(r'(\d+):(\d+)', str(text))
@@ -52,7 +52,7 @@ def _pattern(text):
 
 def _kept(size, ratio): return int(round(size * (1 - ratio), 9))
 
-# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #f1edd318
+# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #6957f390
 def pruned(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -75,7 +75,18 @@ def pruned(
         return trim(tau, border(e.name)) if ratio < 1 and (how == 'model' or _kept(n, ratio)) else tau.zero_()
     return by_size, False
 
-# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #7c5d98ce
+# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #fa9708ae
+def _check_pruning(m):
+    if not 0 <= m.prune_ratio <= 1:
+        raise FusionError(f'expected `prune_ratio` in [0, 1], got {m.prune_ratio}')
+    for key, known in dict(prune_type=('minor', 'major'), others=('base', 'expert')).items():
+        if getattr(m, key) not in known:
+            raise FusionError(f'expected `{key}` as one of {", ".join(known)}, got `{getattr(m, key)}`')
+    _pattern(m.pattern)
+    if m.rescale and m.prune_ratio == 1:
+        raise FusionError('expected `prune_ratio` below 1 with `rescale`, got 1')
+
+# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #335e3d47
 @dataclass
 class MagnitudeDiffPruning(BaseAlgorithm):
     "Task vectors without their smallest entries, summed (Han et al., 2015)."
@@ -92,16 +103,7 @@ class MagnitudeDiffPruning(BaseAlgorithm):
     device: str = 'cpu'        # where the arithmetic happens
     def __post_init__(self):
         check_fields(self)
-        if not 0 <= self.prune_ratio <= 1:
-            raise FusionError(f'expected `prune_ratio` in [0, 1], got {self.prune_ratio}')
-        for key, known in dict(prune_type=('minor', 'major'), others=('base', 'expert')).items():
-            if getattr(self, key) not in known:
-                raise FusionError(
-                    f'expected `{key}` as one of {", ".join(known)}, got `{getattr(self, key)}`'
-                )
-        _pattern(self.pattern)
-        if self.rescale and self.prune_ratio == 1:
-            raise FusionError('expected `prune_ratio` below 1 with `rescale`, got 1')
+        _check_pruning(self)
     def wanted(self, e): # whether a tensor is pruned
         if self.extract_names is None: return Matrices(heads=True)(e.name, e.shape) is not None
         return any(re.match(pattern, e.name) for pattern in self.extract_names)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['negated', 'TaskNegation']
 
-# %% ../../../nbs/63_task_vector/negation.ipynb #3d4f7b4d
+# %% ../../../nbs/63_task_vector/negation.ipynb #e45bd6c2
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
@@ -14,7 +14,7 @@ from ...core.errors import check_known
 from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm
 
-# %% ../../../nbs/63_task_vector/negation.ipynb #06cf38c6
+# %% ../../../nbs/63_task_vector/negation.ipynb #3faa5e55
 def negated(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -27,7 +27,7 @@ def negated(
     def f(e): return torch.einsum('t,t...->...', w.to(e.base.dtype), e.tau)
     return direction_of(f, base, experts, elementwise=True, device=device)
 
-# %% ../../../nbs/63_task_vector/negation.ipynb #27f2740e
+# %% ../../../nbs/63_task_vector/negation.ipynb #7d4fb38f
 @dataclass
 class TaskNegation(BaseAlgorithm):
     "A step away from the experts of tasks to forget (Ilharco et al., 2023)."
