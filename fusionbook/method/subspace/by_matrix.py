@@ -33,6 +33,7 @@ def by_matrix(
     *, matrices:str,             # which tensors are matrices, a name of `core.matrices.PRESETS`
     exclude:Sequence[str]|None,  # names of tensors that get the mean although they are matrices
     shortest:int=1,              # the shorter side of a matrix has at least so many entries
+    other:Callable[[Entry], Tensor]=mean_task_vector, # of all other tensors, in flat pieces
     held:Callable[[int, int], int]|None=None, # (rows, columns) -> bytes that f holds when it reads `e.task_vectors()` alone
     device:str='cpu',            # where the arithmetic happens
 ) -> StateDict:                  # lazy, in float32, or float64 where the base is
@@ -45,7 +46,7 @@ def by_matrix(
     def matrix(name, shape):
         sides = None if name in out else rule(name, shape)
         return sides if sides and min(sides) >= shortest else None
-    return direction_of(Route(f, mean_task_vector, matrix, held), base, experts, device=device)
+    return direction_of(Route(f, other, matrix, held), base, experts, device=device)
 
 # %% ../../../nbs/64_subspace/01_by_matrix.ipynb #2d2015a6
 class SideBySide:

@@ -6,21 +6,20 @@
 __all__ = ['exponential', 'tikhonov', 'landweber', 'top', 'effective_rank', 'soft_filter', 'adaptive_filter', 'spectral_wudi',
            'SWUDI', 'SWUDISoft', 'ASWUDI', 'WUDIClosedForm']
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #01ba9e98
+# %% ../../../nbs/64_subspace/swudi.ipynb #66b3c80d
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, KW_ONLY
+from dataclasses import dataclass, field
 from functools import partial
 import torch
 from torch import Tensor
-from ...core.engine import direction_of, Route
 from ...core.errors import FusionError
-from ...core.matrices import matrix_rule
 from ...core.state_dict import StateDict
-from ..base import at_least, BaseAlgorithm, check_fields
+from ..base import at_least
+from .by_matrix import by_matrix, MatrixMethod
 from .interference import filtered, interference
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #2d1f8afc
+# %% ../../../nbs/64_subspace/swudi.ipynb #43c65579
 def exponential(
     values:Tensor, # λ, (n,)
     *, time:float, # t, at least 0
@@ -50,7 +49,7 @@ def top(
     "A hard cut after K eigenvectors."
     return (torch.arange(len(values), device=values.device) < count).to(values.dtype)
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #4bdb3519
+# %% ../../../nbs/64_subspace/swudi.ipynb #086bb486
 def effective_rank(
     values:Tensor, # λ, (n,), at least 0
 ) -> int:          # K, from 1 to n
@@ -58,7 +57,7 @@ def effective_rank(
     share = values.sqrt().sum() ** 2 / values.sum()
     return min(len(values), math.ceil(share.item() - 1e-9))
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #1d65f08f
+# %% ../../../nbs/64_subspace/swudi.ipynb #79187897
 def soft_filter(
     values:Tensor,     # λ, (n,), the largest first
     *, time:float,     # t
@@ -73,36 +72,27 @@ def adaptive_filter(
     "ASWUDI's filter: 1 on as many eigenvectors as carry the spectrum."
     return top(values, count=effective_rank(values))
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #47b426ec
+# %% ../../../nbs/64_subspace/swudi.ipynb #179e6032
 def spectral_wudi(
     base:StateDict,                    # θ₀, the pretrained state dict
     experts:Sequence[StateDict],       # T fine-tuned state dicts with its names and shapes
     *, filter:Callable[[Tensor], Tensor], # eigenvalues (n,), the largest first -> f in [0, 1], (n,)
-    matrices:str,                      # which tensors are matrices, a name of `core.matrices.PRESETS`
-    device:str='cpu',                  # where the arithmetic happens
+    **where,                           # as in `by_matrix`
 ) -> StateDict:                        # lazy, float32
     "The direction of WUDI with a spectral filter; the mean of the task vectors where a tensor is no matrix."
-    def matrix(e): return filtered(interference((x - e.base for x in e.experts), normalize=True), filter)
-    rule = matrix_rule(matrices)
-    return direction_of(Route(matrix, lambda e: e.tau.mean(0), rule), base, experts, device=device)
+    def matrix(e): return filtered(interference(e.task_vectors(), normalize=True), filter)
+    return by_matrix(matrix, base, experts, held=lambda m, n: 8 * (4 * m * n + 4 * n * n), **where)
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #9b60f993
+# %% ../../../nbs/64_subspace/swudi.ipynb #d2827a10
 @dataclass
-class _Spectral(BaseAlgorithm):
+class _Spectral(MatrixMethod):
     "What the spectral forms of WUDI share."
-    uses, paper, year = ('pretrained', 'experts'), 'arxiv:2606.07289', 2026
-    _: KW_ONLY
-    scaling_factor: float = 1.  # λ of the step, 1 in the paper
-    matrices: str = 'linear'    # which tensors are matrices: linear, linear_and_convolutions, fusion_bench (every one with two axes), all
-    device: str = 'cpu'         # where the arithmetic happens, one tensor at a time
-    def __post_init__(self):
-        check_fields(self)
-        matrix_rule(self.matrices)
+    paper, year = 'arxiv:2606.07289', 2026
+    scaling_factor: float = field(default=1., kw_only=True)  # λ of the step, 1 in the paper
     def direction(self, pool) -> StateDict:
-        how = dict(filter=self.filtering(), matrices=self.matrices, device=self.device)
-        return spectral_wudi(pool.pretrained(), pool.experts(), **how)
+        return spectral_wudi(pool.pretrained(), pool.experts(), filter=self.filtering(), **self.where())
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #bccf1ce2
+# %% ../../../nbs/64_subspace/swudi.ipynb #77f4418b
 @dataclass
 class SWUDI(_Spectral):
     "SWUDI: an exponential filter on the leading eigenvectors of the interference (Wei et al., 2026)."
@@ -133,7 +123,7 @@ class ASWUDI(_Spectral):
     config_names = ('wudi/aswudi',)
     def filtering(self): return adaptive_filter
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #2fdf11da
+# %% ../../../nbs/64_subspace/swudi.ipynb #81c7861f
 @dataclass
 class WUDIClosedForm(_Spectral):
     "The minimiser of WUDI's interference, or with a classical filter on the way there (Wei et al., 2026)."

@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['adam_steps', 'wudi', 'WUDIMerging']
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #2d0ed04e
+# %% ../../../nbs/64_subspace/wudi.ipynb #aef9008a
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ...core.engine import direction_of, Route
 from ...core.errors import FusionError
-from ...core.matrices import matrix_rule
 from ...core.state_dict import StateDict
-from ..base import at_least, BaseAlgorithm, check_fields
+from ..base import at_least
+from .by_matrix import by_matrix, MatrixMethod
 from .interference import filtered, Interference, interference
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #79b5d38d
+# %% ../../../nbs/64_subspace/wudi.ipynb #38b099ef
 def adam_steps(
     problem:Interference,           # of one matrix
     *, steps:int,                   # how many
@@ -38,44 +37,36 @@ def adam_steps(
         E.addcdiv_(m, spread, value=-lr / (1 - .9 ** step))
     return problem.start + E.double()
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #96627d11
+# %% ../../../nbs/64_subspace/wudi.ipynb #7a42be60
 def wudi(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
     *, solver:str,               # adam, or closed_form: what Adam converges to
     steps:int, lr:float,         # of Adam
-    matrices:str,                # which tensors are matrices, a name of `core.matrices.PRESETS`
-    exclude:Sequence[str],       # names of tensors that get the mean although they are matrices
-    device:str='cpu',            # where the arithmetic happens
+    **where,                     # as in `by_matrix`
 ) -> StateDict:                  # lazy, float32
     "The direction of WUDI: matrices without interference, the mean of the task vectors elsewhere."
-    def mean(e): return e.tau.mean(0)
     def matrix(e):
-        if e.name in exclude: return mean(e)
-        problem = interference((x - e.base for x in e.experts), normalize=True)
+        problem = interference(e.task_vectors(), normalize=True)
         if solver == 'closed_form': return filtered(problem, torch.ones_like)
         return adam_steps(problem, steps=steps, lr=lr, dtype=e.base.dtype)
-    return direction_of(Route(matrix, mean, matrix_rule(matrices)), base, experts, device=device)
+    return by_matrix(matrix, base, experts, held=lambda m, n: 8 * (6 * m * n + 4 * n * n), **where)
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #ef58647d
+# %% ../../../nbs/64_subspace/wudi.ipynb #0ea10a04
 @dataclass
-class WUDIMerging(BaseAlgorithm):
+class WUDIMerging(MatrixMethod):
     "WUDI: task vectors moved until they do not disturb each other's inputs (Cheng et al., 2025)."
-    uses, config_names = ('pretrained', 'experts'), ('wudi/wudi',)
+    config_names = ('wudi/wudi',)
     paper, year, tune = 'arxiv:2503.08099', 2025, {'iter_num': '100,200,300,400,500'}
     iter_num: int = 400         # steps of Adam; the paper and FusionBench's function: 300
-    exclude_keys: list = None   # names of matrices that get the mean, as tensors of other shapes do
     lr: float = 1e-5            # η of Adam, about the largest change of an entry in one step
     solver: str = 'adam'        # adam, or closed_form: the minimiser, without steps
     scaling_factor: float = 1.  # λ, 1 in the paper
-    matrices: str = 'linear'    # which tensors are matrices: linear, linear_and_convolutions, fusion_bench (every one with two axes), all
-    device: str = 'cpu'         # where the arithmetic happens, one tensor at a time
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         at_least(self, iter_num=0, lr=0)
-        matrix_rule(self.matrices)
         if self.solver not in ('adam', 'closed_form'):
             raise FusionError(f'expected `solver` as one of adam, closed_form, got `{self.solver}`')
     def direction(self, pool) -> StateDict:
-        return wudi(pool.pretrained(), pool.experts(), solver=self.solver, steps=self.iter_num, lr=self.lr,
-                    matrices=self.matrices, exclude=self.exclude_keys or (), device=self.device)
+        how = dict(solver=self.solver, steps=self.iter_num, lr=self.lr)
+        return wudi(pool.pretrained(), pool.experts(), **how, **self.where())
