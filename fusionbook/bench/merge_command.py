@@ -6,7 +6,7 @@
 __all__ = ['MERGE_HELP', 'merge_words', 'check_merge_place', 'plan_lines', 'merge', 'merge_command']
 
 # %% ../../nbs/80_bench/16b_merge_command.ipynb #d75267d3
-import os, shutil, sys, time
+import json, os, shutil, sys, time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
