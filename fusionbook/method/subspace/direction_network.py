@@ -21,6 +21,7 @@ def _floats(network):
     known, named = network.state_dict(), dict(network.named_parameters()) | dict(network.named_buffers())
     return {k: t for k, t in named.items() if k in known and t.is_floating_point() and t.numel()}
 
+# %% ../../../nbs/64_subspace/03_direction_network.ipynb #b3b69b45
 def _layout(network, count, rule):
     "Matrices: name -> (rows, columns, directions of each task); the others: name -> first entry and how many."
     matrices, others, entries = {}, {}, 0
@@ -71,6 +72,7 @@ def put(self:DirectionNetwork,
     getattr(self, f'left_{i}')[row, :, :kept] = t.left * t.values
     getattr(self, f'right_{i}')[row, :, :kept] = t.right
 
+# %% ../../../nbs/64_subspace/03_direction_network.ipynb #df2ece01
 @patch
 def task_weights(self:DirectionNetwork,
     task:str,            # one of `tasks`
