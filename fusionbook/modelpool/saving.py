@@ -170,7 +170,10 @@ def _around(pool, network, sd, whole, notes, built):
     "The files beside the tensors of what a method made."
     if not built and _of_this_kind(sd, whole): return pool.extras()
     if not built and not hasattr(network, 'recipe') and not hasattr(network, 'config'): return {}
-    return recipe_file(network, json.loads(dict(notes).get('lineage', '{}')))
+    found = recipe_file(network, json.loads(dict(notes).get('lineage', '{}')))
+    # a network of transformers with other layers, say: plain transformers opens it too
+    of_theirs = type(network).__module__.startswith('transformers.')
+    return (pool.extras() | _own_config(network) if of_theirs else {}) | found
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #f99ef053
 @patch
