@@ -107,6 +107,7 @@ def _settle(self):
 class AdaMerging(BaseAlgorithm):
     "AdaMerging: coefficients learned by lowering the entropy of predictions (Yang et al., 2024)."
     config_names, paper, year = ('adamerging/clip',), 'arxiv:2310.02575', 2024
+    tune = {'lr': '0.001,0.01'}
     name: str = None             # FusionBench's switch: clip_task_wise_adamerging or clip_layer_wise_adamerging; wins over `granularity`
     granularity: str = 'tensor'  # what shares a coefficient: task (all tensors), layer (the paper), tensor (FusionBench)
     init_values: float | None = .3 # w at the start; 1/T when null
