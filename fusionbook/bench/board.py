@@ -16,9 +16,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from .arguments import catalogue, composition, search_folders
 from .board_rows import board_row, digest_text, joined, leads, one_line, references_of
-from .configured import complete, made
+from .configured import complete, build_part
 from .flags import Flags, read_flags
-from .meeting import check_apart
+from .leakage import check_apart
 from .sweep_command import validation_name
 from .tables import print_table
 from .tuned import Benchmark
@@ -97,9 +97,10 @@ def benchmark_of(
     first = {**plan.choosing, 'taskpool': plan.choosing['taskpool'] | dict(fast_dev_run=True)}
     known = known_keys(locate(first['taskpool']['_target_'], plan.run['allow_target']))
     look = 'fast_dev_run' in known and not plan.choosing['taskpool'].get('fast_dev_run')
-    parts = [made(plan.run, 'modelpool'), made(plan.choosing, 'taskpool'), made(plan.run, 'taskpool')]
+    wanted = (plan.run, 'modelpool'), (plan.choosing, 'taskpool'), (plan.run, 'taskpool')
+    parts = [build_part(*w) for w in wanted]
     check_apart(parts[2], parts[1], plan.validation)
-    screen = made(first, 'taskpool') if look else None
+    screen = build_part(first, 'taskpool') if look else None
     return Benchmark(*parts, screen=screen, device=plan.run['device'], folder=folder)
 
 # %% ../../nbs/80_bench/98b_board.ipynb #e06b4591
@@ -113,7 +114,7 @@ def _ready(plan, folder):
 
 def _row(bench, plan, name):
     how = dict(seeds=plan.seeds, bounds=plan.bounds, seconds=plan.seconds)
-    try: method = made(plan.run | dict(method=plan.methods[name]), 'method')
+    try: method = build_part(plan.run | dict(method=plan.methods[name]), 'method')
     except FusionError as e: return dict(name=name, cls='', uses=[], year=None, paper=None, error=one_line(e))
     return board_row(bench, name, method, **how)
 

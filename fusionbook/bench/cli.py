@@ -9,7 +9,7 @@ __all__ = ['HELP', 'COMMANDS', 'TEXTS', 'main']
 import os, re, sys
 from collections.abc import Sequence
 from importlib import import_module
-from .arguments import TAKES, search_folders, split_words, vouched, with_hydra
+from .arguments import TAKES, search_folders, split_words, allowed_by_words, with_hydra
 from .listing import listing
 from .mistakes import check_words, own_models, own_tasks
 from .signals import terminable
@@ -191,7 +191,7 @@ def main(
     debug = '--debug' in argv
     argv = [a for a in argv if a != '--debug']
     try:
-        with terminable() as came, allowing(**vouched(argv)): _dispatch(argv)
+        with terminable() as came, allowing(**allowed_by_words(argv)): _dispatch(argv)
     except KeyboardInterrupt:
         return _fail('interrupted; what was measured is in the folder of the run', came.status, debug)
     except FusionError as e: return _fail(str(e), 2, debug)

@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from fastcore.basics import patch
 from torch import nn
-from .meeting import run_meets
+from .leakage import run_overlap
 from .provenance import git_commit, measured, versions
 from .report import Report, check_task_names
 from .rows import last_step, spread
@@ -260,7 +260,7 @@ def _head(self:Run, result):
         | self.settings
     )
     more = dict(
-        meets=run_meets(self.pool, self.taskpool), returned=_returned(result), adaptation=self.learned
+        meets=run_overlap(self.pool, self.taskpool), returned=_returned(result), adaptation=self.learned
     )
     return (
         keys

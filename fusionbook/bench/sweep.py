@@ -14,10 +14,10 @@ from decimal import Decimal
 from itertools import product
 from pathlib import Path
 from omegaconf import OmegaConf
-from .configured import check_places, complete, made, root_defaults, run_config
+from .configured import check_places, complete, build_part, root_defaults, run_config
 from .directions import Directions
 from .experiment import parsed
-from .meeting import check_apart
+from .leakage import check_apart
 from .report import Report
 from .rows import means_of
 from .run import merged_model, merged_rows
@@ -204,7 +204,7 @@ class _Pools:
     def __init__(self): self.held = {}
     def __call__(self, cfg, kind):
         key = _text([cfg[kind], cfg['allow_target'], cfg['hub_mirror']])
-        if self.held.get(kind, [None])[0] != key: self.held[kind] = (key, made(cfg, kind))
+        if self.held.get(kind, [None])[0] != key: self.held[kind] = (key, build_part(cfg, kind))
         return self.held[kind][1]
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #5516650a
@@ -232,7 +232,7 @@ def score(
 ) -> dict:       # mean of each metric by its name, interval low..high of the primary one, rows
     "Merge in memory and measure, with every seed if the run has several."
     kind, rows = float_type(cfg['dtype']) if cfg['dtype'] else None, []
-    for suffix, method in seeded(made(cfg, 'method'), cfg['seeds']).items():
+    for suffix, method in seeded(build_part(cfg, 'method'), cfg['seeds']).items():
         if directions: directions.lend(method, pool)
         model = merged_model(method, pool.attach(taskpool), dtype=kind)
         own = getattr(method, 'seed', None)
@@ -374,7 +374,7 @@ def run_sweep(
     "Score the points of a grid, choose, and report the choice."
     pts = points(grid)
     tests, runs = zip(*(_split(compose(p), validation) for p in pts))
-    for r in runs: made(r, 'method') # refuses values that a method does not take, before any work
+    for r in runs: build_part(r, 'method') # refuses values that a method does not take, before any work
     folder, pools = Path(folder or sweep_folder(runs, grid)), _Pools()
     for r in tests: check_places(r, folder)
     _announce(pts, grid, validation, folder)
