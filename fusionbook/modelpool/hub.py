@@ -16,7 +16,7 @@ from ..core.checkpoint import find
 from ..core.errors import FusionError, check_known, nearest
 from ..core.files import read_json
 from ..core.folders import beside, companions, described, model_files
-from ..core.state_dict import Lazy, StateDict, meta, shared
+from ..core.state_dict import Lazy, StateDict
 from ..core.targets import FILLED
 from ..core.views import completed, finite
 from ..data.tables import class_table
@@ -27,6 +27,7 @@ from fusionbook.models.hub import (
     hub_config,
     hub_network,
     labelled,
+    parameter_sizes,
     scoped,
     weights_alone,
     with_new_head,
@@ -155,11 +156,7 @@ def files_of(self:AutoModelPool, model) -> list[Path]:
 @patch
 def parameters(self:AutoModelPool) -> list|None:
     "Sizes of the host's parameters and whether they are trained, from the headers of its files; None where only its network knows."
-    if self.tensors(self._models[self.host]) is None: return None
-    whole = self.whole()
-    info = {k: t for k, t in meta(whole).items() if k not in shared(whole)}
-    kept = ('running_mean', 'running_var', 'position_ids', 'inv_freq')
-    return [[t.numel(), True] for k, t in info.items() if t.is_floating_point() and not k.endswith(kept)]
+    return None if self.tensors(self._models[self.host]) is None else parameter_sizes(self.whole())
 
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #f37b5213
 def _dtype(pool):

@@ -18,6 +18,7 @@ from ..core.errors import FusionError, check_known
 from ..core.state_dict import Lazy
 from .base import BaseModelPool, fill, under_names
 from .hub import AutoModelPool
+from ..models.hub import parameter_sizes
 
 # %% ../../nbs/50_modelpool/01b_presets.ipynb #509854e2
 class CausalLMPool(AutoModelPool):
@@ -109,6 +110,11 @@ def tensors(self:OpenCLIPVisionModelPool, model) -> Lazy|None:
     "The tensors of an entry's file, lazy."
     path, _ = openclip_entry(model)
     return None if path is None else self.open_path(path)
+
+@patch
+def parameters(self:OpenCLIPVisionModelPool) -> list|None:
+    "Sizes of the parameters, from the file; None where only the network knows."
+    return None if self.tensors(self._models[self.host]) is None else parameter_sizes(self.whole())
 
 @patch
 def build_model(self:OpenCLIPVisionModelPool, model) -> nn.Module:
