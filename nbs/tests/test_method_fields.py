@@ -9,7 +9,7 @@ from fusionbook.method.check import toy_data_pool
 
 ODD = ('abc', [.1], -1, 0, float('nan'), [], {}, {'a': 1}, True, None, 1e30, [1, 2], '3')
 CLASSES = [c for c in (getattr(methods, n) for n in dir(methods)) if isinstance(c, type) and issubclass(c, BaseAlgorithm) and c.config_names]
-QUICK = dict(max_steps=1, steps=1, samples=8, batch_size=4, rounds=0, sweeps=0)
+QUICK = dict(max_steps=1, steps=1, iter_num=1, samples=8, batch_size=4, rounds=0, sweeps=0)
 
 def refused(make):
     "What `make` returns, or the one line that it is refused with."

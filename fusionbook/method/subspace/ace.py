@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['size_spread', 'ace', 'ace_direction', 'ACEMerging']
 
-# %% ../../../nbs/64_subspace/ace_merging.ipynb #9ff10e70
+# %% ../../../nbs/64_subspace/ace_merging.ipynb #74876d7c
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
@@ -16,7 +16,7 @@ from ..base import at_least
 from .by_matrix import by_matrix, MatrixMethod
 from .spectrum import leading
 
-# %% ../../../nbs/64_subspace/ace_merging.ipynb #ac9c2210
+# %% ../../../nbs/64_subspace/ace_merging.ipynb #a28594f7
 def size_spread(
     energies:Tensor, # ‖τ‖², (T,), more than 0
 ) -> float:          # γ; 0 for one expert
@@ -24,7 +24,7 @@ def size_spread(
     logs = energies.double().log()
     return (logs.var() / (logs.mean().square() + 1e-12)).item() if len(logs) > 1 else 0.
 
-# %% ../../../nbs/64_subspace/ace_merging.ipynb #e71770e3
+# %% ../../../nbs/64_subspace/ace_merging.ipynb #8622fa2b
 def _terms(tau, eps, flagged):
     "Centred task vector, its covariance as it is, and with the regulariser."
     centred = tau - tau.mean(0, keepdim=True)
@@ -34,7 +34,7 @@ def _terms(tau, eps, flagged):
     raw = covariance / scale
     return centred, raw, raw + eps / scale * torch.eye(len(raw)).to(raw)
 
-# %% ../../../nbs/64_subspace/ace_merging.ipynb #5cd61dbc
+# %% ../../../nbs/64_subspace/ace_merging.ipynb #f6db777c
 def _refined(delta, task_vectors, covariances, mean, share):
     "The solution plus leading directions of the residual, all with the mean of their singular values."
     k = int(share * min(delta.shape))
@@ -43,7 +43,7 @@ def _refined(delta, task_vectors, covariances, mean, share):
     t = leading(residual + delta, k)
     return delta + t.values.mean() * t.left @ t.right.T
 
-# %% ../../../nbs/64_subspace/ace_merging.ipynb #83586aa2
+# %% ../../../nbs/64_subspace/ace_merging.ipynb #23eace55
 def ace(
     task_vectors:Sequence[Tensor], # T matrices (m, n)
     *, eps:float,       # ε, regulariser of each covariance, more than 0
@@ -66,7 +66,7 @@ def ace(
     if not flagged: return delta
     return _refined(delta, found, [raw for _, raw, _ in terms], total / len(found), share)
 
-# %% ../../../nbs/64_subspace/ace_merging.ipynb #7b59ed3a
+# %% ../../../nbs/64_subspace/ace_merging.ipynb #18bf5617
 def ace_direction(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -77,7 +77,7 @@ def ace_direction(
     def matrix(e): return ace(list(e.task_vectors()), eps=eps, share=share, threshold=threshold)
     return by_matrix(matrix, base, experts, **where)
 
-# %% ../../../nbs/64_subspace/ace_merging.ipynb #6c50efcc
+# %% ../../../nbs/64_subspace/ace_merging.ipynb #6e2e736f
 @dataclass
 class ACEMerging(MatrixMethod):
     "ACE-Merging: least squares with covariances from the rows of task vectors (Xu et al., 2026)."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cart_direction', 'from_average', 'CART']
 
-# %% ../../../nbs/64_subspace/cart.ipynb #f6088dc9
+# %% ../../../nbs/64_subspace/cart.ipynb #d551292a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ...core.state_dict import StateDict
 from .by_matrix import by_matrix, MatrixMethod
 from .spectrum import leading
 
-# %% ../../../nbs/64_subspace/cart.ipynb #5be9f43e
+# %% ../../../nbs/64_subspace/cart.ipynb #8034211e
 def cart_direction(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -32,7 +32,7 @@ def cart_direction(
     def nothing(e): return torch.zeros_like(e.base)
     return by_matrix(matrix, base, experts, other=nothing, held=lambda m, n: 8 * 4 * m * n, **where)
 
-# %% ../../../nbs/64_subspace/cart.ipynb #867c8561
+# %% ../../../nbs/64_subspace/cart.ipynb #fa30318f
 def from_average(
     base:StateDict,              # θ₀, where types and counters come from
     experts:Sequence[StateDict], # T fine-tuned state dicts
@@ -46,7 +46,7 @@ def from_average(
     merged.memory = max(merged.memory, getattr(direction, 'memory', (0, '')))
     return merged
 
-# %% ../../../nbs/64_subspace/cart.ipynb #3ed08537
+# %% ../../../nbs/64_subspace/cart.ipynb #3c059715
 @dataclass
 class CART(MatrixMethod):
     "CART: the average plus the leading directions of the experts seen from it (Choi et al., 2024)."

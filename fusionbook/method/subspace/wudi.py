@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['adam_steps', 'wudi', 'WUDIMerging']
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #aef9008a
+# %% ../../../nbs/64_subspace/wudi.ipynb #e6ee92a1
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
@@ -16,7 +16,7 @@ from ..base import at_least
 from .by_matrix import by_matrix, MatrixMethod
 from .interference import filtered, Interference, interference
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #38b099ef
+# %% ../../../nbs/64_subspace/wudi.ipynb #5fcbd9f6
 def adam_steps(
     problem:Interference,           # of one matrix
     *, steps:int,                   # how many
@@ -37,7 +37,7 @@ def adam_steps(
         E.addcdiv_(m, spread, value=-lr / (1 - .9 ** step))
     return problem.start + E.double()
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #7a42be60
+# %% ../../../nbs/64_subspace/wudi.ipynb #97bcf7f3
 def wudi(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -52,7 +52,7 @@ def wudi(
         return adam_steps(problem, steps=steps, lr=lr, dtype=e.base.dtype)
     return by_matrix(matrix, base, experts, held=lambda m, n: 8 * (6 * m * n + 4 * n * n), **where)
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #0ea10a04
+# %% ../../../nbs/64_subspace/wudi.ipynb #10e417fc
 @dataclass
 class WUDIMerging(MatrixMethod):
     "WUDI: task vectors moved until they do not disturb each other's inputs (Cheng et al., 2025)."
@@ -65,6 +65,8 @@ class WUDIMerging(MatrixMethod):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, iter_num=0, lr=0)
+        if self.iter_num > 10**6:
+            raise FusionError(f'expected `iter_num` up to 1,000,000, got {self.iter_num:g}')
         if self.solver not in ('adam', 'closed_form'):
             raise FusionError(f'expected `solver` as one of adam, closed_form, got `{self.solver}`')
     def direction(self, pool) -> StateDict:
