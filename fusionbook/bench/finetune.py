@@ -27,7 +27,10 @@ from ..taskpool import CLIPVisionModelTaskPool, TextClassificationTaskPool
 from ..taskpool.base import row
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #dc50daee
-_OPTIONS = dict(
+_FLAGS = dict(
+    base=(str, ..., 'all-MiniLM-L6-v2, mini8/pretrained, or a folder or hub id of a BERT encoder or a CLIP'),
+    name=(str, ..., 'of the task and of its expert'),
+    data=(str, ..., 'folder, table (csv, tsv, json, jsonl, parquet), hub id, or mini8/TASK'),
     out=(str, 'experts', 'folder of the experts and of what merges them'),
     validation=(float, 0.1, 'share set aside where the data have no validation split'),
     test=(float, 0.1, 'share set aside where the data have no test split; 0: none'),
@@ -52,16 +55,7 @@ _OPTIONS = dict(
 
 def _parser():
     "Flags with their defaults."
-    p = Flags('finetune', 'fusionbook finetune --base MODEL --data DATA --name TASK [options]')
-    needed = dict(
-        base='all-MiniLM-L6-v2, mini8/pretrained, or a folder or hub id of a BERT encoder or a CLIP',
-        name='of the task and of its expert',
-        data='folder, table (csv, tsv, json, jsonl, parquet), hub id, or mini8/TASK',
-    )
-    for name, help in needed.items(): p.add_argument(f'--{name}', required=True, help=help)
-    for name, (kind, default, help) in _OPTIONS.items():
-        p.add_argument(f'--{name}', type=kind, default=default, help=help)
-    return p
+    return Flags('finetune', 'fusionbook finetune --base MODEL --data DATA --name TASK [options]', _FLAGS)
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #9a76bed3
 def finetune_arguments(

@@ -7,7 +7,7 @@ __all__ = ['FlagHelp', 'Flags', 'read_flags', 'check_choice', 'check_folder_name
 
 # %% ../../nbs/80_bench/08c_flags.ipynb #e0763f34
 import argparse, re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from shutil import get_terminal_size
 from ..core.errors import FusionError, nearest
 
@@ -30,10 +30,15 @@ class Flags(argparse.ArgumentParser):
     def __init__(self,
         command:str, # the word after `fusionbook`
         usage:str,   # an example of its call
+        table:Mapping[str, tuple]={}, # flag -> (type, default, help); the default `...` is a required flag, the type `bool` a switch
     ):
         super().__init__(
             prog=f'fusionbook {command}', usage=usage, allow_abbrev=False, formatter_class=FlagHelp
         )
+        for name, (kind, default, help) in table.items():
+            how = dict(action='store_true') if kind is bool else dict(type=kind)
+            how |= dict(required=True) if default is ... else {} if kind is bool else dict(default=default)
+            self.add_argument(f'--{name}', help=help, **how)
     def error(self, message): raise FusionError(f'expected `{self.usage}`, got: {message}')
 
 # %% ../../nbs/80_bench/08c_flags.ipynb #ee698e77

@@ -31,26 +31,19 @@ FUSE_USAGE = (
 
 # %% ../../nbs/80_bench/11_fuse.ipynb #54433895
 def _parser():
-    p = Flags('fuse', FUSE_USAGE)
-    for name, kind, help in [
-        ('experiment_name', str, 'folder below --out'),
-        ('model_type', str, ', '.join(MODEL_TYPES)),
-        ('seeds', int, 'how many, from 1'),
-        ('dataset_name', str, ', '.join(DATASETS)),
-    ]:
-        p.add_argument(f'--{name}', type=kind, required=True, help=help)
-    for name, default, help in [
-        ('out', 'experiments', 'where experiments are'),
-        ('kinds', ','.join(_KINDS), 'what to write'),
-        (
-            'geometric',
-            'original',
-            'original: layer by layer, weights alone; spec: any network, classes stay in place',
-        ),
-        ('transport_output', 'True', 'whether the original transports the class layer too: True, False'),
-    ]:
-        p.add_argument(f'--{name}', default=default, help=help)
-    return p
+    "Flags, with the choices of the original as defaults."
+    kinds = 'original: layer by layer, weights alone; spec: any network, classes stay in place'
+    flags = dict(
+        experiment_name=(str, ..., 'folder below --out'),
+        model_type=(str, ..., ', '.join(MODEL_TYPES)),
+        seeds=(int, ..., 'how many, from 1'),
+        dataset_name=(str, ..., ', '.join(DATASETS)),
+        out=(str, 'experiments', 'where experiments are'),
+        kinds=(str, ','.join(_KINDS), 'what to write'),
+        geometric=(str, 'original', kinds),
+        transport_output=(str, 'True', 'whether the original transports the class layer too: True, False'),
+    )
+    return Flags('fuse', FUSE_USAGE, flags)
 
 # %% ../../nbs/80_bench/11_fuse.ipynb #d34fdc0b
 def fuse_arguments(

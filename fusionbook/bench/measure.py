@@ -43,42 +43,31 @@ def _truth(text):
 
 # %% ../../nbs/80_bench/10_measure.ipynb #f30fefec
 def _parser():
-    p = Flags('measure', MEASURE_USAGE)
-    for name, kind, help in [
-        ('device', str, 'cpu, cuda, cuda:1, mps'),
-        ('experiment_name', str, 'folder below --out'),
-        ('model_type', str, ', '.join(MODEL_TYPES)),
-        ('dataset_name', str, ', '.join(DATASETS)),
-        ('seeds', int, 'how many, from 1'),
-    ]:
-        p.add_argument(f'--{name}', type=kind, required=True, help=help)
-    for name in (*_SPACES, 'correl_space'):
-        p.add_argument(f'--{name}', type=_truth, default='True', help='True or False: whether it is measured')
-    p.add_argument('--colab', type=_truth, default=False, help='accepted, no effect')
-    for name, kind, default, help in [
-        ('batch_size', int, 100, 'of the original losses and Hessians'),
-        ('accuracy_metric', str, 'accuracy', 'accuracy or generalisation_gap'),
-        (
-            'save_file_path',
-            str,
-            None,
-            'of the CSV; results.csv in the folder of the experiment when left out',
-        ),
-        ('metrics', str, 'original', 'original, corrected, field, all, or names with commas'),
-        ('budget', float, 1.0, 'factor of all sample counts, in (0, 1]'),
-        ('seed', int, 0, 'of everything random'),
-        ('rows', int, 0, 'training images; 0 for all'),
-        ('data', str, None, 'folder or hub id of the data'),
-        ('out', str, 'experiments', 'where experiments are'),
-    ]:
-        p.add_argument(f'--{name}', type=kind, default=default, help=help)
-    p.add_argument('--json', action='store_true', help='print every number as JSON too, as the original does')
-    p.add_argument(
-        '--resume',
-        action='store_true',
-        help='take what an earlier run has measured on the same models, data and options',
+    "Flags, with the choices of the original as defaults."
+    whether = _truth, 'True', 'True or False: whether it is measured'
+    csv = 'of the CSV; results.csv in the folder of the experiment when left out'
+    resume = 'take what an earlier run has measured on the same models, data and options'
+    flags = dict(
+        device=(str, ..., 'cpu, cuda, cuda:1, mps'),
+        experiment_name=(str, ..., 'folder below --out'),
+        model_type=(str, ..., ', '.join(MODEL_TYPES)),
+        dataset_name=(str, ..., ', '.join(DATASETS)),
+        seeds=(int, ..., 'how many, from 1'),
+        **dict.fromkeys((*_SPACES, 'correl_space'), whether),
+        colab=(_truth, False, 'accepted, no effect'),
+        batch_size=(int, 100, 'of the original losses and Hessians'),
+        accuracy_metric=(str, 'accuracy', 'accuracy or generalisation_gap'),
+        save_file_path=(str, None, csv),
+        metrics=(str, 'original', 'original, corrected, field, all, or names with commas'),
+        budget=(float, 1.0, 'factor of all sample counts, in (0, 1]'),
+        seed=(int, 0, 'of everything random'),
+        rows=(int, 0, 'training images; 0 for all'),
+        data=(str, None, 'folder or hub id of the data'),
+        out=(str, 'experiments', 'where experiments are'),
+        json=(bool, False, 'print every number as JSON too, as the original does'),
+        resume=(bool, False, resume),
     )
-    return p
+    return Flags('measure', MEASURE_USAGE, flags)
 
 # %% ../../nbs/80_bench/10_measure.ipynb #67a8a567
 def _check_numbers(a):

@@ -38,18 +38,13 @@ from ..models.named import MODEL_TYPES, model_type
 from ..taskpool.base import evaluating, predict_batches, row
 
 # %% ../../nbs/80_bench/09_train.ipynb #35a405cb
+_USAGE = 'fusionbook train --experiment_name NAME --model_type TYPE --dataset_name NAME [options]'
 def _parser():
     "Flags, with the recipe of the original as defaults."
-    p = Flags(
-        'train', 'fusionbook train --experiment_name NAME --model_type TYPE --dataset_name NAME [options]'
-    )
-    for name, help in dict(
-        experiment_name='folder below --out',
-        model_type=', '.join(MODEL_TYPES),
-        dataset_name=', '.join(DATASETS),
-    ).items():
-        p.add_argument(f'--{name}', required=True, help=help)
     flags = dict(
+        experiment_name=(str, ..., 'folder below --out'),
+        model_type=(str, ..., ', '.join(MODEL_TYPES)),
+        dataset_name=(str, ..., ', '.join(DATASETS)),
         seeds=(str, '1', 'how many, or which: 3 or 2,5'),
         device=(str, 'cpu', 'cpu, cuda, mps'),
         epochs=(int, 30, 'passes over the data'),
@@ -68,16 +63,11 @@ def _parser():
         rows=(int, 0, 'training images; 0 for all'),
         data=(str, None, 'folder or hub id of the data; FUSIONBOOK_DATA or the hub when left out'),
         out=(str, 'experiments', 'where experiments are'),
+        augment=(bool, False, 'cut and mirror the images'),
+        cosine=(bool, False, 'let the rate fall along a cosine'),
+        slim=(bool, False, 'keep no file for each pass'),
     )
-    for name, (kind, default, help) in flags.items():
-        p.add_argument(f'--{name}', type=kind, default=default, help=help)
-    for name, help in dict(
-        augment='cut and mirror the images',
-        cosine='let the rate fall along a cosine',
-        slim='keep no file for each pass',
-    ).items():
-        p.add_argument(f'--{name}', action='store_true', help=help)
-    return p
+    return Flags('train', _USAGE, flags)
 
 # %% ../../nbs/80_bench/09_train.ipynb #39b1f652
 def _seeds(text):
