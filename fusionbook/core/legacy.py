@@ -35,6 +35,7 @@ def of_fusionbench(
 # %% ../../nbs/00_core/07_legacy.ipynb #27187fb5
 _SAME = HUB_CLASSES | {
     'EnsembleAlgorithm': 'SimpleEnsemble',
+    'DOGE_TA_Algorithm': 'DOGE_TA',
     'FisherMergingForCLIPVisionModel': 'FisherMerging',
     'FisherMergingAlgorithmForGPT2': 'FisherMerging',
     'RegMeanAlgorithmForCLIP': 'RegMean',
