@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['left_vectors', 'shared_subspace', 'correction_gradient', 'correction', 'doge', 'DOGE_TA']
 
-# %% ../../../nbs/63_task_vector/doge_ta.ipynb #0edebf67
+# %% ../../../nbs/63_task_vector/doge_ta.ipynb #ee37eb03
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
@@ -17,7 +17,7 @@ from ...core.state_dict import StateDict, check_same
 from ..base import at_least, BaseAlgorithm, check_fields
 from .sparsify import count_kept, kept_share, mergeable_names, thresholds
 
-# %% ../../../nbs/63_task_vector/doge_ta.ipynb #ec936b6e
+# %% ../../../nbs/63_task_vector/doge_ta.ipynb #1291c53c
 def left_vectors(
     m:Tensor,    # (rows, columns)
     count:int,   # how many
@@ -42,7 +42,7 @@ def shared_subspace(
     sides = [left_vectors(t, k // len(tau)) for t in tau]
     return left_vectors(torch.cat(sides, 1), k // part).to(tau.dtype)
 
-# %% ../../../nbs/63_task_vector/doge_ta.ipynb #c92e919a
+# %% ../../../nbs/63_task_vector/doge_ta.ipynb #e7e32e82
 def correction_gradient(
     tau:Tensor,    # (T, rows, columns)
     merged:Tensor, # Σ λ τ, (rows, columns)
@@ -69,7 +69,7 @@ def correction(
         optimizer.step()
     return delta
 
-# %% ../../../nbs/63_task_vector/doge_ta.ipynb #3f05d3a5
+# %% ../../../nbs/63_task_vector/doge_ta.ipynb #0b5484bb
 def doge(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -94,7 +94,7 @@ def doge(
     route = Route(matrix, lambda e: torch.zeros_like(e.base), rule)
     return direction_of(route, base, experts, device=device)
 
-# %% ../../../nbs/63_task_vector/doge_ta.ipynb #277f0f06
+# %% ../../../nbs/63_task_vector/doge_ta.ipynb #9c264ad3
 @dataclass
 class DOGE_TA(BaseAlgorithm):
     "Task arithmetic with a correction learned on the task vectors (Wei et al., 2025)."
