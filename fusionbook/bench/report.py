@@ -12,7 +12,6 @@ from pathlib import Path
 from fastcore.basics import patch
 from fusionbook.bench.rows import (
     ROLES,
-    average_interval,
     average_row,
     averages,
     declared_metrics,
