@@ -19,6 +19,17 @@ from ..core.state_dict import Lazy, StateDict, meta, shared
 from .base import BaseAlgorithm, check_fields, load_algorithm_from_config
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #ff112246
+def _entries(name, base, experts, device, shape, whole):
+    "The entries of one tensor, in pieces or whole."
+    parts = pieces(name, base, experts, device)
+    if not whole:
+        yield from (Entry(name, shape, at, b, x) for at, b, x in parts)
+        return
+    at, b, x = zip(*parts)
+    rows = torch.cat(x, 1).view(-1, *shape)
+    yield Entry(name, shape, slice(0, at[-1].stop), torch.cat(b).view(shape), rows)
+
+# %% ../../nbs/60_method/09_pipeline.ipynb #6fb9df02
 def pool_of_vectors(
     pool,                              # with a base
     vectors:Callable[[Entry], Tensor], # entry -> changed task vectors, (T, n)
@@ -41,16 +52,6 @@ def pool_of_vectors(
     return pool.with_experts([
         Lazy({k: partial(read, i, k) for k in kinds}, kinds, shared(base)) for i in range(count)
     ])
-
-def _entries(name, base, experts, device, shape, whole):
-    "The entries of one tensor, in pieces or whole."
-    parts = pieces(name, base, experts, device)
-    if not whole:
-        yield from (Entry(name, shape, at, b, x) for at, b, x in parts)
-        return
-    at, b, x = zip(*parts)
-    rows = torch.cat(x, 1).view(-1, *shape)
-    yield Entry(name, shape, slice(0, at[-1].stop), torch.cat(b).view(shape), rows)
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #35f544fc
 def scaled_change(
@@ -100,11 +101,27 @@ def _plain(given):
     "What a file says of a method that is there already."
     return given.config if isinstance(given, BaseAlgorithm) else given
 
+def _learned(methods): return {_called(m): m.adaptation for m in methods if m.adaptation}
+
+def _describe(pipeline, methods):
+    "What a pipeline sees, whether the order of experts matters, and whether it builds a network."
+    pipeline.uses = tuple(dict.fromkeys(u for m in methods for u in m.uses))
+    pipeline.symmetric = all(m.symmetric for m in methods)
+    if pipeline.inner.build is not None: pipeline.build = partial(_built, pipeline)
+
+def _built(pipeline, pool):
+    "What a merge builds that makes a network."
+    if pipeline.last:
+        raise FusionError(f'expected no `after` for {_called(pipeline.inner)}, which builds a network')
+    return pipeline.inner.build(pipeline.prepared(pool))
+
+# %% ../../nbs/60_method/09_pipeline.ipynb #78540b15
 def _list(given):
     "What a file says of steps."
     if given is None: return None
     return [_plain(one) for one in (given if isinstance(given, (list, tuple)) else [given])]
 
+# %% ../../nbs/60_method/09_pipeline.ipynb #e83d87f6
 def _called(m): return m.config_names[0] if m.config_names else type(m).__name__
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #7c3d1dd7
@@ -121,10 +138,7 @@ class Pipeline(BaseAlgorithm):
         self.inner = _loaded(self.method, 'method')
         self.before, self.method, self.after = _list(self.before), _plain(self.method), _list(self.after)
         check_fields(self)
-        every = [*self.first, self.inner, *self.last]
-        self.uses = tuple(dict.fromkeys(u for m in every for u in m.uses))
-        self.symmetric = all(m.symmetric for m in every)
-        if self.inner.build is not None: self.build = self._build
+        _describe(self, [*self.first, self.inner, *self.last])
     def prepared(self, pool):
         "The pool that the merge gets."
         self.adaptation = dict(steps=[_called(m) for m in [*self.first, self.inner, *self.last]])
@@ -135,8 +149,5 @@ class Pipeline(BaseAlgorithm):
         pool = self.prepared(pool)
         merged = self.inner.merge(pool)
         for m in self.last: merged = m.finish(pool, merged)
+        self.adaptation |= _learned([*self.first, self.inner, *self.last])
         return merged
-    def _build(self, pool):
-        if self.last:
-            raise FusionError(f'expected no `after` for {_called(self.inner)}, which builds a network')
-        return self.inner.build(self.prepared(pool))

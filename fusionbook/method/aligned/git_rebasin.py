@@ -119,6 +119,11 @@ def aligned(self:GitRebasin,
 
 # %% ../../../nbs/67_alignment/git_rebasin.ipynb #09af7ece
 @patch
+def prepare(self:GitRebasin, pool):
+    "The pool with renamed experts, for a pipeline."
+    return pool.with_experts(self.aligned(pool)[1])
+
+@patch
 def merge(self:GitRebasin, pool) -> StateDict:
     "The merged tensors, lazy."
     weights = average_weights(self.weights, len(pool))

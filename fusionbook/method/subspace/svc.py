@@ -10,6 +10,7 @@ __all__ = ['calibrated', 'calibrate', 'SingularValueCalibrationWithBaseMethod', 
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
+from types import SimpleNamespace
 import torch
 from torch import Tensor
 from ...core.engine import Route, map_tensors
@@ -83,9 +84,12 @@ class SingularValueCalibrationWithBaseMethod(BaseAlgorithm):
         self.inner = _merge_before(self.base_method)
         if isinstance(self.base_method, BaseAlgorithm): self.base_method = self.inner.config
         self.symmetric = self.inner.symmetric
-    def merge(self, pool) -> StateDict:
+    def merge(self, pool) -> StateDict: return self.calibrated(self.inner, pool)
+    def finish(self, pool, merged) -> StateDict: # after another merge, in a pipeline
+        return self.calibrated(SimpleNamespace(direction=None, merge=lambda pool: merged), pool)
+    def calibrated(self, method, pool) -> StateDict:
         device = self.accelerator or self.device
-        return calibrate(self.inner, pool, alpha=self.alpha, matrices=self.matrices, device=device)
+        return calibrate(method, pool, alpha=self.alpha, matrices=self.matrices, device=device)
 
 # %% ../../../nbs/64_subspace/svc.ipynb #b323e348
 def _merge_before(method):

@@ -15,6 +15,7 @@ from ...core.entries import Entry
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
+from ..pipeline import pool_of_vectors
 from .elect import check_choices, elected_direction
 from .sparsify import l1_kept, thresholds, trim
 
@@ -64,6 +65,8 @@ class _Breadcrumbs(BaseAlgorithm):
     def __post_init__(self):
         check_fields(self)
         _check_shares(self.density, self.gamma)
+    def prepare(self, pool): # the pool with sparse experts, for a pipeline
+        return pool_of_vectors(pool, self.parts(pool)[2], device=self.device)
     def parts(self, pool): # base, experts, the sparse vectors and the weights
         base, experts, how = pool.pretrained(), pool.experts(), dict(rescale=self.rescale, device=self.device)
         vectors = middle_entries(base, experts, density=self.density, gamma=self.gamma, **how)

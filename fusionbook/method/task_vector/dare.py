@@ -16,6 +16,7 @@ from ...core.errors import FusionError
 from ...core.matrices import Matrices
 from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
+from ..pipeline import pool_of_vectors
 from .elect import check_choices, elected_direction
 from .sparsify import kept_share, l1_kept, random_keep
 
@@ -45,6 +46,7 @@ def dropped(
         return e.tau.mul_(random_keep(e, density=density, seed=seed)).mul_(factor)
     return l1_kept(base, experts, sparse, device=device) if rescale and rescale_by == 'l1' else sparse
 
+# %% ../../../nbs/63_task_vector/dare.ipynb #d989cdfb
 def dare(
     base:StateDict, experts:Sequence[StateDict], # θ₀ and T fine-tuned state dicts
     *, weights:Sequence[float],  # w, (T,)
@@ -75,6 +77,9 @@ class _Dare(BaseAlgorithm):
     def dropping(self): # the arguments of `dropped`
         names = 'seed', 'rescale', 'rescale_by', 'only_on_linear_weights', 'device'
         return dict(density=1 - self.sparsity_ratio) | {k: getattr(self, k) for k in names}
+    def prepare(self, pool): # the pool with sparse experts, for a pipeline
+        vectors = dropped(pool.pretrained(), pool.experts(), **self.dropping())
+        return pool_of_vectors(pool, vectors, device=self.device)
     def direction(self, pool) -> StateDict:
         weights = expert_weights(self.weights, len(pool), normalize=False, equal=self.equal(len(pool)))
         return dare(pool.pretrained(), pool.experts(), weights=weights, **self.dropping())

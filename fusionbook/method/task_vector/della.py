@@ -15,6 +15,7 @@ from ...core.entries import Entry
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
+from ..pipeline import pool_of_vectors
 from .elect import check_choices, elected_direction
 from .sparsify import l1_kept, random_keep
 
@@ -75,6 +76,8 @@ class _Della(BaseAlgorithm):
     def __post_init__(self):
         check_fields(self)
         _check_window(self.density, self.epsilon, self.rescale_by)
+    def prepare(self, pool): # the pool with sparse experts, for a pipeline
+        return pool_of_vectors(pool, self.parts(pool)[2], whole=True, device=self.device)
     def parts(self, pool): # base, experts, the sparse vectors and the weights
         names = 'density', 'epsilon', 'seed', 'rescale', 'rescale_by', 'device'
         base, experts, how = pool.pretrained(), pool.experts(), {k: getattr(self, k) for k in names}

@@ -17,6 +17,7 @@ from ...core.errors import FusionError
 from ...core.matrices import Matrices
 from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
+from ..pipeline import pool_of_vectors
 from .sparsify import mergeable_names, thresholds, trim
 
 # %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #6e0a1564
@@ -86,6 +87,18 @@ def _check_pruning(m):
     if m.rescale and m.prune_ratio == 1:
         raise FusionError('expected `prune_ratio` below 1 with `rescale`, got 1')
 
+# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #f2a6f204
+def _sparse(m, pool):
+    "Base, experts, a function from an entry to sparse task vectors, and whether it wants whole tensors."
+    base, experts = pool.pretrained(), pool.experts()
+    how = dict(ratio=m.prune_ratio, pattern=m.pattern, largest=m.prune_type == 'major')
+    f, whole = pruned(base, experts, device=m.device, **how)
+    factor = 1 / (1 - m.prune_ratio) if m.rescale else 1.
+    def sparse(e):
+        if m.wanted(e): return factor * f(e)
+        return torch.zeros_like(e.experts) if m.others == 'base' else e.tau
+    return base, experts, sparse, whole
+
 # %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #335e3d47
 @dataclass
 class MagnitudeDiffPruning(BaseAlgorithm):
@@ -107,18 +120,13 @@ class MagnitudeDiffPruning(BaseAlgorithm):
     def wanted(self, e): # whether a tensor is pruned
         if self.extract_names is None: return Matrices(heads=True)(e.name, e.shape) is not None
         return any(re.match(pattern, e.name) for pattern in self.extract_names)
+    def prepare(self, pool): # the pool with sparse experts, for a pipeline
+        _, _, sparse, whole = _sparse(self, pool)
+        return pool_of_vectors(pool, sparse, whole=whole, device=self.device)
     def direction(self, pool) -> StateDict:
-        base, experts, how = (
-            pool.pretrained(),
-            pool.experts(),
-            dict(ratio=self.prune_ratio, pattern=self.pattern),
-        )
-        f, whole = pruned(base, experts, largest=self.prune_type == 'major', device=self.device, **how)
+        base, experts, sparse, whole = _sparse(self, pool)
         w = torch.tensor(expert_weights(self.weights, len(pool), normalize=False), device=self.device)
-        factor = 1 / (1 - self.prune_ratio) if self.rescale else 1.
         def step(e):
-            wanted = self.wanted(e)
-            if not wanted and self.others == 'base': return torch.zeros_like(e.base)
-            parts = factor * f(e) if wanted else e.tau
+            parts = sparse(e)
             return torch.einsum('t,t...->...', w.to(parts.dtype), parts)
         return direction_of(step, base, experts, elementwise=not whole, device=self.device)
