@@ -29,7 +29,7 @@ def _entries(name, base, experts, device, shape, whole):
     rows = torch.cat(x, 1).view(-1, *shape)
     yield Entry(name, shape, slice(0, at[-1].stop), torch.cat(b).view(shape), rows)
 
-# %% ../../nbs/60_method/09_pipeline.ipynb #6fb9df02
+# %% ../../nbs/60_method/09_pipeline.ipynb #bff0c966
 def pool_of_vectors(
     pool,                              # with a base
     vectors:Callable[[Entry], Tensor], # entry -> changed task vectors, (T, n)
@@ -101,6 +101,7 @@ def _plain(given):
     "What a file says of a method that is there already."
     return given.config if isinstance(given, BaseAlgorithm) else given
 
+# %% ../../nbs/60_method/09_pipeline.ipynb #cfcf56d5
 def _learned(methods): return {_called(m): m.adaptation for m in methods if m.adaptation}
 
 def _describe(pipeline, methods):
@@ -115,13 +116,13 @@ def _built(pipeline, pool):
         raise FusionError(f'expected no `after` for {_called(pipeline.inner)}, which builds a network')
     return pipeline.inner.build(pipeline.prepared(pool))
 
-# %% ../../nbs/60_method/09_pipeline.ipynb #78540b15
+# %% ../../nbs/60_method/09_pipeline.ipynb #aa1409ed
 def _list(given):
     "What a file says of steps."
     if given is None: return None
     return [_plain(one) for one in (given if isinstance(given, (list, tuple)) else [given])]
 
-# %% ../../nbs/60_method/09_pipeline.ipynb #e83d87f6
+# %% ../../nbs/60_method/09_pipeline.ipynb #5981be00
 def _called(m): return m.config_names[0] if m.config_names else type(m).__name__
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #7c3d1dd7
