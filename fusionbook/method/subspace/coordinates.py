@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Coordinates', 'column_basis', 'zero_base', 'in_coordinates', 'inner_method', 'merge_vectors', 'CoordinateMethod']
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #9e6fbc53
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #eb441d03
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, KW_ONLY
 from functools import cache, partial
@@ -19,7 +19,7 @@ from ...core.state_dict import check_same, Lazy, meta, shared, StateDict
 from ..base import as_pool, BaseAlgorithm, check_fields, load_algorithm_from_config
 from .spectrum import leading
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #c87479c7
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #4906f50c
 class Coordinates(NamedTuple):
     "Orthonormal bases of the outputs, and perhaps of the inputs, of one matrix."
     left: Tensor              # U, (m, k)
@@ -36,7 +36,7 @@ class Coordinates(NamedTuple):
         if self.scale is not None: rows = rows * self.scale[:, None]
         return self.left @ (rows if self.right is None else rows @ self.right.T)
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #49ef7cb8
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #49be5886
 def column_basis(
     matrix:Tensor,   # (m, n)
     *, floor:float,  # fraction of the largest singular value below which a direction counts as absent
@@ -44,13 +44,13 @@ def column_basis(
     "An orthonormal basis of what a matrix can give, the strongest direction first."
     return leading(matrix, floor=floor).left
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #ab935c98
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #1b8bfa9b
 def _differences(base, experts, device):
     "The task vectors as state dicts, lazy."
     def first(e): return e.tau[0]
     return [direction_of(first, base, [x], elementwise=True, device=device) for x in experts]
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #cdc68ca0
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #ab1f9bc3
 def _seen(tau, found, shapes):
     "A task vector in the coordinates of its matrices, lazy."
     def read(name): return found[name].inward(tau[name].reshape(shapes[name])) if name in found else tau[name]
@@ -62,7 +62,15 @@ def _seen(tau, found, shapes):
     info = {n: kind(n, t) for n, t in tau.meta.items()}
     return Lazy({n: partial(read, n) for n in info}, info, tau.tied)
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #379f7530
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #1634f6be
+def _needed(shapes, count):
+    "Bytes that bases of both sides and the largest matrix of all experts take at most, and that matrix."
+    def bases(m, n): return 4 * (m * min(m, count * n) + n * min(n, count * m))
+    largest = max(shapes, key=lambda name: shapes[name][0] * shapes[name][1], default='')
+    m, n = shapes.get(largest, (0, 0))
+    return sum(bases(*s) for s in shapes.values()) + 4 * (count + 3) * m * n, largest
+
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #d06a2a7d
 def zero_base(
     task_vector:Lazy, # a state dict with the names and types of the others
 ) -> Lazy:            # zeros; integer tensors are the task vector's
@@ -72,7 +80,7 @@ def zero_base(
     table = {n: partial(read, n, t) for n, t in task_vector.meta.items()}
     return Lazy(table, task_vector.meta, task_vector.tied)
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #3772aab4
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #ac86b01e
 def in_coordinates(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -98,9 +106,11 @@ def in_coordinates(
         found, merged = solved()
         if name not in found: return merged[name]
         return found[name].outward(merged[name]).to(info[name].dtype).reshape(info[name].shape)
-    return Lazy({n: partial(read, n) for n in info}, info, shared(base))
+    merged = Lazy({n: partial(read, n) for n in info}, info, shared(base))
+    merged.memory = _needed(shapes, len(experts))
+    return merged
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #fdad7164
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #c9dd816d
 def inner_method(
     then:str,          # a method by its name on the command line
     options:dict|None, # its hyper-parameters
@@ -122,7 +132,7 @@ def merge_vectors(
     "Let a method merge task vectors by themselves."
     return inner.merge(as_pool({'_pretrained_': zero} | dict(zip(names, task_vectors, strict=True))))
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #7d39a4d5
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #6cdba144
 @dataclass
 class CoordinateMethod(BaseAlgorithm):
     "A method that lets another one merge in coordinates of its own; define `coordinates` and `direction`."

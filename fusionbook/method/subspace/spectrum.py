@@ -107,7 +107,7 @@ def _add(found, B, basis, vectors):
 def _tall(A, k, floor):
     "Leading triplets of a matrix (m, n) with m ≥ n."
     found, B, basis, largest = None, A, None, None
-    while found is None or len(found[1]) < k and B.shape[1]:
+    while k and (found is None or len(found[1]) < k and B.shape[1]):
         G = gram(B)
         scale = G.trace().sqrt() # the Frobenius norm
         largest = scale if largest is None else largest
