@@ -124,7 +124,8 @@ def merged_model(
 # %% ../../nbs/80_bench/03_run.ipynb #fa347b9e
 def _reference_rows(pool, taskpool, device, hashes) -> Iterator[dict]:
     "Rows of the base and of each task's own expert, with the answers behind them."
-    asked = [('pretrained', '_pretrained_', t) for t in taskpool.task_names if pool.has_pretrained]
+    based = pool.has_pretrained and getattr(pool, 'scope', 'all') != 'backbone' # else its head is of other classes
+    asked = [('pretrained', '_pretrained_', t) for t in taskpool.task_names if based]
     asked += [('expert', t, t) for t in taskpool.task_names if t in pool.model_names]
     held = {}
     for role, name, task in track(asked, 'base and experts'):

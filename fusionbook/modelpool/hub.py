@@ -21,6 +21,7 @@ from ..core.targets import FILLED
 from ..core.views import completed, finite
 from ..data.tables import class_table
 from .base import BaseModelPool, under_names
+from ..models.heads import TaskHeads
 from fusionbook.models.hub import (
     auto_class,
     check_scope,
@@ -200,6 +201,14 @@ def filled(self:AutoModelPool, name:str, sd:StateDict) -> nn.Module|dict:
     return self.network(_adapter_of(self, entry)[0], whole, _new_classes(self, entry))
 
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #80c037a4
+@patch
+def load(self:AutoModelPool, sd:StateDict) -> nn.Module|dict:
+    "The host's network with the tensors of `sd`; where only backbones were merged, with the head of every expert beside its own."
+    network, tasks = self.filled(self.host, sd), [n for n in self.model_names if entry_of(self._models[n])]
+    if self.scope != 'backbone' or self._host or not tasks: return network
+    return TaskHeads(network, {t: self.filled(t, sd) for t in tasks})
+
+# %% ../../nbs/50_modelpool/00e_hub.ipynb #eec8f580
 @patch
 def with_head(self:AutoModelPool, name:str) -> AutoModelPool:
     "The same pool with another host: `load` and `save_model` put the merged tensors under this model's head and configuration."

@@ -77,8 +77,13 @@ class _Tap:
     "Logits that are also kept."
     def __init__(self, model): self.model, self.kept = model, []
     def __call__(self, x):
-        self.kept.append(self.model(x))
+        self.kept.append(_answer(self.model, x))
         return self.kept[-1]
+
+def _answer(model, x):
+    "Logits; networks of `transformers` give them as `logits` of an output."
+    out = model(x)
+    return getattr(out, 'logits', out)
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #1d931728
 @patch
@@ -111,7 +116,7 @@ def labels(self:ClassificationTaskPool, task, dataset=None):
     return labels_of(_dataset(self, task) if dataset is None else dataset)
 
 @patch
-def logits(self:ClassificationTaskPool, task): return lambda model, x: model(x)
+def logits(self:ClassificationTaskPool, task): return _answer
 
 @patch
 def dataset(self:ClassificationTaskPool, task): return _dataset(self, task)

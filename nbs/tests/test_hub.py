@@ -149,3 +149,29 @@ def test_a_tokenizer_that_the_pool_names_is_saved_with_the_model(here, tmp_path)
     done = here('method=simple_average', 'modelpool=CausalLMPool/mixtral_moe_merging', 'modelpool.models={a: a, b: b}', '++modelpool.tokenizer=words', 'merged_model_save_path=out')
     assert done.status == 0, done.err
     assert {f.name for f in (tmp_path/'out').iterdir()} == {'config.json', 'generation_config.json', 'model.safetensors', 'README.md', 'tokenizer.json'}
+
+
+def test_each_task_is_measured_with_its_own_head(here, tmp_path):
+    "Two classifiers of 10 digits with other heads; the run's accuracy is that of the network that was saved with each head."
+    from conftest import write_images
+    from fusionbook.taskpool import ClassificationTaskPool
+    from fusionbook.modelpool import ConvNextForImageClassificationPool
+    models = {n: str(tiny_hub(tmp_path/n, 'convnext', seed=i, num_labels=c)) for i, (n, c) in enumerate({'_pretrained_': 1000, 'one': 10, 'two': 12}.items())}
+    sets = {t: str(write_images(tmp_path/f'{t}_images', per_class=5, seed=i)) for i, t in enumerate(('one', 'two'))}
+    (tmp_path/'run.yaml').write_text(json.dumps({'method': {'name': 'simple_average'}, 'modelpool': {'_target_': 'fusionbook.modelpool.ConvNextForImageClassificationPool', 'models': models},
+                                                 'taskpool': {'_target_': 'fusionbook.taskpool.ClassificationTaskPool', 'test_datasets': sets}}))
+    done = here('run.yaml')
+    assert done.status == 0, done.err
+    pool, tasks = ConvNextForImageClassificationPool(models), ClassificationTaskPool(sets)
+    first, second = pool.experts()
+    mean = {k: (v + second[k]) / 2 for k, v in first.items()}
+    for task in sets:
+        pool.with_head(task).save_model(mean, tmp_path/f'out_{task}')
+        own = transformers.AutoModelForImageClassification.from_pretrained(tmp_path/f'out_{task}')
+        answers = tasks.predict(own, task)
+        rows = [r for r in done.report['rows'] if r['task'] == task and r.get('metric', 'accuracy') == 'accuracy']
+        assert {r['role'] for r in rows} == {'expert', 'merged'}
+        merged = next(r for r in rows if r['role'] == 'merged')
+        assert (merged['value'] if 'value' in merged else merged['accuracy']) == pytest.approx((answers['predictions'] == answers['labels']).mean())
+        loss = [r for r in done.report['rows'] if r['task'] == task and r.get('metric') == 'loss' and r['role'] == 'merged']
+        assert loss[0]['value'] == pytest.approx(answers['losses'].mean())
