@@ -8,17 +8,19 @@ __all__ = ['flat_spectrum', 'iso_c_direction', 'ISO_C_Merge']
 # %% ../../../nbs/64_subspace/iso_c.ipynb #dca44c53
 from collections.abc import Sequence
 from dataclasses import dataclass
+import torch
 from torch import Tensor
 from ...core.state_dict import StateDict
-from .by_matrix import MatrixMethod, by_matrix, held_bytes
-from .spectrum import FLOAT32, polar
+from .by_matrix import MatrixMethod, by_matrix, check_floor, held_bytes
+from .spectrum import ROUNDING, polar
 
 # %% ../../../nbs/64_subspace/iso_c.ipynb #147eb81c
 def flat_spectrum(
-    matrix:Tensor, # M, (m, n)
-) -> Tensor:       # (m, n), float64
+    matrix:Tensor,  # M, (m, n)
+    *, floor:float, # fraction of the largest singular value below which one is rounding
+) -> Tensor:        # (m, n), float64
     "The matrix with all its singular values replaced by their mean over min(m, n)."
-    turned = polar(matrix, floor=FLOAT32)
+    turned = polar(matrix, floor=max(floor, ROUNDING))
     mean = (turned * matrix).sum() / min(matrix.shape)
     return turned.mul_(mean)
 
@@ -26,13 +28,14 @@ def flat_spectrum(
 def iso_c_direction(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
+    *, floor:float,              # as in `flat_spectrum`
     **where,                     # as in `by_matrix`
 ) -> StateDict:                  # lazy, in float32
     "The merged task vector of Iso-C; tensors that are no matrices get the mean."
     def matrix(e):
-        total = e.base.new_zeros(e.base.shape)
+        total = torch.zeros_like(e.base, dtype=torch.float64)
         for tau in e.task_vectors(): total += tau
-        return flat_spectrum(total)
+        return flat_spectrum(total, floor=floor)
     return by_matrix(matrix, base, experts, held=held_bytes, **where)
 
 # %% ../../../nbs/64_subspace/iso_c.ipynb #70149f00
@@ -42,5 +45,9 @@ class ISO_C_Merge(MatrixMethod):
     config_names = ('isotropic_merging/iso_c',)
     paper, year, tune = 'arxiv:2502.04959', 2025, {'scaling_factor': '0.2:2:0.2'}
     scaling_factor: float = 1. # λ, length of the merged step
+    floor: float = 0.          # singular values below this fraction of the largest are left out; 1e-6 drops what rounding to float32 adds to LoRA experts
+    def __post_init__(self):
+        super().__post_init__()
+        check_floor(self.floor)
     def direction(self, pool) -> StateDict:
-        return iso_c_direction(pool.pretrained(), pool.experts(), **self.where())
+        return iso_c_direction(pool.pretrained(), pool.experts(), floor=self.floor, **self.where())

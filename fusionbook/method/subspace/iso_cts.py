@@ -8,11 +8,12 @@ __all__ = ['shares', 'iso_cts_direction', 'ISO_CTS_Merge']
 # %% ../../../nbs/64_subspace/iso_cts.ipynb #929567d1
 from collections.abc import Sequence
 from dataclasses import dataclass
+import torch
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from .by_matrix import MatrixMethod, SideBySide, by_matrix
-from .by_matrix import held_bytes, orthogonal_sum
-from .spectrum import FLOAT32, leading
+from .by_matrix import check_floor, held_bytes, orthogonal_sum
+from .spectrum import ROUNDING, leading
 
 # %% ../../../nbs/64_subspace/iso_cts.ipynb #dd3dec6f
 def shares(
@@ -26,12 +27,12 @@ def shares(
     return k - count * each, each
 
 # %% ../../../nbs/64_subspace/iso_cts.ipynb #4a05f486
-def _outside(tau, basis, k):
+def _outside(tau, basis, k, floor):
     "The k leading triplets of what a task vector has outside of a space; none of what is only rounding."
     rest = tau.double()
     scale = rest.norm()
     rest -= basis @ (basis.T @ rest)
-    return leading(rest, k if rest.norm() > FLOAT32 * scale else 0, floor=FLOAT32)
+    return leading(rest, k if rest.norm() > floor * scale else 0, floor=floor)
 
 def _held(rows, columns):
     "Bytes: the rest of a task vector in float64 beside what triplets and polar factors hold."
@@ -42,16 +43,17 @@ def iso_cts_direction(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
     *, common:float,             # fraction of common directions, in [0, 1]
+    floor:float,                 # fraction of the largest singular value below which one is rounding
     **where,                     # as in `by_matrix`
 ) -> StateDict:                  # lazy, in float32
     "The merged task vector of Iso-CTS; tensors that are no matrices get the mean."
-    count = len(experts)
+    count, least = len(experts), max(floor, ROUNDING)
     def matrix(e):
-        k, total = min(e.base.shape), e.base.new_zeros(e.base.shape)
+        k, total = min(e.base.shape), torch.zeros_like(e.base, dtype=torch.float64)
         for tau in e.task_vectors(): total += tau
         c, each = shares(k, count, common)
-        shared, found = leading(total, c, floor=FLOAT32), SideBySide(e.base, k)
-        for tau in e.task_vectors() if each else (): found.add(_outside(tau, shared.left, each))
+        shared, found = leading(total, c, floor=least), SideBySide(e.base, k)
+        for tau in e.task_vectors() if each else (): found.add(_outside(tau, shared.left, each, least))
         found.add(shared)
         mean = found.values.sum() / k
         return orthogonal_sum(found.left, mean.expand(found.count), found.right)
@@ -65,12 +67,15 @@ class ISO_CTS_Merge(MatrixMethod):
     paper, year, tune = 'arxiv:2502.04959', 2025, {'scaling_factor': '0.2:2:0.2'}
     scaling_factor: float = 1.        # λ, length of the merged step
     common_space_fraction: float = .8 # share of directions that the sum decides, in [0, 1]; the rest is the experts' own
+    floor: float = 0.                 # singular values below this fraction of the largest are left out; 1e-6 drops what rounding to float32 adds to LoRA experts
     def __post_init__(self):
         super().__post_init__()
+        check_floor(self.floor)
         if not 0 <= self.common_space_fraction <= 1:
             raise FusionError(
                 f'expected `common_space_fraction` in [0, 1], got {self.common_space_fraction}'
             )
     def direction(self, pool) -> StateDict:
         models = pool.pretrained(), pool.experts()
-        return iso_cts_direction(*models, common=self.common_space_fraction, **self.where())
+        return iso_cts_direction(*models, common=self.common_space_fraction, floor=self.floor,
+                                 **self.where())

@@ -15,8 +15,8 @@ from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from ..base import expert_weights
 from .by_matrix import MatrixMethod, SideBySide, by_matrix
-from .by_matrix import held_bytes, orthogonal_sum
-from .spectrum import FLOAT32, Triplets, leading
+from .by_matrix import check_floor, held_bytes, orthogonal_sum
+from .spectrum import ROUNDING, Triplets, leading
 
 # %% ../../../nbs/64_subspace/tsv.ipynb #dc6e9236
 def singular_interference(
@@ -34,6 +34,7 @@ def tsv_direction(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
     *, weights:Sequence[float],  # α, (T,), each multiplies a task vector
+    floor:float,                 # fraction of an expert's largest singular value below which one is rounding
     **where,                     # as in `by_matrix`
 ) -> StateDict:                  # lazy, in float32
     "The merged task vector of TSV-M; tensors that are no matrices, or too small for T experts, get the mean."
@@ -41,7 +42,7 @@ def tsv_direction(
         rank = min(e.base.shape) // len(weights)
         cut = SideBySide(e.base, rank * len(weights))
         for tau, w in zip(e.task_vectors(), weights, strict=True):
-            cut.add(leading(tau, rank, floor=FLOAT32), w)
+            cut.add(leading(tau, rank, floor=max(floor, ROUNDING)), w)
         return orthogonal_sum(cut.left, cut.values, cut.right)
     return by_matrix(matrix, base, experts, shortest=len(experts), held=held_bytes, **where)
 
@@ -53,9 +54,11 @@ class TaskSingularVectorMerging(MatrixMethod):
     paper, year, tune = 'arxiv:2412.00081', 2025, {'scaling_factor': '0.2:2:0.2'}
     alpha: object = 1           # multiplies task vectors: a number, or a list with one for each expert in the order of the pool
     scaling_factor: float = 1.  # λ, length of the merged step
+    floor: float = 0.           # singular values below this fraction of the largest are left out; 1e-6 drops what rounding to float32 adds to LoRA experts
     return_single_task_models: bool = False # FusionBench's switch for models of single tasks; here only false
     def __post_init__(self):
         super().__post_init__()
+        check_floor(self.floor)
         if self.return_single_task_models:
             raise FusionError('expected `return_single_task_models` as false, got true; a merge is one model')
         if not isinstance(self.alpha, (Real, list, tuple)) or isinstance(self.alpha, bool):
@@ -63,4 +66,5 @@ class TaskSingularVectorMerging(MatrixMethod):
     def direction(self, pool) -> StateDict:
         alpha = [self.alpha] * len(pool) if isinstance(self.alpha, Real) else self.alpha
         weights = expert_weights(alpha, len(pool), normalize=False)
-        return tsv_direction(pool.pretrained(), pool.experts(), weights=weights, **self.where())
+        models = pool.pretrained(), pool.experts()
+        return tsv_direction(*models, weights=weights, floor=self.floor, **self.where())
