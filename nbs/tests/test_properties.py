@@ -1,0 +1,128 @@
+"What is true of whole groups of methods, on experts that are drawn: hypothesis looks for the ones for which it is not."
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import fusionbook.method as methods
+from fusionbook.core.state_dict import generator
+from fusionbook.method.base import BaseAlgorithm
+from fusionbook.method.check import ToyPool
+
+SHAPES = {'embed.weight': (5, 3), 'layers.0.w': (4, 3), 'layers.0.bias': (4,), 'layers.1.w': (4, 3)}
+
+
+def make(name, **how): return getattr(methods, name)(**how)
+
+
+# methods whose result moves with all models when a constant is added to all of them: sums with weights that sum to one, and steps from a base
+SHIFTED = {
+    'simple average': lambda: make('SimpleAverage'),
+    'weighted average': lambda: make('WeightedAverage', weights=[1, [1, 3], 2]),
+    'task arithmetic': lambda: make('TaskArithmetic', scaling_factor=[.2, .7]),
+    'TIES': lambda: make('TiesMerging', threshold=100, merge_func='mean'),
+    'ExPO': lambda: make('ExPO', extrapolation_factor=.5),
+    'MultiSLERP': lambda: make('MultiSlerp'),
+    'model stock': lambda: make('ModelStock', mean='cosines'),
+    'model stock, angles by rows': lambda: make('ModelStock', filter_wise=True),
+    'recombination': lambda: make('ModelRecombination'),
+}
+# methods for which an expert that is given twice counts as one with twice the weight
+WEIGHED = {
+    'weighted average': lambda w: make('WeightedAverage', weights=w),
+    'task arithmetic': lambda w: make('TaskArithmetic', weights=w),
+    'MultiSLERP': lambda w: make('MultiSlerp', weights=w),
+    'Karcher mean': lambda w: make('Karcher', weights=w, max_iter=60, tol=1e-10),
+}
+# methods that commute with a scaling of all task vectors
+SCALED = {
+    'task arithmetic': lambda: make('TaskArithmetic'),
+    'TIES': lambda: make('TiesMerging', threshold=100, merge_func='mean'),
+    'ExPO': lambda: make('ExPO'),
+    'MultiSLERP': lambda: make('MultiSlerp'),
+    'model stock': lambda: make('ModelStock'),
+    'model stock by rows': lambda: make('ModelStock', filter_wise=True),
+}
+# methods that give every expert back when all are that expert
+ALIKE = SHIFTED | {
+    'Karcher mean': lambda: make('Karcher'),
+    'NuSLERP': lambda: make('NuSlerp'),
+    'NuSLERP by rows': lambda: make('NuSlerp', nuslerp_flatten=False),
+    'SLERP': lambda: make('SlerpMerge'),
+    'linear interpolation': lambda: make('LinearInterpolation', t=.3),
+}
+del ALIKE['task arithmetic'], ALIKE['ExPO'], ALIKE['TIES'] # these go on from there, or not all the way
+
+
+def drawn(seed, count, spread=1.):
+    "A base and experts around it, in float64: what is tested is the formula, not its rounding."
+    g = generator(seed, 'models')
+    base = {k: torch.randn(s, generator=g, dtype=torch.float64) for k, s in SHAPES.items()}
+    def expert(): return {k: v + spread * torch.randn(v.shape, generator=g, dtype=torch.float64) for k, v in base.items()}
+    return base, [expert() for _ in range(count)]
+
+
+def merged(method, base, experts): return {k: v.clone() for k, v in method.merge(ToyPool(experts, base)).items()}
+
+
+def close(a, b, tolerance=1e-7):
+    "Equal up to rounding; says where not."
+    for k in a: assert torch.allclose(a[k], b[k], rtol=tolerance, atol=tolerance), (k, (a[k] - b[k]).abs().max())
+
+
+few = settings(max_examples=12, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize('name', SHIFTED)
+@few
+@given(seed=st.integers(0, 10 ** 6), shift=st.floats(-3, 3))
+def test_a_constant_moves_everything_alike(name, seed, shift):
+    base, experts = drawn(seed, 3)
+    def moved(sd): return {k: v + shift for k, v in sd.items()}
+    close(merged(SHIFTED[name](), moved(base), [moved(e) for e in experts]), moved(merged(SHIFTED[name](), base, experts)))
+
+
+@pytest.mark.parametrize('name', WEIGHED)
+@few
+@given(seed=st.integers(0, 10 ** 6), times=st.integers(2, 4))
+def test_a_duplicate_is_a_weight(name, seed, times):
+    base, (a, b) = drawn(seed, 2)
+    close(merged(WEIGHED[name]([1.] * times + [1.]), base, [a] * times + [b]), merged(WEIGHED[name]([float(times), 1.]), base, [a, b]))
+
+
+@pytest.mark.parametrize('name', SCALED)
+@few
+@given(seed=st.integers(0, 10 ** 6), factor=st.floats(.01, 100))
+def test_task_vectors_scale(name, seed, factor):
+    base, experts = drawn(seed, 3)
+    def step(sd, by): return {k: base[k] + by * (v - base[k]) for k, v in sd.items()}
+    close(merged(SCALED[name](), base, [step(e, factor) for e in experts]), step(merged(SCALED[name](), base, experts), factor), 1e-6)
+
+
+@pytest.mark.parametrize('name', ALIKE)
+@few
+@given(seed=st.integers(0, 10 ** 6))
+def test_one_model_many_times_is_that_model(name, seed):
+    base, (expert,) = drawn(seed, 1)
+    count = 3 if name in SHIFTED or name == 'Karcher mean' else 2
+    close(merged(ALIKE[name](), base, [expert] * count), expert)
+
+
+SYMMETRIC = [n for n in dir(methods) if isinstance(c := getattr(methods, n), type) and issubclass(c, BaseAlgorithm)
+             and c.config_names and c.symmetric is True and isinstance(c.uses, tuple) and set(c.uses) <= {'pretrained', 'experts'} and c.build is None
+             and c.__module__.split('.')[2] in ('average', 'task_vector')]
+
+
+@pytest.mark.parametrize('name', SYMMETRIC)
+@few
+@given(seed=st.integers(0, 10 ** 6), order=st.permutations(range(3)))
+def test_the_order_of_experts_is_irrelevant(name, seed, order):
+    base, experts = drawn(seed, 3)
+    method = make(name)
+    try: before = merged(method, base, experts)
+    except ValueError as e:
+        assert 'expert' in str(e)                       # takes another number of experts
+        return
+    close(before, merged(method, base, [experts[i] for i in order]))
+
+
+def test_symmetric_methods_were_found(): assert {'SimpleAverage', 'Karcher', 'ModelStock', 'TaskArithmetic'} <= set(SYMMETRIC)
