@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Coordinates', 'column_basis', 'zero_base', 'in_coordinates', 'inner_method', 'merge_vectors', 'CoordinateMethod']
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #eb441d03
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #a58e1f86
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, KW_ONLY
 from functools import cache, partial
@@ -19,7 +19,7 @@ from ...core.state_dict import check_same, Lazy, meta, shared, StateDict
 from ..base import as_pool, BaseAlgorithm, check_fields, load_algorithm_from_config
 from .spectrum import leading
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #4906f50c
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #85efe283
 class Coordinates(NamedTuple):
     "Orthonormal bases of the outputs, and perhaps of the inputs, of one matrix."
     left: Tensor              # U, (m, k)
@@ -36,7 +36,7 @@ class Coordinates(NamedTuple):
         if self.scale is not None: rows = rows * self.scale[:, None]
         return self.left @ (rows if self.right is None else rows @ self.right.T)
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #49be5886
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #39fab230
 def column_basis(
     matrix:Tensor,   # (m, n)
     *, floor:float,  # fraction of the largest singular value below which a direction counts as absent
@@ -44,13 +44,13 @@ def column_basis(
     "An orthonormal basis of what a matrix can give, the strongest direction first."
     return leading(matrix, floor=floor).left
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #1b8bfa9b
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #2534b8cc
 def _differences(base, experts, device):
     "The task vectors as state dicts, lazy."
     def first(e): return e.tau[0]
     return [direction_of(first, base, [x], elementwise=True, device=device) for x in experts]
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #ab1f9bc3
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #81f6760b
 def _seen(tau, found, shapes):
     "A task vector in the coordinates of its matrices, lazy."
     def read(name): return found[name].inward(tau[name].reshape(shapes[name])) if name in found else tau[name]
@@ -62,7 +62,7 @@ def _seen(tau, found, shapes):
     info = {n: kind(n, t) for n, t in tau.meta.items()}
     return Lazy({n: partial(read, n) for n in info}, info, tau.tied)
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #1634f6be
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #4a875919
 def _needed(shapes, count):
     "Bytes that bases of both sides and the largest matrix of all experts take at most, and that matrix."
     def bases(m, n): return 4 * (m * min(m, count * n) + n * min(n, count * m))
@@ -70,7 +70,7 @@ def _needed(shapes, count):
     m, n = shapes.get(largest, (0, 0))
     return sum(bases(*s) for s in shapes.values()) + 4 * (count + 3) * m * n, largest
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #d06a2a7d
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #69ff989b
 def zero_base(
     task_vector:Lazy, # a state dict with the names and types of the others
 ) -> Lazy:            # zeros; integer tensors are the task vector's
@@ -80,7 +80,7 @@ def zero_base(
     table = {n: partial(read, n, t) for n, t in task_vector.meta.items()}
     return Lazy(table, task_vector.meta, task_vector.tied)
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #ac86b01e
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #e79e7106
 def in_coordinates(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -110,7 +110,7 @@ def in_coordinates(
     merged.memory = _needed(shapes, len(experts))
     return merged
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #c9dd816d
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #23eeff73
 def inner_method(
     then:str,          # a method by its name on the command line
     options:dict|None, # its hyper-parameters
@@ -132,7 +132,7 @@ def merge_vectors(
     "Let a method merge task vectors by themselves."
     return inner.merge(as_pool({'_pretrained_': zero} | dict(zip(names, task_vectors, strict=True))))
 
-# %% ../../../nbs/64_subspace/06_coordinates.ipynb #6cdba144
+# %% ../../../nbs/64_subspace/06_coordinates.ipynb #d5e17362
 @dataclass
 class CoordinateMethod(BaseAlgorithm):
     "A method that lets another one merge in coordinates of its own; define `coordinates` and `direction`."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['knots_coordinates', 'KnOTS']
 
-# %% ../../../nbs/64_subspace/knots.ipynb #2ad3d368
+# %% ../../../nbs/64_subspace/knots.ipynb #50ecf4c9
 from collections.abc import Iterable
 from dataclasses import dataclass
 import torch
@@ -16,7 +16,7 @@ from ..base import at_least
 from .coordinates import CoordinateMethod, Coordinates
 from .spectrum import eigen
 
-# %% ../../../nbs/64_subspace/knots.ipynb #01269b01
+# %% ../../../nbs/64_subspace/knots.ipynb #d6b5c5eb
 def knots_coordinates(
     task_vectors:Iterable[Tensor], # T matrices (m, n), one at a time
     *, eps:float,                  # singular values of all experts together up to this are dropped
@@ -29,7 +29,7 @@ def knots_coordinates(
     kept = (sigma > eps) & (values > 1e-13 * values[0])
     return Coordinates(U[:, kept], None, sigma[kept] if unit else None)
 
-# %% ../../../nbs/64_subspace/knots.ipynb #d270e41d
+# %% ../../../nbs/64_subspace/knots.ipynb #6d0d6ec3
 @dataclass
 class KnOTS(CoordinateMethod):
     "KnOTS: task vectors in one basis of outputs, merged there by any method (Stoica et al., 2025)."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['adam_steps', 'wudi', 'WUDIMerging']
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #ab01fb47
+# %% ../../../nbs/64_subspace/wudi.ipynb #61f6213e
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
@@ -16,7 +16,7 @@ from ..base import at_least
 from .by_matrix import by_matrix, MatrixMethod
 from .interference import filtered, Interference, interference
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #8525c85b
+# %% ../../../nbs/64_subspace/wudi.ipynb #4550a554
 def adam_steps(
     problem:Interference,           # of one matrix
     *, steps:int,                   # how many
@@ -37,7 +37,7 @@ def adam_steps(
         E.addcdiv_(m, spread, value=-lr / (1 - .9 ** step))
     return problem.start + E.double()
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #84faf194
+# %% ../../../nbs/64_subspace/wudi.ipynb #c4158cb2
 def wudi(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -52,7 +52,7 @@ def wudi(
         return adam_steps(problem, steps=steps, lr=lr, dtype=e.base.dtype)
     return by_matrix(matrix, base, experts, held=lambda m, n: 8 * (6 * m * n + 4 * n * n), **where)
 
-# %% ../../../nbs/64_subspace/wudi.ipynb #db54289a
+# %% ../../../nbs/64_subspace/wudi.ipynb #ad4e4b10
 @dataclass
 class WUDIMerging(MatrixMethod):
     "WUDI: task vectors moved until they do not disturb each other's inputs (Cheng et al., 2025)."
