@@ -302,7 +302,21 @@ def _clip_tasks(cfg):
         if not k.startswith('layer_wise_routing_weights') and k not in ('linear_module_names', 'corruption')
     }
 
-_POOLS = dict.fromkeys(HUB_CLASSES.values(), hub_pool) | {
+_IDLE = dict(debug=None, verbose=None, joint_matrix_mode=None, rank=(1,), random_components=(False,))
+_IDLE |= dict(shift_layers=(0,), absorber=('None', None), ms_mode=('average',), model_path=(None,))
+
+def _analysed(cfg):
+    "Without what only FusionBench's analyses read, and without variants that are off; one that is on stays, to be refused."
+    def idle(k, v): return k in _IDLE and (_IDLE[k] is None or v in _IDLE[k])
+    return {k: v for k, v in cfg.items() if not idle(k, v)}
+
+_ANALYSED = (
+    'TallMaskTaskArithmetic',
+    'SuperposedModelSoup',
+    'SuperposedTaskArithmetic',
+    'SuperposedTaskArithmeticLoRA',
+)
+_POOLS = dict.fromkeys(HUB_CLASSES.values(), hub_pool) | dict.fromkeys(_ANALYSED, _analysed) | {
     'CLIPVisionModelPool': _clip_models,
     'CLIPVisionModelTaskPool': _clip_tasks,
 }

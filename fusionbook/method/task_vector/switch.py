@@ -37,13 +37,13 @@ def _floats(network):
     return {k: t for k, t in named.items() if k in known and t.is_floating_point() and t.numel()}
 
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #5c5070c9
-def _places(floats):
-    "Name -> its first entry and its first byte; entries and bytes of all; float64 if a tensor is."
+def _places(floats, room):
+    "Name -> its first entry, its first byte and its entries; entries and bytes of all; float64 if a tensor is."
     at, entries, size = {}, 0, 0
     for name, t in floats.items():
-        at[name] = entries, size
-        entries += t.numel()
-        size += (t.numel() + 7) // 8 # every tensor begins with a byte of its own
+        at[name] = entries, size, room(name, t)
+        entries += at[name][2]
+        size += (at[name][2] + 7) // 8 # every tensor begins with a byte of its own
     wide = any(t.dtype == torch.float64 for t in floats.values())
     return at, entries, size, torch.float64 if wide else torch.float32
 
@@ -65,11 +65,12 @@ class TaskNetwork(nn.Module):
         super().__init__()
         self.network, self.tasks = network, list(tasks)
         self._active, self._weights = None, {}
-        self._at, entries, size, kind = _places(_floats(network))
+        self._at, entries, size, kind = _places(_floats(network), self.room)
         self.register_buffer('vector', torch.zeros(entries, dtype=kind))
         self.register_buffer('masks', torch.zeros(len(self.tasks), size, dtype=torch.uint8))
         self.register_buffer('scales', torch.ones(len(self.tasks), dtype=torch.float64))
         self.eval()
+    def room(self, name, t): return t.numel() # entries that the vector keeps for a tensor
     def extra_repr(self): return f'{len(self.tasks)} tasks'
     def recipe(self): return dict(network=self.network, tasks=self.tasks)
     def set_task(self, task): # every call of the network is about this task from now on
@@ -77,24 +78,45 @@ class TaskNetwork(nn.Module):
         if task != self._active: self._weights = {}
         self._active = task
     def forward(self, *args, **kwargs): return functional_call(self.network, self.current(), args, kwargs)
-    def combined_logits(self, head, inputs): # for pools whose heads look into a network
-        weights = {f'model.{k}': t for k, t in self.current().items()}
-        return functional_call(_Headed(self.network, head), weights, (inputs,))
+
+# %% ../../../nbs/63_task_vector/02_switch.ipynb #6e6db803
+@patch
+def combined_logits(self:TaskNetwork,
+    head:Callable, # (network, inputs) -> logits
+    inputs:Tensor, # (n, …)
+) -> Tensor:       # logits (n, C)
+    "What a head that looks into a network makes of the task that was set."
+    weights = {f'model.{k}': t for k, t in self.current().items()}
+    return functional_call(_Headed(self.network, head), weights, (inputs,))
 
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #caca4b6b
+@patch
+def kept_vector(self:TaskNetwork,
+    name:str,   # of a tensor
+) -> Tensor:    # the part of the vector that is kept for it, a view
+    "What all tasks share about one tensor."
+    entry, _, count = self._at[name]
+    return self.vector[entry:entry + count]
+
+@patch
+def step_of(self:TaskNetwork,
+    row:int,    # number of a task
+    name:str,   # of a tensor
+) -> Tensor:    # flat
+    "How far a task goes from the base: scale · mask ⊙ vector."
+    _, byte, count = self._at[name]
+    bits = _unpacked(self.masks[row, byte:byte + (count + 7) // 8], count)
+    return self.kept_vector(name) * bits * self.scales[row]
+
 @patch
 def task_weights(self:TaskNetwork,
     task:str,            # one of `tasks`
 ) -> dict[str, Tensor]:  # name -> tensor, in the network's types
-    "The weights of one task: base + scale · mask ⊙ vector, rounded once."
+    "The weights of one task, base + step, rounded once."
     check_known([task], self.tasks, 'the tasks of this network')
-    row, found = self.tasks.index(task), {}
-    for name, t in _floats(self.network).items():
-        entry, byte = self._at[name]
-        bits = _unpacked(self.masks[row, byte:byte + (t.numel() + 7) // 8], t.numel())
-        step = self.vector[entry:entry + t.numel()] * bits * self.scales[row]
-        found[name] = (t.detach().to(self.vector.dtype) + step.view(t.shape)).to(t.dtype)
-    return found
+    row, kind = self.tasks.index(task), self.vector.dtype
+    def weight(name, t): return (t.detach().to(kind) + self.step_of(row, name).view(t.shape)).to(t.dtype)
+    return {name: weight(name, t) for name, t in _floats(self.network).items()}
 
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #894570c3
 @patch
@@ -111,7 +133,7 @@ def current(self:TaskNetwork) -> dict[str, Tensor]:
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #4cc479f8
 def _put(net, e, vector, masks):
     "Write one piece of the vector and of the masks."
-    (entry, byte), start = net._at[e.name], e.at.start
+    (entry, byte, _), start = net._at[e.name], e.at.start
     net.vector[entry + start:entry + e.at.stop] = vector.to(net.vector)
     bits = _packed(masks, start % 8).to(net.masks.device)
     net.masks[:, byte + start // 8:byte + start // 8 + bits.shape[1]] |= bits
