@@ -62,17 +62,122 @@ def _ties(each, whole):
 
 # %% ../../nbs/80_bench/13b_merge_methods.ipynb #a9eac5a4
 _WEIGHT = {'weight': _REQUIRED}
-WAYS = {w.name: w for w in (
+
+def _same(values, key, name):
+    "One number for all models, where a method has no more."
+    if len(set(values)) > 1:
+        raise FusionError(f'expected one `{key}` for all models of `{name}`, got {list(values)}')
+    return values[0]
+
+def _shared_weights(each, whole):
+    "Weights, divided by their sum where that is asked for."
+    w = each['weight']
+    total = sum(w) if whole['normalize'] else 1
+    return w if abs(total) < 1e-8 else [x / total for x in w]
+
+# %% ../../nbs/80_bench/13b_merge_methods.ipynb #e316be5b
+def _dare(each, whole, name):
+    density = _same(each['density'], 'density', name)
+    return dict(
+        sparsity_ratio=1 - density, rescale=whole['rescale'], rescale_by='l1', scaling_factor=whole['lambda']
+    )
+
+def _dare_linear(each, whole):
+    return dict(_dare(each, whole, 'dare_linear'), weights=_shared_weights(each, whole))
+
+def _dare_ties(each, whole):
+    how = dict(merge_func=_mean(whole), threshold=None, weights=each['weight'])
+    return dict(_dare(each, whole, 'dare_ties'), **how, **_ELECTED)
+
+def _sampled(each, whole, name, key):
+    "What DELLA and breadcrumbs have in common."
+    found = {k: _same(each[k], k, name) for k in ('density', key)}
+    return dict(found, rescale=whole['rescale'], scaling_factor=whole['lambda'])
+
+# %% ../../nbs/80_bench/13b_merge_methods.ipynb #cda5f8cc
+def _della(each, whole):
+    return dict(_sampled(each, whole, 'della', 'epsilon'), merge_func=_mean(whole), weights=each['weight'])
+
+def _della_linear(each, whole):
+    return dict(_sampled(each, whole, 'della_linear', 'epsilon'), weights=_shared_weights(each, whole))
+
+def _crumbs(each, whole):
+    return dict(_sampled(each, whole, 'breadcrumbs', 'gamma'), weights=_shared_weights(each, whole))
+
+def _crumbs_ties(each, whole):
+    return dict(
+        _sampled(each, whole, 'breadcrumbs_ties', 'gamma'), merge_func=_mean(whole), weights=each['weight']
+    )
+
+# %% ../../nbs/80_bench/13b_merge_methods.ipynb #a371bf22
+_DROPPED, _STOCK = _WEIGHT | {'density': 1.0}, {'filter_wise': False}
+_ROWS = {'nuslerp_flatten': True, 'nuslerp_row_wise': False}
+
+def _weights(each, whole): return dict(weights=each['weight'], **whole)
+
+def _sce(each, whole): return dict(select_topk=whole['select_topk'])
+
+def _ram(each, whole): return whole
+
+def _stock(each, whole): return dict(ignore_keys=[], mean='cosines', filter_wise=whole['filter_wise'])
+
+_LIST = (
     MergeWay('linear', 'WeightedAverage', _WEIGHT, {'normalize': True}, 'unused', fields=_weighted),
-    MergeWay('task_arithmetic', 'TaskArithmetic', _WEIGHT | {'density': 1.0}, _TASK, fields=_arithmetic),
-    MergeWay('ties', 'TiesMerging', _WEIGHT | {'density': 1.0}, _TASK | {'normalize': True}, fields=_ties),
-)}
-FOREIGN = (
-    *WAYS,
-    *'slerp nuslerp multislerp karcher nearswap model_stock arcee_fusion passthrough sce ram ramplus_tl'
-    .split(),
-    *'dare_linear dare_ties della della_linear breadcrumbs breadcrumbs_ties'.split(),
+    MergeWay('task_arithmetic', 'TaskArithmetic', _DROPPED, _TASK, fields=_arithmetic),
+    MergeWay('ties', 'TiesMerging', _DROPPED, _TASK | {'normalize': True}, fields=_ties),
+    MergeWay('dare_linear', 'DareTaskArithmetic', _DROPPED, _TASK | {'rescale': True}, fields=_dare_linear),
+    MergeWay('dare_ties', 'DareTiesMerging', _DROPPED, _TASK | {'rescale': True}, fields=_dare_ties),
+    MergeWay('breadcrumbs', 'Breadcrumbs', _DROPPED | {'gamma': .01}, _TASK, fields=_crumbs),
+    MergeWay('breadcrumbs_ties', 'BreadcrumbsTies', _DROPPED | {'gamma': .01}, _TASK, fields=_crumbs_ties),
 )
+_LIST += (
+    MergeWay(
+        'della',
+        'Della',
+        _DROPPED | {'epsilon': 0.15},
+        _TASK | {'rescale': True, 'normalize': True},
+        matrices=True,
+        fields=_della,
+    ),
+    MergeWay(
+        'della_linear',
+        'DellaLinear',
+        _DROPPED | {'epsilon': 0.15},
+        _TASK | {'rescale': True},
+        matrices=True,
+        fields=_della_linear,
+    ),
+    MergeWay('slerp', 'SlerpMerge', {}, {'t': _REQUIRED}, least=1, most=1),
+    MergeWay('nuslerp', 'NuSlerp', _WEIGHT, _ROWS, 'optional', 2, 2, True, _weights),
+    MergeWay(
+        'multislerp',
+        'MultiSlerp',
+        _WEIGHT,
+        {'normalize_weights': True, 'eps': 1e-8},
+        'optional',
+        matrices=True,
+        fields=_weights,
+    ),
+    MergeWay('karcher', 'Karcher', {}, {'max_iter': 10, 'tol': 1e-5}, 'unused', matrices=True),
+    MergeWay('nearswap', 'NearSwap', {}, {'t': _REQUIRED}, least=1, most=1),
+    MergeWay('model_stock', 'ModelStock', {}, _STOCK, least=2, matrices=True, fields=_stock),
+    MergeWay('arcee_fusion', 'ArceeFusion', least=1, most=1, matrices=True),
+    MergeWay('sce', 'Sce', {}, {'select_topk': 1.0, 'int8_mask': False}, matrices=True, fields=_sce),
+    MergeWay('ram', 'Ram', {}, {'epsilon': 1e-5}, fields=_ram),
+    MergeWay('ramplus_tl', 'RamPlus', {}, {'epsilon': 1e-5, 'r': 0.1, 'alpha': 0.2}, fields=_ram),
+    MergeWay(
+        'passthrough',
+        '',
+        {'scale': None},
+        {},
+        'unused',
+        1,
+        1,
+        fields=lambda each, whole: {'scale': each['scale'][0]},
+    ),
+)
+WAYS = {w.name: w for w in _LIST}
+FOREIGN = tuple(WAYS)
 
 # %% ../../nbs/80_bench/13b_merge_methods.ipynb #89d7c075
 def _own_file(name):
@@ -135,7 +240,7 @@ def way_of(
     if not foreign: return _own_way(method)
     if method not in FOREIGN:
         raise FusionError(f'expected a method of mergekit, got `{method}`; {nearest(method, FOREIGN)}')
-    here = [n for n, w in WAYS.items() if w.target in published('fusionbook.method')]
+    here = [n for n, w in WAYS.items() if not w.target or w.target in published('fusionbook.method')]
     if method not in here:
         raise FusionError(
             f'expected a method that is here, got `{method}` of mergekit, which is not here yet; here are'

@@ -101,13 +101,20 @@ def _method(group, device):
 
 # %% ../../nbs/80_bench/16_merge_run.ipynb #5be5c660
 def _kept_state(group, plan, states):
-    "Tensors that are taken as they are."
-    own, info = states[plan.reference.name], {}
-    table = {}
+    "Tensors that are taken as they are, of the base, or of the one model of a layer; or times a scale."
+    model, info, table = group.models[0] if group.models else plan.reference.name, {}, {}
+    scale, own = group.fields.get('scale'), states[model]
+    def read(name, out):
+        t = (
+            own[name]
+            if scale is None
+            else own[name].to(torch.promote_types(own[name].dtype, torch.float32)) * scale
+        )
+        return rounded(t, info[out].dtype, out)
     for t in group.tensors:
-        name = t.sources.get(plan.reference.name, t.name)
+        name = t.sources.get(model, t.name)
         info[t.name] = _empty(t.kind, meta(own)[name])
-        table[t.name] = lambda name=name, out=t.name: rounded(own[name], info[out].dtype, out)
+        table[t.name] = partial(read, name, t.name)
     return Lazy(table, info)
 
 # %% ../../nbs/80_bench/16_merge_run.ipynb #4ecaa349
@@ -142,12 +149,13 @@ def merged_state(
     "The model that a plan makes, computed when it is read; whatever a method refuses is refused now."
     states = _states(plan, log, device)
     _check_tied_heads(plan, states)
-    table, info, memory = {}, {}, (0, '')
+    table, info, parts, memory = {}, {}, {}, (0, '')
     for group in plan.groups:
         part = _group_state(group, plan, states, device)
         names = [t.name for t in group.tensors]
         table |= {n: partial(part.__getitem__, n) for n in names}
         info |= {n: meta(part)[n] for n in names}
+        parts |= {n: p for n, p in getattr(part, 'parts', {}).items() if n in names}
         memory = max(memory, getattr(part, 'memory', memory))
     order = [t.name for t in plan.tensors]
     tied = {a: o for a, o in plan.reference.tied.items() if o in table} if plan.layers is None else {}
@@ -156,7 +164,7 @@ def merged_state(
         {n: info[n] for n in order} | {a: info[o] for a, o in tied.items()},
         tied,
     )
-    merged.memory = memory
+    merged.memory, merged.parts = memory, parts
     return merged
 
 # %% ../../nbs/80_bench/16_merge_run.ipynb #a3b49ba3

@@ -219,6 +219,28 @@ def _one_by_one(job, name, kind, shape):
     except _NotFinite: return None
     return result.reshape(kind.shape) if is_finite(result) and (b is None or is_finite(b)) else None
 
+# %% ../../nbs/00_core/01e_engine.ipynb #5091e3d6
+def _parts(job, name, kind):
+    "The pieces of one merged tensor, in order, where the method works on flat pieces."
+    f, shape = _way(job.f, job.elementwise, name, kind.shape)
+    for at, b, stack, held in _read(name, job.base, job.experts, job.device):
+        entry = Entry(name, tuple(kind.shape), at, b, stack, _extra(job, name, shape, at, job.device))
+        yield _settled(name, f(entry), kind.dtype, b, stack, held)
+
+def _filled(parts, kind):
+    "A tensor of its pieces."
+    out, at = torch.empty(kind.shape, dtype=kind.dtype), 0
+    for part in parts:
+        out.view(-1)[at:at + len(part)] = part
+        at += len(part)
+    return out
+
+def _in_parts(job, info):
+    "What gives the pieces of each tensor that comes in flat pieces: it need never be there as a whole."
+    def flat(k, t): return _way(job.f, job.elementwise, k, t.shape)[1] is None
+    floats = {k: t for k, t in info.items() if t.is_floating_point() and t.numel()}
+    return {k: partial(_parts, job, k, t) for k, t in floats.items() if flat(k, t)}
+
 # %% ../../nbs/00_core/01e_engine.ipynb #5a73bb0b
 def _compute(job, name, kind):
     "One merged tensor, in the type of the reference."
@@ -234,10 +256,7 @@ def _compute(job, name, kind):
         b, stack, held = _whole(job, name, shape)
         result = f(entry(slice(0, kind.numel()), b, stack))
         return _settled(name, result, kind.dtype, b, stack, held).reshape(kind.shape)
-    out = torch.empty(kind.shape, dtype=kind.dtype)
-    for at, b, stack, held in _read(name, job.base, job.experts, job.device):
-        out.view(-1)[at] = _settled(name, f(entry(at, b, stack)), kind.dtype, b, stack, held)
-    return out
+    return _filled(_parts(job, name, kind), kind)
 
 # %% ../../nbs/00_core/01e_engine.ipynb #06ce8bfe
 def _untied(like, models):
@@ -282,6 +301,7 @@ def map_tensors(
     table |= {k: partial(_tied_compute, loose[k], job, k, info[k]) for k in loose}
     merged = Lazy(table, info, shared(like))
     merged.memory = memory_needed(info, len(experts), f, elementwise)
+    merged.parts = _in_parts(job, {k: t for k, t in info.items() if k not in loose})
     return merged
 
 # %% ../../nbs/00_core/01e_engine.ipynb #90b1813c
@@ -300,6 +320,18 @@ def direction_of(
     )
     return map_tensors(f, base, experts, like=like, **kwargs)
 
+def _of_parts(parts, kind): return _filled(parts(), kind)
+
+def _stepped(base, direction, scale, device, name, kind):
+    "Pieces of one tensor of θ₀ + λ v, as the pieces of v come."
+    flat, at = base[name].detach().reshape(-1), 0
+    step = scale(name) if callable(scale) else scale
+    for v in direction.parts[name]():
+        b = flat[at:at + len(v)].to(device, _type(flat))
+        b, stack, held = _finite(name, b, v[None].to(device, b.dtype), [direction])
+        yield _settled(name, b + step * stack[0], kind.dtype, b, stack, held)
+        at += len(v)
+
 def step_along(
     base:StateDict,      # θ₀
     direction:StateDict, # v, with its names and shapes
@@ -310,4 +342,7 @@ def step_along(
     def f(e): return e.base + (scale(e.name) if callable(scale) else scale) * e.experts[0]
     merged = map_tensors(f, base, [direction], elementwise=True, device=device)
     merged.memory = max(merged.memory, getattr(direction, 'memory', (0, '')))
+    parts, way = getattr(direction, 'parts', {}), (base, direction, scale, device)
+    merged.parts = {k: partial(_stepped, *way, k, merged.meta[k]) for k in merged.parts if k in parts}
+    merged.table |= {k: partial(_of_parts, p, merged.meta[k]) for k, p in merged.parts.items()}
     return merged

@@ -6,7 +6,7 @@
 __all__ = ['checksum', 'WriteJob', 'unfinished_room', 'save_resumable', 'ReadLog']
 
 # %% ../../nbs/00_core/02b_resumable.ipynb #de3878c1
-import errno, hashlib, json, os, shutil, zlib
+import ctypes, errno, hashlib, json, os, shutil, zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -92,11 +92,32 @@ def _kept(f, head, order, sizes, done):
     return i
 
 # %% ../../nbs/00_core/02b_resumable.ipynb #64496bb4
-def _checked(name, t, like):
-    if t.shape == like.shape and t.dtype == like.dtype: return t.detach().cpu().contiguous()
-    raise FusionError(
-        f'expected `{name}` as {tuple(like.shape)} {like.dtype}, got {tuple(t.shape)} {t.dtype}'
-    )
+def _pieces(sd, name, like):
+    "Bytes of a tensor, piece by piece where it comes in pieces."
+    if name in getattr(sd, 'parts', {}):
+        for part in sd.parts[name](): yield part.to(like.dtype).view(torch.uint8).numpy()
+        return
+    t = sd[name]
+    if t.shape != like.shape or t.dtype != like.dtype:
+        raise FusionError(
+            f'expected `{name}` as {tuple(like.shape)} {like.dtype}, got {tuple(t.shape)} {t.dtype}'
+        )
+    yield t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+def _put(f, sd, name, like, size):
+    "Write one tensor; its checksum."
+    crc, written = 0, 0
+    for data in _pieces(sd, name, like):
+        f.write(data)
+        crc, written = zlib.crc32(data, crc), written + data.nbytes
+    if written != size: raise FusionError(f'expected {size:,} bytes of `{name}`, got {written:,}')
+    f.flush()
+    return crc
+
+# %% ../../nbs/00_core/02b_resumable.ipynb #7f98804c
+def _give_back():
+    "Return freed memory to the system, where its allocator would keep it."
+    with suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0)
 
 def _fill(file, sd, info, metadata, done, note, track):
     "Write what a file lacks."
@@ -105,11 +126,8 @@ def _fill(file, sd, info, metadata, done, note, track):
     with open(file, 'r+b' if file.exists() else 'w+b') as f:
         kept = _kept(f, head, order, sizes, done)
         for i, name in enumerate(track(order)):
-            if i < kept: continue
-            t = _checked(name, sd[name], info[name])
-            f.write(t.reshape(-1).view(torch.uint8).numpy())
-            f.flush()
-            note(name, checksum(t))
+            if i >= kept: note(name, _put(f, sd, name, info[name], sizes[name]))
+            _give_back()
         os.fsync(f.fileno())
 
 # %% ../../nbs/00_core/02b_resumable.ipynb #9c41485b

@@ -77,11 +77,22 @@ def _elect(kept, ballot, by, draw):
     drawn = (sign == 0) & (votes.amax(0) > 0) # votes that cancel: one of them is positive
     return sign.where(~drawn, draw()) if drawn.any() else sign
 
+# %% ../../../nbs/63_task_vector/01_elect.ipynb #e374aa7c
+def _smallest(base, experts, names, share, by, how):
+    "Thresholds for one share, or for one of each expert, which is then looked at by itself."
+    def of(some, share):
+        return thresholds(base, some, names, rank=lambda n: count_kept(n, share, by), by=by, **how)
+    if not isinstance(share, (list, tuple)): return of(experts, share)
+    if len(share) != len(experts) or how['vectors'] is not full_vectors:
+        raise FusionError(f'expected one share, or one for each of {len(experts)} experts, got {list(share)}')
+    each = [of([expert], s) for expert, s in zip(experts, share, strict=True)]
+    return lambda name: torch.cat([one(name) for one in each])
+
 # %% ../../../nbs/63_task_vector/01_elect.ipynb #56714fd7
 def election(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
-    *, share:float|None,         # fraction of each task vector that is kept, in (0, 1]; no trimming when None
+    *, share:float|Sequence|None, # fraction of each task vector that is kept, in (0, 1], or one for each; all when None
     merge_func:str, trim_by:str, elect:str, tie:str, # the conventions, see `CHOICES`
     weights:Sequence[float]|Callable, # w, (T,); or a function from a tensor's name to them
     vectors:Callable[[Entry], Tensor]=full_vectors, # what is trimmed, (T, n); the task vectors
@@ -93,9 +104,8 @@ def election(
     check_same(base, experts)
     names = mergeable_names(base, keep_base)
     by = 'count' if elect == 'count' else 'sum'
-    def rank(n): return count_kept(n, share, trim_by)
     how = dict(vectors=vectors, whole=whole, device=device)
-    smallest = thresholds(base, experts, names, rank=rank, by=trim_by, **how)
+    smallest = _smallest(base, experts, names, share, trim_by, how)
     def sparse(e): return vectors(e) if share is None else trim(vectors(e), smallest(e.name))
     def every(): return (e for n in names for e in entries_of(n, base, experts, device, whole))
     def ballot(e): return weights_at(weights, e) if elect == 'weighted_sum' else None
