@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['knots_coordinates', 'KnOTS']
 
-# %% ../../../nbs/64_subspace/knots.ipynb #50ecf4c9
+# %% ../../../nbs/64_subspace/knots.ipynb #a36f0859
 from collections.abc import Iterable
 from dataclasses import dataclass
 import torch
@@ -14,22 +14,28 @@ from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from ..base import at_least
 from .coordinates import CoordinateMethod, Coordinates
-from .spectrum import eigen
+from .spectrum import eigen, leading
 
-# %% ../../../nbs/64_subspace/knots.ipynb #d6b5c5eb
+# %% ../../../nbs/64_subspace/knots.ipynb #d02d2e54
 def knots_coordinates(
     task_vectors:Iterable[Tensor], # T matrices (m, n), one at a time
     *, eps:float,                  # singular values of all experts together up to this are dropped
     unit:bool,                     # divide the rows by their singular values: merge V instead of Σ V
 ) -> Coordinates:                  # of the outputs: U (m, k), and Σ (k,) where `unit`
     "The left singular vectors of the task vectors side by side (Stoica et al., 2025)."
-    values, U = eigen(sum(t.double() @ t.double().T for t in task_vectors))
-    sigma = values.clamp(min=0).sqrt()
-    # an eigenvalue is known up to a rounding error of the largest
-    kept = (sigma > eps) & (values > 1e-13 * values[0])
+    taus = iter(task_vectors)
+    first = next(taus)
+    if first.shape[0] > 4 * first.shape[1]: # an embedding: its side of outputs is too long for a Gram matrix
+        t = leading(torch.cat([first, *taus], 1).double(), floor=1e-6)
+        U, sigma, exact = t.left, t.values, True
+    else:
+        values, U = eigen(sum((t.double() @ t.double().T for t in taus), first.double() @ first.double().T))
+        sigma = values.clamp(min=0).sqrt()
+        exact = values > 1e-13 * values[0] # an eigenvalue is known up to a rounding error of the largest
+    kept = (sigma > eps) & exact
     return Coordinates(U[:, kept], None, sigma[kept] if unit else None)
 
-# %% ../../../nbs/64_subspace/knots.ipynb #6d0d6ec3
+# %% ../../../nbs/64_subspace/knots.ipynb #17ce0ba3
 @dataclass
 class KnOTS(CoordinateMethod):
     "KnOTS: task vectors in one basis of outputs, merged there by any method (Stoica et al., 2025)."
