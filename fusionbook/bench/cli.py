@@ -82,10 +82,11 @@ COMMANDS = { # word -> module and function that takes the rest of the line
 
 # %% ../../nbs/80_bench/99_cli.ipynb #f23b50ae
 TEXTS = {  # word -> what its `--help` prints
-    'list': '''fusionbook list [methods|modelpools|taskpools|experiments]
+    'list': '''fusionbook list [methods|modelpools|taskpools|experiments] [WORD]
 
   What there is: each method with what it looks at (experts, labels, test inputs without labels, ...), each pool with
-  its other names, each experiment. Without a word: all of them.
+  its other names, each experiment. Without a word: all of them, large folders of model pools in one line;
+  WORD keeps the names that contain it: fusionbook list modelpools ResNet
 
   --config-dir D    your own configurations too
 ''',
@@ -158,9 +159,9 @@ def _list(rest):
     words = split_words(rest)[1]
     if flags := [w for w in rest if w.startswith('-') and not w.startswith(('--config-dir', '-cd'))]:
         words = [flags[0].lstrip('-')]
-    if len(words) > 1:
+    if len(words) > 2:
         raise FusionError(f'expected one list, got {" ".join(words)}; `fusionbook list` shows all')
-    print(listing(next(iter(words), None), search_folders(rest)))
+    print(listing(next(iter(words), None), search_folders(rest), word=words[1] if len(words) > 1 else None))
 
 # %% ../../nbs/80_bench/99_cli.ipynb #63339b3c
 def _command(argv):
