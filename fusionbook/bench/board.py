@@ -137,14 +137,13 @@ def measure_board(
     plan:BoardPlan,
     *, jobs:int=1,          # processes
     folder:Path|None=None,  # of the cells, as in `Benchmark`
-) -> list[dict]:            # rows, in the order of the plan
+) -> Iterator[dict]:        # rows, as they are found
     "Measure the methods of a plan."
-    if jobs > 1: found = list(_shared_out(plan, jobs, folder))
-    else:
-        bench = _ready(plan, folder)
-        found = [_row(bench, plan, name) for name in track(list(plan.methods), 'board')]
-    order = list(plan.methods)
-    return sorted(found, key=lambda r: order.index(r['name']))
+    if jobs > 1:
+        yield from _shared_out(plan, jobs, folder)
+        return
+    bench = _ready(plan, folder)
+    for name in track(list(plan.methods), 'board'): yield _row(bench, plan, name)
 
 # %% ../../nbs/80_bench/98b_board.ipynb #1c2d8547
 def make_board(
@@ -218,6 +217,16 @@ def _place(args, plan):
         raise FusionError(f'expected a clone of the book to put a board into, got no folder `{clone.parent}`')
     return clone/f'{plan.pool}.json', None
 
+def _write(plan, rows, file, picture, folder):
+    "Write and print the board of what was measured."
+    board = make_board(plan, rows, read_json(file) if file.exists() else None, folder)
+    with atomic(file) as new: new.write_text(digest_text(board), encoding='utf-8')
+    _show(board)
+    print(f'board    {file}')
+    if not picture: return
+    save_figure(board_figure(board), picture)
+    print(f'picture  {picture}')
+
 def _show(board):
     "Print a board."
     print_table(*board_lines(board), title=f'{board["pool"]}, in %; chosen on {board["validation"]}')
@@ -232,12 +241,9 @@ def board_command(
     options = ['--config-dir', args.config_dir] if args.config_dir else []
     plan = plan_board(words, options, seeds=list(range(args.seeds)), bounds=args.bound, seconds=args.seconds)
     file, picture = _place(args, plan)
-    old, folder = read_json(file) if file.exists() else None, cache_folder()/'board'
-    board = make_board(plan, measure_board(plan, jobs=args.jobs, folder=folder), old, folder)
-    with atomic(file) as new: new.write_text(digest_text(board), encoding='utf-8')
-    _show(board)
-    print(f'board    {file}')
-    if picture:
-        save_figure(board_figure(board), picture)
-        print(f'picture  {picture}')
+    folder, rows = cache_folder()/'board', []
+    try:
+        for row in measure_board(plan, jobs=args.jobs, folder=folder): rows.append(row)
+    finally: # also of what was measured before an interruption
+        if rows: _write(plan, rows, file, picture, folder)
     return file

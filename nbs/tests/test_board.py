@@ -63,6 +63,16 @@ def test_a_method_that_fails_is_a_line(here, words, monkeypatch, tmp_path):
     assert rows['naive_fusion']['error'] == 'ValueError: no such tensor' and 'score' in rows['dummy']
 
 
+def test_an_interruption_writes_what_was_measured(here, words, monkeypatch, tmp_path):
+    from fusionbook.method import NaiveFusion
+    def run(self, pool): raise KeyboardInterrupt
+    monkeypatch.setattr(NaiveFusion, 'run', run)
+    monkeypatch.setenv('FUSIONBOOK_CACHE', str(tmp_path/'cache'))
+    done = here(*words[:2], 'dummy', 'naive_fusion', *words[-4:])
+    assert done.status == 130 and 'interrupted' in done.err
+    assert [r['name'] for r in json.loads(Path(f'_runs/board_{POOL}/board.json').read_text())['methods']] == ['dummy']
+
+
 @pytest.mark.parametrize('more, told', [(['ties_mergin'], 'did you mean `ties_merging`'), (['--sedes', '3'], 'expected a flag of `fusionbook board`, got `--sedes`'),
                                         (['validation=nothing'], 'expected a taskpool as `validation`'), (['fast_dev_rum=true'], 'did you mean `fast_dev_run`')])
 def test_boards_that_are_refused_before_any_work(here, words, monkeypatch, more, told):
@@ -88,7 +98,7 @@ main(['list', 'methods'])
 print(family_table('fusionbook.method.task_vector'))
 plan = plan_board(['simple_average', 'magnitude_max', 'fast_dev_run=true'], seeds=[0])
 plan.run, plan.choosing = (restricted(run, ['shapes', 'clocks']) for run in (plan.run, plan.choosing))
-board = make_board(plan, measure_board(plan, folder=Path('cells')), None, Path('cells'))
+board = make_board(plan, list(measure_board(plan, folder=Path('cells'))), None, Path('cells'))
 Path('nbs/board/mini8.json').write_text(digest_text(board))
 """
 
