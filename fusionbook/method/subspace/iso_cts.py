@@ -35,8 +35,8 @@ def _outside(tau, basis, k, floor):
     return leading(rest, k if rest.norm() > floor * scale else 0, floor=floor)
 
 def _held(rows, columns):
-    "Bytes: the rest of a task vector in float64 beside what triplets and polar factors hold."
-    return held_bytes(rows, columns) + 8 * rows * columns
+    "Bytes: the rest of a task vector, and the common directions, in float64, beside what `orthogonal_sum` holds."
+    return held_bytes(rows, columns) + 16 * rows * columns + 16 * min(rows, columns)**2
 
 # %% ../../../nbs/64_subspace/iso_cts.ipynb #5874a390
 def iso_cts_direction(
