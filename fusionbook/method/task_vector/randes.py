@@ -6,7 +6,7 @@
 __all__ = ['column_signs', 'superposed_names', 'SuperposedNetwork', 'thin_factors', 'superposed', 'SuperposedTaskArithmetic',
            'SuperposedTaskArithmeticLoRA', 'SuperposedModelSoup']
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #7d14e043
+# %% ../../../nbs/63_task_vector/randes.ipynb #69e2368e
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
@@ -20,7 +20,7 @@ from ..base import at_least, BaseAlgorithm, check_fields
 from .sparsify import entries_of
 from .switch import TaskNetwork
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #85abb7fd
+# %% ../../../nbs/63_task_vector/randes.ipynb #0304cd1e
 def column_signs(
     seed:int, row:int, # number of the task
     name:str,          # of the tensor, or '' for the same signs in all of one width
@@ -29,7 +29,7 @@ def column_signs(
     "The random signs of a task."
     return (uniform_at(seed, f'{name}/expert {row}', 0, columns) < .5).float() * 2 - 1
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #253a0429
+# %% ../../../nbs/63_task_vector/randes.ipynb #146f39f0
 _KINDS = dict(
     mlp_w=lambda k: ('mlp' in k or 'Dense' in k) and 'bias' not in k,
     attn_w=lambda k: ('attn' in k or 'Attention' in k) and 'bias' not in k,
@@ -38,7 +38,7 @@ _KINDS = dict(
     all=lambda k: True,
 )
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #fbb2b30c
+# %% ../../../nbs/63_task_vector/randes.ipynb #0f2fc8ac
 def superposed_names(
     info,                # names and shapes of a model
     *, kinds:Sequence[str]|None, # mlp_w, attn_w, mlp, attn or all; nothing is superposed when None
@@ -52,7 +52,7 @@ def superposed_names(
     found = found or [k for k, t in floats.items() if rule(k, t.shape)]
     return found[every - 1::every]
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #9cabb7d4
+# %% ../../../nbs/63_task_vector/randes.ipynb #6931f067
 class SuperposedNetwork(TaskNetwork):
     "A base with one superposition of task vectors, of which each task takes its own back."
     def __init__(self,
@@ -75,7 +75,7 @@ class SuperposedNetwork(TaskNetwork):
         return super().recipe() | {k: getattr(self, k) for k in names}
     def signs(self, row, name, columns, part=''): # of a task, on the vector's device
         found = column_signs(self.seed, row, (name if self.by_layer else '') + part, columns)
-        return found.to(self.vector)
+        return found.to(self.kept_vector(name))
     def step_of(self, row, name):
         kept, shape = self.kept_vector(name), self._shapes[name]
         if name not in self.targets: return kept * self.scales[row]
@@ -84,10 +84,10 @@ class SuperposedNetwork(TaskNetwork):
         left, right = self.factors(row, name)
         return (left @ right).flatten() * self.scales[row]
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #4b6a3f4a
+# %% ../../../nbs/63_task_vector/randes.ipynb #4cba6981
 from fastcore.basics import patch
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #75fb0b42
+# %% ../../../nbs/63_task_vector/randes.ipynb #a6831817
 @patch
 def factors(self:SuperposedNetwork,
     row:int,  # number of a task
@@ -111,7 +111,7 @@ def thin_factors(
     right[:count] = s[:count, None].sqrt() * v[:count]
     return left, right
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #1e008c07
+# %% ../../../nbs/63_task_vector/randes.ipynb #cc0431f3
 def _superpose(net, e):
     "Add one entry of all task vectors to the network's vector."
     kept, tau = net.kept_vector(e.name), e.tau
@@ -128,7 +128,7 @@ def _superpose(net, e):
         rows = [t.flatten().to(kept) * net.signs(i, e.name, columns)[place] for i, t in enumerate(tau)]
         kept[e.at] = torch.stack(rows).sum(0)
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #e4891a9f
+# %% ../../../nbs/63_task_vector/randes.ipynb #6f20ddeb
 def superposed(
     pool,                # of networks
     network:nn.Module,   # the base, a network of its own
@@ -151,7 +151,7 @@ def superposed(
         for e in entries_of(name, base, experts, device, whole=thin): _superpose(net, e)
     return net
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #29872632
+# %% ../../../nbs/63_task_vector/randes.ipynb #fb3da213
 def _check_superposed(m):
     at_least(m, dropout_rate=1)
     if bad := [k for k in m.target_layer if k not in _KINDS]:
@@ -161,7 +161,7 @@ def _check_superposed(m):
             f'expected `mode` as random_binary_diagonal_matrix or identity_matrix, got `{m.mode}`'
         )
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #1ee1a406
+# %% ../../../nbs/63_task_vector/randes.ipynb #643e4571
 @dataclass(kw_only=True)
 class _Superposed(BaseAlgorithm):
     symmetric, paper, year = False, 'arxiv:2410.01910', 2024
@@ -181,7 +181,7 @@ class _Superposed(BaseAlgorithm):
         how |= dict(kinds=kinds, every=self.dropout_rate, scale=scale, device=self.device)
         return superposed(pool, network, base, **how)
 
-# %% ../../../nbs/63_task_vector/randes.ipynb #82824644
+# %% ../../../nbs/63_task_vector/randes.ipynb #c43b7bc0
 @dataclass
 class SuperposedTaskArithmetic(_Superposed):
     "Task vectors under random signs, of which each task takes its own back (Zhou et al., 2024)."

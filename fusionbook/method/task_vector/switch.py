@@ -38,14 +38,13 @@ def _floats(network):
 
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #5c5070c9
 def _places(floats, room):
-    "Name -> its first entry, its first byte and its entries; entries and bytes of all; float64 if a tensor is."
-    at, entries, size = {}, 0, 0
-    for name, t in floats.items():
-        at[name] = entries, size, room(name, t)
-        entries += at[name][2]
+    "Name -> its number, its first byte and its entries; bytes of all; float64 if a tensor is."
+    at, size = {}, 0
+    for i, (name, t) in enumerate(floats.items()):
+        at[name] = i, size, room(name, t)
         size += (at[name][2] + 7) // 8 # every tensor begins with a byte of its own
     wide = any(t.dtype == torch.float64 for t in floats.values())
-    return at, entries, size, torch.float64 if wide else torch.float32
+    return at, size, torch.float64 if wide else torch.float32
 
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #d7b8626c
 class _Headed(nn.Module):
@@ -65,8 +64,10 @@ class TaskNetwork(nn.Module):
         super().__init__()
         self.network, self.tasks = network, list(tasks)
         self._active, self._weights = None, {}
-        self._at, entries, size, kind = _places(_floats(network), self.room)
-        self.register_buffer('vector', torch.zeros(entries, dtype=kind))
+        self._at, size, kind = _places(_floats(network), self.room)
+        self.vector = nn.Module() # in parts, one for each tensor, so that no copy of it is ever a second model
+        for i, _, count in self._at.values():
+            self.vector.register_buffer(str(i), torch.zeros(count, dtype=kind))
         self.register_buffer('masks', torch.zeros(len(self.tasks), size, dtype=torch.uint8))
         self.register_buffer('scales', torch.ones(len(self.tasks), dtype=torch.float64))
         self.eval()
@@ -79,7 +80,7 @@ class TaskNetwork(nn.Module):
         self._active = task
     def forward(self, *args, **kwargs): return functional_call(self.network, self.current(), args, kwargs)
 
-# %% ../../../nbs/63_task_vector/02_switch.ipynb #6e6db803
+# %% ../../../nbs/63_task_vector/02_switch.ipynb #3193692f
 @patch
 def combined_logits(self:TaskNetwork,
     head:Callable, # (network, inputs) -> logits
@@ -95,8 +96,7 @@ def kept_vector(self:TaskNetwork,
     name:str,   # of a tensor
 ) -> Tensor:    # the part of the vector that is kept for it, a view
     "What all tasks share about one tensor."
-    entry, _, count = self._at[name]
-    return self.vector[entry:entry + count]
+    return self.vector.get_buffer(str(self._at[name][0]))
 
 @patch
 def step_of(self:TaskNetwork,
@@ -114,8 +114,10 @@ def task_weights(self:TaskNetwork,
 ) -> dict[str, Tensor]:  # name -> tensor, in the network's types
     "The weights of one task, base + step, rounded once."
     check_known([task], self.tasks, 'the tasks of this network')
-    row, kind = self.tasks.index(task), self.vector.dtype
-    def weight(name, t): return (t.detach().to(kind) + self.step_of(row, name).view(t.shape)).to(t.dtype)
+    row = self.tasks.index(task)
+    def weight(name, t):
+        step = self.step_of(row, name)
+        return (t.detach().to(step.dtype) + step.view(t.shape)).to(t.dtype)
     return {name: weight(name, t) for name, t in _floats(self.network).items()}
 
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #894570c3
@@ -133,8 +135,8 @@ def current(self:TaskNetwork) -> dict[str, Tensor]:
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #4cc479f8
 def _put(net, e, vector, masks):
     "Write one piece of the vector and of the masks."
-    (entry, byte, _), start = net._at[e.name], e.at.start
-    net.vector[entry + start:entry + e.at.stop] = vector.to(net.vector)
+    (_, byte, _), start, kept = net._at[e.name], e.at.start, net.kept_vector(e.name)
+    kept[e.at] = vector.to(kept)
     bits = _packed(masks, start % 8).to(net.masks.device)
     net.masks[:, byte + start // 8:byte + start // 8 + bits.shape[1]] |= bits
 
