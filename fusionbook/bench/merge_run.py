@@ -328,7 +328,7 @@ def write_merge(
                 ' again'
             )
         return extras()
-    job = WriteJob(_key(plan), before, log.take, log.changed)
+    job = WriteJob(_key(plan), before, log.take, log.changed, log.recall)
     with chunk(1 << 24) if device != 'cpu' else nullcontext():
         return save_resumable(
             merged,

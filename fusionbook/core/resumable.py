@@ -36,6 +36,7 @@ class WriteJob:
     stamp: object = None                       # what changes when a source is touched; what JSON can hold
     witness: Callable[[], Mapping] = dict      # source -> checksum, of all that was read for the last tensor
     changed: Callable[[Mapping], str] = lambda seen: '' # of such a table: which source is another now, or ''
+    recall: Callable[[Mapping], object] = lambda seen: None # is given the table of what is not read again
 
 def _plain(x): return json.loads(json.dumps(x))
 
@@ -50,10 +51,11 @@ def _believed(room, job):
     head, *lines = list(_lines(room/'journal')) or [None]
     if head is None: return [], ''
     if not isinstance(head, dict) or head.get('key') != _plain(job.key): return [], 'it was another merge'
-    if head.get('stamp') == _plain(job.stamp): return lines, ''
     seen = {k: v for line in lines for k, v in line['seen'].items()}
-    changed = job.changed(seen)
-    return ([], f'{changed} has changed since') if changed else (lines, '')
+    changed = '' if head.get('stamp') == _plain(job.stamp) else job.changed(seen)
+    if changed: return [], f'{changed} has changed since'
+    job.recall(seen)
+    return lines, ''
 
 # %% ../../nbs/00_core/02b_resumable.ipynb #c1b9b523
 def _begin(room, job, lines):
@@ -253,8 +255,12 @@ def changed(self:ReadLog, seen:Mapping) -> str:
         model, _, name = key.partition('|')
         raw = self.raw.get(model, {})
         if name not in raw or checksum(raw[name]) != crc: return f'`{name}` of `{model}`'
-    self.sums |= seen
     return ''
+
+@patch
+def recall(self:ReadLog, seen:Mapping) -> None:
+    "Take over a table of checksums of an earlier attempt."
+    self.sums |= seen
 
 @patch
 def identity(self:ReadLog, model:str) -> str:

@@ -1,0 +1,294 @@
+"`fusionbook merge` as a user has it: architectures that transformers opens, mergekit's own examples, kills, changed sources, and every bad input."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fusionbook
+from conftest import ENTRY
+from fusionbook.core.errors import FusionError
+from fusionbook.core.resumable import unfinished_room
+
+
+def small(kind):
+    "A tiny network of a kind, its inputs, and what opens it."
+    import transformers as t
+    text = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40, max_position_embeddings=32)
+    ids = dict(input_ids=torch.arange(6)[None] + 3)
+    pixels = dict(pixel_values=torch.linspace(0, 1, 3*16*16).view(1, 3, 16, 16))
+    kv = dict(num_key_value_heads=1)
+    clip = lambda: t.CLIPConfig(text_config=dict(text, projection_dim=8), vision_config=dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8), projection_dim=8)
+    table = {
+        'llama': lambda: (t.LlamaForCausalLM(t.LlamaConfig(**text, **kv)), ids),
+        'llama_tied': lambda: (t.LlamaForCausalLM(t.LlamaConfig(**text, **kv, tie_word_embeddings=True)), ids),
+        'mistral': lambda: (t.MistralForCausalLM(t.MistralConfig(**text, **kv)), ids),
+        'qwen2': lambda: (t.Qwen2ForCausalLM(t.Qwen2Config(**text, **kv)), ids),
+        'qwen3': lambda: (t.Qwen3ForCausalLM(t.Qwen3Config(**text, **kv, head_dim=8)), ids),
+        'gpt2': lambda: (t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32)), ids),
+        'bert': lambda: (t.BertForSequenceClassification(t.BertConfig(**text)), ids),
+        't5': lambda: (t.T5ForConditionalGeneration(t.T5Config(d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2, vocab_size=40)), ids | dict(decoder_input_ids=torch.arange(4)[None])),
+        'vit': lambda: (t.ViTForImageClassification(t.ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, num_labels=3)), pixels),
+        'clip': lambda: (t.CLIPModel(clip()), ids | pixels),
+        'mixtral': lambda: (t.MixtralForCausalLM(t.MixtralConfig(**text, **kv, num_local_experts=2)), ids),
+    }
+    return table[kind]()
+
+
+def made(kind, folder, count=3):
+    "A base and experts of one kind, saved; their networks."
+    networks = []
+    for i in range(count):
+        torch.manual_seed(i)
+        network, inputs = small(kind)
+        networks.append(network.eval())
+        network.save_pretrained(folder/f'm{i}')
+    return networks, inputs, [str(folder/f'm{i}') for i in range(count)]
+
+
+def answers(network, inputs):
+    with torch.no_grad(): out = network(**inputs)
+    return out.logits if hasattr(out, 'logits') else out.logits_per_image
+
+
+KINDS = 'llama', 'llama_tied', 'mistral', 'qwen2', 'qwen3', 'gpt2', 'bert', 't5', 'vit', 'clip', 'mixtral'
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_transformers_opens_the_result(kind, tmp_path):
+    "Task arithmetic of two experts: the network that transformers opens answers as one whose parameters were computed by hand."
+    networks, inputs, (base, a, b) = made(kind, tmp_path)
+    models = [{'model': m, 'parameters': {'weight': w}} for m, w in ((a, .5), (b, .25))]
+    out = fusionbook.merge(merge_method='task_arithmetic', base_model=base, models=models, out=tmp_path/'out')
+    merged = type(networks[0]).from_pretrained(out).eval()
+    with torch.no_grad():
+        for p, x, y in zip(*(n.parameters() for n in networks), strict=True): p += .5*(x - p) + .25*(y - p)
+    assert torch.allclose(answers(merged, inputs), answers(networks[0], inputs), atol=1e-5)
+
+
+def test_layers_of_two_models(tmp_path):
+    "Layers 0 and 1 of one model below layer 1 of another: transformers opens three layers, in bfloat16, in shards."
+    networks, inputs, (base, a, b) = made('llama', tmp_path)
+    slices = [{'sources': [{'model': a, 'layer_range': [0, 2]}]}, {'sources': [{'model': b, 'layer_range': [1, 2]}]}]
+    out = fusionbook.merge(merge_method='passthrough', slices=slices, dtype='bfloat16', out=tmp_path/'out', shard_size='10kB')
+    merged = type(networks[0]).from_pretrained(out)
+    assert merged.config.num_hidden_layers == 3 and merged.dtype == torch.bfloat16 and len(list(out.glob('*.safetensors'))) > 1
+    assert torch.equal(merged.model.layers[2].mlp.up_proj.weight, networks[2].model.layers[1].mlp.up_proj.weight.bfloat16())
+    assert torch.equal(merged.lm_head.weight, networks[2].lm_head.weight.bfloat16()) and torch.equal(merged.model.embed_tokens.weight, networks[1].model.embed_tokens.weight.bfloat16())
+
+
+# mergekit's example files, with names of the hub that stand for tiny models
+EXAMPLES = {
+    'gradient-slerp': '{slices: [{sources: [{model: o/a, layer_range: [0, 40]}, {model: o/b, layer_range: [0, 40]}]}], merge_method: slerp, base_model: o/a,'
+                      ' parameters: {t: [{filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}, {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}, {value: 0.5}]}, dtype: float16}',
+    'bio': '{models: [{model: o/a, parameters: {density: 0.5, weight: 0.5}}, {model: o/b, parameters: {density: 0.5, weight: 0.5}}], merge_method: ties, base_model: o/base,'
+           ' parameters: {normalize: false, int8_mask: true}, dtype: float16}',
+    'ties': '{models: [{model: o/a, parameters: {density: [1, 0.7, 0.1], weight: 1.0}}, {model: o/b, parameters: {density: 0.5, weight: [0, 0.3, 0.7, 1]}},'
+            ' {model: o/c, parameters: {density: 0.33, weight: [{filter: mlp, value: 0.5}, {value: 0}]}}], merge_method: ties, base_model: o/base, parameters: {normalize: true, int8_mask: true}, dtype: float16}',
+    'arcee': '{models: [{model: o/a}, {model: o/b}], merge_method: arcee_fusion, base_model: o/a, dtype: bfloat16}',
+    'orcamini-platy': '{slices: [{sources: [{model: o/a, layer_range: [0, 24]}]}, {sources: [{model: o/b, layer_range: [20, 40]}]}], merge_method: passthrough, dtype: float16}',
+    'linear': '{models: [{model: o/a, parameters: {weight: 1.0}}, {model: o/b, parameters: {weight: 0.3}}, {model: o/c, parameters: {weight: 0.5}}], merge_method: linear, dtype: float16}',
+}
+
+@pytest.fixture(scope='module')
+def forty(tmp_path_factory):
+    "Tiny models with forty layers, by the names of the examples."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    root, found = tmp_path_factory.mktemp('forty'), {}
+    for i, name in enumerate(('base', 'a', 'b', 'c')):
+        torch.manual_seed(i)
+        config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=40, num_attention_heads=1, vocab_size=12, max_position_embeddings=8)
+        LlamaForCausalLM(config).save_pretrained(root/name)
+        found[f'o/{name}'] = str(root/name)
+    return found
+
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_mergekits_examples(name, forty, tmp_path):
+    (tmp_path/'config.yml').write_text(EXAMPLES[name])
+    out = fusionbook.merge(tmp_path/'config.yml', tmp_path/'out', hub_mirror=forty)
+    sd = load_file(out/'model.safetensors')
+    assert json.loads((out/'config.json').read_text())['num_hidden_layers'] == (44 if name == 'orcamini-platy' else 40)
+    assert (out/'merge.yml').read_text() == EXAMPLES[name] and all(t.isfinite().all() for t in sd.values())
+
+def test_gradient_of_slerp(forty, tmp_path):
+    "t of a gradient at layer 13 of 40 and of a filter, by the formula."
+    (tmp_path/'config.yml').write_text(EXAMPLES['gradient-slerp'].replace('float16', 'float32'))
+    sd = load_file(fusionbook.merge(tmp_path/'config.yml', tmp_path/'out', hub_mirror=forty)/'model.safetensors')
+    a, b = (load_file(Path(forty[f'o/{n}'])/'model.safetensors') for n in 'ab')
+    name, place = 'model.layers.13.mlp.up_proj.weight', 13/39*4
+    values = [1, .5, .7, .3, 0]
+    t = values[1]*(1 - (place - 1)) + values[2]*(place - 1)
+    x, y = (m[name].double().flatten() for m in (a, b))
+    angle = torch.arccos(x@y/x.norm()/y.norm())
+    want = (torch.sin((1 - t)*angle)*x + torch.sin(t*angle)*y)/torch.sin(angle)
+    assert torch.allclose(sd[name].double().flatten(), want, atol=1e-6)
+
+
+def plain(folder, name, seed, size=64, **config):
+    "A folder with a few tensors."
+    g = torch.Generator().manual_seed(seed)
+    sd = {'embed.weight': torch.randn(8, size, generator=g)} | {f'h.{i}.w': torch.randn(size, size, generator=g) for i in range(4)}
+    (folder/name).mkdir(parents=True, exist_ok=True)
+    save_file(sd, folder/name/'model.safetensors')
+    (folder/name/'config.json').write_text(json.dumps({'model_type': 'tiny'} | config))
+    return str(folder/name)
+
+def bytes_of(folder): return {f.name: f.read_bytes() for f in sorted(Path(folder).iterdir())}
+
+def test_killed_and_started_again(tmp_path):
+    "Killed without warning while it writes: no output is there; the next start goes on and ends with the same bytes."
+    base, a, b = (plain(tmp_path, n, i, 1500) for i, n in enumerate(('base', 'a', 'b')))
+    line = ['merge', 'merge_method=ties', f'base_model={base}', f'models=[{{model: {a}, parameters: {{weight: 1, density: .3}}}}, {{model: {b}, parameters: {{weight: 1, density: .3}}}}]']
+    done = subprocess.run([*ENTRY, *line, str(tmp_path/'whole')], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    room = unfinished_room(tmp_path/'out')
+    with subprocess.Popen([*ENTRY, *line, str(tmp_path/'out')], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+        while p.poll() is None and not ((room/'journal').exists() and (room/'journal').read_text().count('\n') > 2): time.sleep(.005)
+        p.send_signal(signal.SIGKILL)
+    assert not (tmp_path/'out').exists() and room.exists()
+    with pytest.raises(FusionError): fusionbook.merge(method='simple_average', models=[str(room)], out=tmp_path/'x')
+    again = subprocess.run([*ENTRY, *line, str(tmp_path/'out')], capture_output=True, text=True)
+    assert 'going on after' in again.stdout and not room.exists()
+    assert bytes_of(tmp_path/'out') == bytes_of(tmp_path/'whole')
+
+def test_a_changed_source_is_noticed(tmp_path, capsys, monkeypatch):
+    a, b = plain(tmp_path, 'a', 1), plain(tmp_path, 'b', 2)
+    told = dict(method='simple_average', models=[a, b], out=tmp_path/'out')
+    import fusionbook.core.resumable as resumable
+    put, count = resumable._put, []
+    def stop(*args):
+        count.append(1)
+        if len(count) == 3: raise KeyboardInterrupt
+        return put(*args)
+    monkeypatch.setattr(resumable, '_put', stop)
+    with pytest.raises(KeyboardInterrupt): fusionbook.merge(**told)
+    monkeypatch.setattr(resumable, '_put', put)
+    os.utime(f'{a}/model.safetensors') # touched, not changed
+    left = tmp_path/'left'
+    shutil.copytree(unfinished_room(tmp_path/'out'), left)
+    fusionbook.merge(**told)
+    assert 'going on after 2 of 5 tensors' in capsys.readouterr().out
+    shutil.rmtree(tmp_path/'out')
+    shutil.copytree(left, unfinished_room(tmp_path/'out'))
+    plain(tmp_path, 'a', 3)
+    fusionbook.merge(**told)
+    assert f'of `{a}` has changed since' in capsys.readouterr().out
+    mean = sum(load_file(f'{m}/model.safetensors')['h.3.w'] for m in (a, b))/2
+    assert torch.equal(load_file(tmp_path/'out'/'model.safetensors')['h.3.w'], mean)
+
+def test_a_full_disk_keeps_what_is_done(tmp_path):
+    "A limit on the size of files stands for a disk that is full."
+    a = plain(tmp_path, 'a', 1, 400)
+    code = f'import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1200000, 1200000)); from fusionbook.bench.cli import main; raise SystemExit(main())'
+    line = ['merge', 'method=simple_average', f'models=[{a}]', str(tmp_path/'out')]
+    done = subprocess.run([sys.executable, '-c', code, *line], capture_output=True, text=True)
+    assert done.returncode == 2 and 'goes on from there' in done.stderr and 'Traceback' not in done.stderr and not (tmp_path/'out').exists()
+    assert subprocess.run([*ENTRY, *line], capture_output=True, text=True).returncode == 0 and (tmp_path/'out').exists()
+
+
+def test_files_of_all_kinds(tmp_path):
+    "A snapshot of links, shards, a pickle and a checkpoint of Lightning hold one model."
+    a = plain(tmp_path, 'a', 1)
+    sd = load_file(f'{a}/model.safetensors')
+    (tmp_path/'bin').mkdir(); torch.save(sd, tmp_path/'bin'/'pytorch_model.bin')
+    torch.save({'state_dict': {f'model.{k}': v for k, v in sd.items()}, 'epoch': 1}, tmp_path/'light.ckpt')
+    torch.save({f'module.{k}': v for k, v in sd.items()}, tmp_path/'parallel.pt')
+    from fusionbook.core.checkpoint import save
+    save(sd, tmp_path/'shards', shard_size=20000)
+    blobs, snapshot = tmp_path/'hub'/'blobs', tmp_path/'hub'/'snapshots'/'1'
+    blobs.mkdir(parents=True); snapshot.mkdir(parents=True)
+    shutil.copy(f'{a}/model.safetensors', blobs/'ab12'); (snapshot/'model.safetensors').symlink_to('../../blobs/ab12')
+    models = [a, *map(str, (tmp_path/'bin', tmp_path/'light.ckpt', tmp_path/'parallel.pt', tmp_path/'shards', snapshot))]
+    out = load_file(fusionbook.merge(method='simple_average', models=models, out=tmp_path/'out')/'model.safetensors')
+    assert all(torch.allclose(out[k], sd[k], atol=1e-6) for k in sd) and out.keys() == sd.keys()
+
+def test_dry_run_is_quick_and_light(tmp_path):
+    "A hundred shards: planned without torch, in less than two seconds of the processor."
+    from fusionbook.core.checkpoint import save
+    g = torch.Generator().manual_seed(0)
+    sd = {f'h.{i}.w': torch.randn(4, 4, generator=g) for i in range(100)}
+    for n in 'ab': save(sd, tmp_path/n, shard_size=64)
+    assert len(list((tmp_path/'a').glob('*.safetensors'))) == 100
+    code = "import sys, time; from fusionbook.bench.cli import main; main(); print('torch' in sys.modules, time.process_time())"
+    line = ['merge', 'merge_method=linear', f'models=[{{model: {tmp_path}/a, parameters: {{weight: [0, 1]}}}}, {{model: {tmp_path}/b, parameters: {{weight: 1}}}}]', 'out', '--dry-run']
+    done = subprocess.run([sys.executable, '-c', code, *line], capture_output=True, text=True, cwd=tmp_path)
+    torch_there, seconds = done.stdout.split()[-2:]
+    assert torch_there == 'False' and float(seconds) < 2 and 'writes    100 tensors' in done.stdout and not (tmp_path/'out').exists(), done.stdout + done.stderr
+
+
+def spoilt(folder, name, change):
+    "A model whose file was changed."
+    path = Path(plain(folder, name, 5))
+    change(path/'model.safetensors')
+    return str(path)
+
+def cut(file): file.write_bytes(file.read_bytes()[:-100])
+def lost(file):
+    file.with_name('model.safetensors.index.json').write_text(json.dumps({'weight_map': {'h.0.w': 'model-00001-of-00002.safetensors'}}))
+    file.unlink()
+
+BAD = {
+    'expected the shards of': lambda f, a: dict(models=[a, spoilt(f, 'lost', lost)]),
+    'damaged or cut': lambda f, a: dict(models=[a, spoilt(f, 'cut', cut)]),
+    'models of one architecture, got tiny in': lambda f, a: dict(models=[a, plain(f, 'other', 6, model_type='bert')]),
+    'with one shape': lambda f, a: dict(models=[a, plain(f, 'wide', 6, 32)]),
+    'from 0 to 4, got `layer_range` [2, 9]': lambda f, a: dict(slices=[{'sources': [{'model': a, 'layer_range': [2, 9]}]}]),
+    'each model once in a block': lambda f, a: dict(slices=[{'sources': [{'model': a, 'layer_range': [0, 2]}, {'model': a, 'layer_range': [1, 3]}]}]),
+    'a list over the layers': lambda f, a: dict(models=[a], parameters={'weight': []}),
+    'a filter of `weight` that matches a tensor, got `mpl`': lambda f, a: dict(models=[a], parameters={'weight': [{'filter': 'mpl', 'value': 1}, {'value': 2}]}),
+    'did you mean `linear`': lambda f, a: dict(models=[a], merge_method='liner'),
+    'did you mean `weight`': lambda f, a: dict(models=[a], parameters={'wieght': 1}),
+    'got none for `embed.weight`': lambda f, a: dict(models=[a]),
+    'which also holds thesis.txt': lambda f, a: dict(models=[a], parameters={'weight': 1}, out=holding(f)),
+    'apart from its sources': lambda f, a: dict(models=[a], parameters={'weight': 1}, out=f'{a}/inner'),
+    'got the file': lambda f, a: dict(models=[a], parameters={'weight': 1}, out=str(file_there(f))),
+    'that can be written': lambda f, a: dict(models=[a], parameters={'weight': 1}, out='/proc/merged'),
+    'a quantised model': lambda f, a: dict(models=[a, quantised(f)], parameters={'weight': 1}),
+    'GGUF': lambda f, a: dict(models=[a, gguf(f)], parameters={'weight': 1}),
+    'with an adapter': lambda f, a: dict(models=[a, adapter(f)], parameters={'weight': 1}),
+    'need': lambda f, a: dict(models=[a], parameters={'weight': 1}, max_memory=1000),
+    '`max_memory` as bytes': lambda f, a: dict(models=[a], parameters={'weight': 1}, max_memory='much'),
+}
+
+def holding(folder):
+    plain(folder, 'holding', 7)
+    (folder/'holding'/'thesis.txt').write_text('mine')
+    return str(folder/'holding')
+def file_there(folder):
+    (folder/'file').write_text('mine')
+    return folder/'file'
+def quantised(folder):
+    path = plain(folder, 'quantised', 7)
+    Path(path, 'config.json').write_text('{"model_type": "tiny", "quantization_config": {"quant_method": "awq"}}')
+    return path
+def gguf(folder):
+    (folder/'model.gguf').write_bytes(b'GGUF' + bytes(60))
+    return str(folder/'model.gguf')
+def adapter(folder):
+    path = plain(folder, 'adapter', 7)
+    Path(path, 'adapter_config.json').write_text('{"base_model_name_or_path": "org/other"}')
+    return path
+
+@pytest.mark.parametrize('says', BAD)
+def test_bad_input_is_one_line(says, tmp_path):
+    "One clear line before expensive work; nothing is written, nothing lost."
+    a = plain(tmp_path, 'a', 1)
+    told = dict(merge_method='linear', out=str(tmp_path/'out')) | BAD[says](tmp_path, a)
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(FusionError) as caught: fusionbook.merge(**told)
+    assert says in str(caught.value) and '\n' not in str(caught.value)
+    assert sorted(tmp_path.rglob('*')) == before
+
+def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
+    a = plain(tmp_path, 'a', 1)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(FusionError, match='expected room for 67.6 kB'): fusionbook.merge(method='simple_average', models=[a], out=tmp_path/'out')
+
+def test_code_of_a_configuration_is_neither_run_nor_copied(tmp_path, capsys):
+    a = plain(tmp_path, 'a', 1, auto_map={'AutoModel': 'code.Model'})
+    Path(a, 'code.py').write_text('raise SystemExit')
+    out = fusionbook.merge(method='simple_average', models=[a], out=tmp_path/'out')
+    assert 'neither run nor copied' in capsys.readouterr().out and 'auto_map' not in (out/'config.json').read_text() and not (out/'code.py').exists()
+
+def test_import_is_light():
+    assert subprocess.run([sys.executable, '-c', "import sys, fusionbook; fusionbook.merge; print('torch' in sys.modules)"], capture_output=True, text=True).stdout == 'False\n'
