@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['largest_entries', 'agreed', 'smoothed', 'covered_sum', 'dc_direction', 'DCMerge']
 
-# %% ../../../nbs/64_subspace/dc_merge.ipynb #ec0fe279
+# %% ../../../nbs/64_subspace/dc_merge.ipynb #8c71ca07
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 import torch
@@ -17,7 +17,7 @@ from .by_matrix import by_matrix, MatrixMethod
 from .spectrum import leading, polar, Triplets
 from ..task_vector.elect import disjoint_merge, elect_sign
 
-# %% ../../../nbs/64_subspace/dc_merge.ipynb #fd35479d
+# %% ../../../nbs/64_subspace/dc_merge.ipynb #eea3e2a4
 def largest_entries(
     M:Tensor,        # any shape
     density:float,   # ρ, share of the entries that is kept, in (0, 1]
@@ -33,7 +33,7 @@ def agreed(
     sign = elect_sign(stack, by='sum', tie=0.)
     return disjoint_merge(stack, sign, torch.ones(len(stack)).to(stack), how='mean')
 
-# %% ../../../nbs/64_subspace/dc_merge.ipynb #5c949fcb
+# %% ../../../nbs/64_subspace/dc_merge.ipynb #1f3c157b
 def smoothed(
     values:Tensor,  # σ, (r,), the largest first
     *, how:str,     # none, average or linear
@@ -45,7 +45,7 @@ def smoothed(
     line = torch.linspace(steepness, 1, len(values)).to(values)
     return line / line.sum() * values.sum()
 
-# %% ../../../nbs/64_subspace/dc_merge.ipynb #c9653a6e
+# %% ../../../nbs/64_subspace/dc_merge.ipynb #4a658276
 def covered_sum(
     experts:Iterable[Triplets], # the leading directions of each expert, (m, r), (r,) and (n, r)
     *, density:float,           # ρ of `largest_entries`
@@ -59,7 +59,7 @@ def covered_sum(
     own = torch.block_diag(*(common.new_ones(len(t.values), len(t.values)) for t in found))
     return left @ (common * own) @ right.T
 
-# %% ../../../nbs/64_subspace/dc_merge.ipynb #82c92a57
+# %% ../../../nbs/64_subspace/dc_merge.ipynb #1b07691e
 def dc_direction(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -76,7 +76,7 @@ def dc_direction(
         return covered_sum(flat, density=density)
     return by_matrix(matrix, base, experts, shortest=len(experts), held=lambda m, n: 0, **where)
 
-# %% ../../../nbs/64_subspace/dc_merge.ipynb #4b477310
+# %% ../../../nbs/64_subspace/dc_merge.ipynb #d59f2572
 @dataclass
 class DCMerge(MatrixMethod):
     "DC-Merge: experts agree entry by entry in a frame that covers their directions (Zhang et al., 2026)."

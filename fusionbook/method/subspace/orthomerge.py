@@ -6,7 +6,7 @@
 __all__ = ['Rotation', 'closest_rotation', 'to_skew', 'from_skew', 'mean_rotation', 'rotated_base', 'residuals', 'with_residuals',
            'OrthoMerge']
 
-# %% ../../../nbs/64_subspace/orthomerge.ipynb #1053597b
+# %% ../../../nbs/64_subspace/orthomerge.ipynb #f4a4ebee
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, KW_ONLY
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from ..base import BaseAlgorithm, check_fields
 from .coordinates import column_basis, inner_method, merge_vectors, zero_base
 from .spectrum import eigen, leading, polar
 
-# %% ../../../nbs/64_subspace/orthomerge.ipynb #9455e87c
+# %% ../../../nbs/64_subspace/orthomerge.ipynb #7f61c8ed
 class Rotation(NamedTuple):
     "A rotation that leaves everything outside a subspace as it is: 1 + Q (inside − 1) Qᵀ."
     basis: Tensor  # Q, (n, s), orthonormal
@@ -31,7 +31,7 @@ class Rotation(NamedTuple):
         change = self.inside - torch.eye(len(self.inside)).to(W)
         return W + W @ self.basis @ change @ self.basis.T
 
-# %% ../../../nbs/64_subspace/orthomerge.ipynb #e9f72b86
+# %% ../../../nbs/64_subspace/orthomerge.ipynb #97ce3a70
 def _complement(basis):
     "Orthonormal columns that complete a basis (n, k), (n, n − k)."
     return torch.linalg.qr(basis, mode='complete')[0][:, basis.shape[1]:]
@@ -44,7 +44,7 @@ def _least_turning(M):
     U, _, Vt = torch.linalg.svd(left.T @ right)
     return t.left @ t.right.T + left @ U @ Vt @ right.T
 
-# %% ../../../nbs/64_subspace/orthomerge.ipynb #88438511
+# %% ../../../nbs/64_subspace/orthomerge.ipynb #200b888b
 def closest_rotation(
     base:Tensor,   # W₀, (m, n)
     expert:Tensor, # W, (m, n)
@@ -55,7 +55,7 @@ def closest_rotation(
     Q = column_basis(rows.T, floor=1e-9) if len(rows) < rows.shape[1] else torch.eye(rows.shape[1]).to(rows)
     return Rotation(Q, _least_turning((before @ Q).T @ (after @ Q)))
 
-# %% ../../../nbs/64_subspace/orthomerge.ipynb #aa57d72e
+# %% ../../../nbs/64_subspace/orthomerge.ipynb #c35af2c2
 def to_skew(
     R:Tensor,     # a rotation, (n, n)
 ) -> Tensor:      # A, (n, n), skew-symmetric; 0 along half turns
@@ -81,7 +81,7 @@ def mean_rotation(
     size = total.norm()
     return total * (length / count / size) if size > 1e-9 * length else 0 * total
 
-# %% ../../../nbs/64_subspace/orthomerge.ipynb #99e4b04c
+# %% ../../../nbs/64_subspace/orthomerge.ipynb #8014606d
 def _skew(W0, W):
     "A of the closest rotation, in the inputs' own coordinates."
     r = closest_rotation(W0, W)
@@ -92,7 +92,7 @@ def _residual(W0, W):
     r = closest_rotation(W0, W)
     return W.double() - Rotation(r.basis, from_skew(to_skew(r.inside))).apply(W0)
 
-# %% ../../../nbs/64_subspace/orthomerge.ipynb #c2632646
+# %% ../../../nbs/64_subspace/orthomerge.ipynb #2295d21b
 def rotated_base(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -115,7 +115,7 @@ def residuals(
     route = Route(matrix, lambda e: e.tau[0], matrix_rule(matrices))
     return direction_of(route, base, [expert], device=device)
 
-# %% ../../../nbs/64_subspace/orthomerge.ipynb #7395334b
+# %% ../../../nbs/64_subspace/orthomerge.ipynb #1ca62254
 def with_residuals(
     base:StateDict,      # θ₀, where types come from
     turned:StateDict,    # from `rotated_base`
@@ -129,7 +129,7 @@ def with_residuals(
     merged.memory = max(getattr(part, 'memory', (0, '')) for part in (merged, turned, direction))
     return merged
 
-# %% ../../../nbs/64_subspace/orthomerge.ipynb #3fd854c4
+# %% ../../../nbs/64_subspace/orthomerge.ipynb #34e4317e
 @dataclass
 class OrthoMerge(BaseAlgorithm):
     "OrthoMerge: rotations of the base merged as rotations, residuals by another method (Yang et al., 2026)."

@@ -6,7 +6,7 @@
 __all__ = ['exponential', 'tikhonov', 'landweber', 'top', 'effective_rank', 'soft_filter', 'adaptive_filter', 'spectral_wudi',
            'SWUDI', 'SWUDISoft', 'ASWUDI', 'WUDIClosedForm']
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #29430f6d
+# %% ../../../nbs/64_subspace/swudi.ipynb #39995d14
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from ..base import at_least
 from .by_matrix import by_matrix, MatrixMethod
 from .interference import filtered, interference
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #5975e836
+# %% ../../../nbs/64_subspace/swudi.ipynb #d97695b0
 def exponential(
     values:Tensor, # λ, (n,)
     *, time:float, # t, at least 0
@@ -49,7 +49,7 @@ def top(
     "A hard cut after K eigenvectors."
     return (torch.arange(len(values), device=values.device) < count).to(values.dtype)
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #f6443427
+# %% ../../../nbs/64_subspace/swudi.ipynb #914c5aa7
 def effective_rank(
     values:Tensor, # λ, (n,), at least 0
 ) -> int:          # K, from 1 to n
@@ -57,7 +57,7 @@ def effective_rank(
     share = values.sqrt().sum() ** 2 / values.sum()
     return min(len(values), math.ceil(share.item() - 1e-9))
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #4b16af9b
+# %% ../../../nbs/64_subspace/swudi.ipynb #fed74817
 def soft_filter(
     values:Tensor,     # λ, (n,), the largest first
     *, time:float,     # t
@@ -72,7 +72,7 @@ def adaptive_filter(
     "ASWUDI's filter: 1 on as many eigenvectors as carry the spectrum."
     return top(values, count=effective_rank(values))
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #fbe37d2f
+# %% ../../../nbs/64_subspace/swudi.ipynb #30015b80
 def spectral_wudi(
     base:StateDict,                    # θ₀, the pretrained state dict
     experts:Sequence[StateDict],       # T fine-tuned state dicts with its names and shapes
@@ -83,7 +83,7 @@ def spectral_wudi(
     def matrix(e): return filtered(interference(e.task_vectors(), normalize=True), filter)
     return by_matrix(matrix, base, experts, held=lambda m, n: 8 * (4 * m * n + 4 * n * n), **where)
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #f3c18c5d
+# %% ../../../nbs/64_subspace/swudi.ipynb #a36a7de0
 @dataclass
 class _Spectral(MatrixMethod):
     "What the spectral forms of WUDI share."
@@ -92,7 +92,7 @@ class _Spectral(MatrixMethod):
     def direction(self, pool) -> StateDict:
         return spectral_wudi(pool.pretrained(), pool.experts(), filter=self.filtering(), **self.where())
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #74ceeaaf
+# %% ../../../nbs/64_subspace/swudi.ipynb #c2b558b4
 @dataclass
 class SWUDI(_Spectral):
     "SWUDI: an exponential filter on the leading eigenvectors of the interference (Wei et al., 2026)."
@@ -123,7 +123,7 @@ class ASWUDI(_Spectral):
     config_names = ('wudi/aswudi',)
     def filtering(self): return adaptive_filter
 
-# %% ../../../nbs/64_subspace/swudi.ipynb #84bc4bdf
+# %% ../../../nbs/64_subspace/swudi.ipynb #d8c2f926
 @dataclass
 class WUDIClosedForm(_Spectral):
     "The minimiser of WUDI's interference, or with a classical filter on the way there (Wei et al., 2026)."
