@@ -36,6 +36,9 @@ def of_fusionbench(
 _SAME = HUB_CLASSES | {
     'EnsembleAlgorithm': 'SimpleEnsemble',
     'DOGE_TA_Algorithm': 'DOGE_TA',
+    'SimpleAverageForLlama': 'SimpleAverageForCausalLM',
+    'TaskArithmeticForLlama': 'TaskArithmeticForCausalLM',
+    'DepthUpscalingForLlama': 'DepthUpscaling',
     'FisherMergingForCLIPVisionModel': 'FisherMerging',
     'FisherMergingAlgorithmForGPT2': 'FisherMerging',
     'RegMeanAlgorithmForCLIP': 'RegMean',

@@ -80,8 +80,12 @@ def _elect(kept, ballot, by, draw):
 # %% ../../../nbs/63_task_vector/01_elect.ipynb #e374aa7c
 def _smallest(base, experts, names, share, by, how):
     "Thresholds for one share, or for one of each expert, which is then looked at by itself."
-    def of(some, share):
+    def of(some, share, names=names):
         return thresholds(base, some, names, rank=lambda n: count_kept(n, share, by), by=by, **how)
+    if callable(share):
+        if by == 'model':
+            raise FusionError('expected `trim` by tensor where shares differ by tensor, got model')
+        return cache(lambda name: _smallest(base, experts, [name], share(name), by, how)(name))
     if not isinstance(share, (list, tuple)): return of(experts, share)
     if len(share) != len(experts) or how['vectors'] is not full_vectors:
         raise FusionError(f'expected one share, or one for each of {len(experts)} experts, got {list(share)}')
@@ -92,7 +96,7 @@ def _smallest(base, experts, names, share, by, how):
 def election(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
-    *, share:float|Sequence|None, # fraction of each task vector that is kept, in (0, 1], or one for each; all when None
+    *, share:float|Sequence|Callable|None, # fraction of each task vector that is kept, in (0, 1], or one for each, or a function from a tensor's name to them; all when None
     merge_func:str, trim_by:str, elect:str, tie:str, # the conventions, see `CHOICES`
     weights:Sequence[float]|Callable, # w, (T,); or a function from a tensor's name to them
     vectors:Callable[[Entry], Tensor]=full_vectors, # what is trimmed, (T, n); the task vectors

@@ -29,9 +29,10 @@ def kept_share(
     return threshold / 100 if threshold > 1 else float(threshold)
 
 def kept_shares(
-    threshold:float|list, # as in `kept_share`, or one for each expert
-) -> float|list:
+    threshold:float|list|Callable, # as in `kept_share`, or one for each expert, or a function from a tensor's name to these
+) -> float|list|Callable:
     "The shares of entries that survive trimming."
+    if callable(threshold): return lambda name: kept_shares(threshold(name))
     return (
         [kept_share(t) for t in threshold] if isinstance(threshold, (list, tuple)) else kept_share(threshold)
     )

@@ -9,10 +9,11 @@ __all__ = ['ties', 'TiesMerging', 'TiesMergingForCausalLM']
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ...core.engine import step_along
+from ...core.per_tensor import every_number
 from ...core.state_dict import StateDict
 from ..backbone import backbone_pool
 from ..base import BaseAlgorithm, check_fields
-from ..settings import weights_for
+from ..settings import numbers_for, weights_for
 from .elect import check_choices, elected_direction
 from .sparsify import kept_shares
 
@@ -32,7 +33,7 @@ class TiesMerging(BaseAlgorithm):
     uses, config_names = ('pretrained', 'experts'), ('ties_merging',)
     paper, year, tune = 'arxiv:2306.01708', 2023, {'scaling_factor': '0.1:1.5:0.1'}
     scaling_factor: float | list = .3 # λ, length of the merged step; the paper: 1 with `mean`; or a gradient over the layers, or a list of {filter, value}
-    threshold: float | list = 20 # K, per cent of each task vector that is kept, in (1, 100], or a fraction up to 1; or one for each expert
+    threshold: float | list | dict = 20 # K, per cent of each task vector that is kept, in (1, 100], or a fraction up to 1; or one for each expert in the forms of `weights`, by layer and name with `trim: tensor`
     remove_keys: list | None = () # names that stay the base's
     merge_func: str = 'sum'    # sum (FusionBench), mean (the paper, PEFT), max, weighted_mean (mergekit)
     trim: str = 'model'        # one threshold for the model (the paper, FusionBench), or for each tensor (mergekit, PEFT)
@@ -43,7 +44,7 @@ class TiesMerging(BaseAlgorithm):
     def __post_init__(self):
         check_fields(self)
         self.remove_keys = list(self.remove_keys or ())
-        kept_shares(self.threshold)
+        for t in every_number(self.threshold, 'threshold'): kept_shares(t)
         check_choices(merge_func=self.merge_func, trim=self.trim, elect=self.elect, tie=self.tie)
     def direction(self, pool) -> StateDict:
         how = dict(
@@ -54,7 +55,7 @@ class TiesMerging(BaseAlgorithm):
         return elected_direction(
             base,
             experts,
-            share=kept_shares(self.threshold),
+            share=kept_shares(numbers_for(self.threshold, base, pool.model_names, 'threshold')),
             weights=weights,
             keep_base=self.remove_keys,
             **how,
