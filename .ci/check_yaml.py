@@ -14,11 +14,14 @@ RUNS = 'direction', 'merge', 'run', 'build'   # what makes a class a method: one
 folder = package/'config'/'method'
 
 def methods():
-    "Public methods of the package in reading order."
-    for mod in (m for m in modules() if m.startswith('method.')):
+    "Public methods of the package in reading order; a class that is only there to be derived from is none."
+    mods = [m for m in modules() if m.startswith('method.')]
+    for mod in mods: import_module(f'fusionbook.{mod}')
+    for mod in mods:
         for name, cls in vars(import_module(f'fusionbook.{mod}')).items():
             ours = isinstance(cls, type) and issubclass(cls, BaseAlgorithm) and cls.__module__ == f'fusionbook.{mod}'
-            if ours and not name.startswith('_') and any(getattr(cls, r, None) != getattr(BaseAlgorithm, r, None) for r in RUNS): yield cls
+            if ours and not name.startswith('_') and any(getattr(cls, r, None) != getattr(BaseAlgorithm, r, None) for r in RUNS):
+                if cls.config_names or not cls.__subclasses__(): yield cls
 
 def facts(cls):
     "What is wrong with what a class says of itself."

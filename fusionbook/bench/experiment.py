@@ -253,6 +253,7 @@ def run_experiment(
             kernel_name='python3',
             progress_bar=bar,
             kernel_manager_class=_manager(),
+            iopub_timeout=600, # seconds for a picture to arrive from a kernel on a busy machine
         )
     except papermill.PapermillExecutionError as e: error = f'{e.ename}: {e.evalue} in cell {e.exec_count}'
     except RuntimeError as e: error = f'{type(e).__name__}: {e}' # a kernel that died
