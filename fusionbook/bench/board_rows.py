@@ -112,14 +112,14 @@ def leads(
         tests = [read_tested(folder, name) for name in r.get('cell', ())]
         if not tests or None in tests: return None
         metric = tests[0].report.primary
-        if metric.scores is None: return None
+        if metric.scores is None or not tests[0].scores: return None
         scores = {t: np.concatenate([x.scores[t] for x in tests]) for t in tests[0].scores}
         return scores, dict(clusters=tests[0].sources, metric=metric)
     known, found = [by_example(r) for r in rows], []
     for i, (above, below) in enumerate(zip(rows, rows[1:])):
         gap = _rounded(above['score'] - below['score'])
         lead = dict(over=below['name'], difference=gap, low=None, high=None)
-        if known[i] and known[i + 1]:
+        if known[i] and known[i + 1] and known[i][0].keys() == known[i + 1][0].keys():
             ends = paired(known[i + 1][0], known[i][0], **known[i][1], draws=draws)['average']
             lead |= {k: _rounded(ends[k]) for k in ('low', 'high')}
         found.append(lead)
