@@ -150,7 +150,8 @@ def _check_disk(path, plan):
 # %% ../../nbs/80_bench/16b_merge_command.ipynb #e3e69914
 def _fields(group):
     "Settings of a group in one line."
-    found = [f'{k}={v}' for k, v in group.fields.items() if not isinstance(v, str)]
+    def shown(v): return f'{v:.4g}' if isinstance(v, float) else f'{v}'
+    found = [f'{k}={shown(v)}' for k, v in group.fields.items() if not isinstance(v, str)]
     return f'{group.target}({", ".join(found)})' if group.target else 'taken as they are'
 
 def _part(name): return name if len(name) < 48 else f'…{name[-46:]}'

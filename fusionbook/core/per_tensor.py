@@ -55,13 +55,17 @@ def _matches(entry, name):
     return pattern in (None, '*') or str(pattern) in name
 
 # %% ../../nbs/00_core/01c_per_tensor.ipynb #770335a0
+def _parts_of(names):
+    "The words between the dots of names, numbers apart."
+    return {p for n in names for p in n.split('.') if not p.isdigit()}
+
 def _check_filters(entries, names, key, partial):
     "Refuse filters that match nothing, and tensors without a value."
     for entry in entries:
         _check_setting(entry['value'], names, key, partial)
         if not any(_matches(entry, name) for name in names):
             raise FusionError(f'expected a filter of `{key}` that matches a tensor, got `{entry["filter"]}`; '
-                              f'{nearest(str(entry["filter"]), names)}')
+                              f'{nearest(str(entry["filter"]), _parts_of(names))}')
     if partial: return
     if lost := [name for name in names if not any(_matches(entry, name) for entry in entries)]:
         raise FusionError(
