@@ -78,6 +78,7 @@ class SingularValueCalibrationWithBaseMethod(BaseAlgorithm):
     matrices: str = 'fusion_bench' # which tensors are matrices: fusion_bench (every one with two axes), linear, linear_and_convolutions, all
     device: str = 'cpu'     # where the arithmetic happens, one tensor at a time
     def __post_init__(self):
+        if self.accelerator is not None: self.device = self.accelerator
         check_fields(self)
         matrix_rule(self.matrices)
         if not self.alpha > 0: raise FusionError(f'expected `alpha` over 0, got {self.alpha}')
