@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core.matrices import Matrices
 from ...core.per_tensor import layer_of
 from ...core.state_dict import StateDict, meta
-from ..base import as_pool, at_least, BaseAlgorithm, check_fields
+from ..base import at_least, BaseAlgorithm, check_fields
 from .scaling import directed_method, scaled_experts
 from .sparsify import entries_of
 
@@ -110,13 +110,11 @@ class LARV(BaseAlgorithm):
         at_least(self, eta=0, rho=0)
         self.inner = directed_method(self.then, self.options)
         self.uses, self.symmetric = self.inner.uses, self.inner.symmetric
-    def direction(self, pool) -> StateDict:
+    def prepare(self, pool): # the pool with scaled task vectors, also for a pipeline
         base, experts = pool.pretrained(), pool.experts()
         tiers = (.5, .75, 1.) if self.tiers is None else tuple(map(float, self.tiers))
         how = dict(eta=self.eta, rho=self.rho, tiers=tiers, rule=Matrices(), device=self.device)
         found = cache(lambda: larv_scales(base, experts, **how))
         def factor(i, name): return found()[i].get(layer_of(name), 1.)
-        scaled = scaled_experts(base, experts, factor, self.device)
-        return self.inner.direction(
-            as_pool({'_pretrained_': base} | dict(zip(pool.model_names, scaled, strict=True)))
-        )
+        return pool.with_experts(scaled_experts(base, experts, factor, self.device))
+    def direction(self, pool) -> StateDict: return self.inner.direction(self.prepare(pool))

@@ -9,7 +9,7 @@ __all__ = ['l1_length', 'by_depth', 'LiNeS']
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from ...core.engine import pieces
+from ...core.engine import direction_of, pieces, step_along
 from ...core.per_tensor import depths
 from ...core.state_dict import StateDict, meta
 from ..base import BaseAlgorithm, check_fields
@@ -55,7 +55,12 @@ class LiNeS(BaseAlgorithm):
         self.inner = directed_method(self.then, self.options)
         self.uses, self.symmetric = self.inner.uses, self.inner.symmetric
     def direction(self, pool) -> StateDict:
-        base, experts, v = pool.pretrained(), pool.experts(), self.inner.direction(pool)
+        return self.by_layer(pool.pretrained(), pool.experts(), self.inner.direction(pool))
+    def finish(self, pool, merged) -> StateDict: # after another merge, in a pipeline
+        base = pool.pretrained()
+        change = direction_of(lambda e: e.tau[0], base, [merged], elementwise=True, device=self.device)
+        return step_along(base, self.by_layer(base, pool.experts(), change), self.scaling_factor, self.device)
+    def by_layer(self, base, experts, v) -> StateDict: # a direction, scaled by depth
         def alpha(): # the average's length over that of the direction
             if self.alpha is not None: return self.alpha
             length = float(sum(v[k].abs().double().sum() for k in mergeable_names(base)))
