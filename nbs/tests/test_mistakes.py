@@ -130,3 +130,23 @@ def test_every_command_has_help_of_its_own(here, word):
     assert '(default: None)' not in done.out and all(len(l) <= 125 for l in done.out.splitlines())
     for flag in ('--experiment_name', '--model_type', '--dataset_name') if word in ('train', 'fuse', 'measure') else (): assert flag in done.out
     assert word not in ('train', 'fuse', 'measure') or '(required)' in done.out
+
+
+@pytest.mark.parametrize('sign', ['', '+', '++'])
+def test_models_on_the_line_are_those_and_no_others(here, tmp_path, sign):
+    import torch
+    from fusionbook.core.checkpoint import Checkpoint, save
+    for n, x in {'a': 1., 'b': 3.}.items(): save({'w': torch.full((2,), x)}, tmp_path/f'{n}.safetensors')
+    models = f'{sign}modelpool.models={{a: a.safetensors, b: b.safetensors}}'
+    done = here('method=simple_average', models, 'merged_model_save_path=out.safetensors')
+    assert done.status == 0, done.err
+    assert list(done.report['hashes']['models']) == ['a', 'b'] and Checkpoint(tmp_path/'out.safetensors')['w'].tolist() == [2, 2]
+    refused = here('method=simple_average', models, 'taskpool=mini8')
+    assert refused.status == 2 and 'modelpool=folders taskpool=dummy' in refused.line
+
+
+def test_a_word_keeps_the_names_of_a_list_that_contain_it(here):
+    gathered, some = here('list', 'modelpools').out, here('list', 'modelpools', 'resnet18').out
+    assert 'resnet18_mnist' not in gathered and 'ResNetForImageClassification/...' in gathered
+    assert some.startswith('modelpools (20)') and 'resnet18_mnist' in some
+    assert here('list', 'modelpools', 'no such').status == 2
