@@ -292,3 +292,37 @@ def test_code_of_a_configuration_is_neither_run_nor_copied(tmp_path, capsys):
 
 def test_import_is_light():
     assert subprocess.run([sys.executable, '-c', "import sys, fusionbook; fusionbook.merge; print('torch' in sys.modules)"], capture_output=True, text=True).stdout == 'False\n'
+
+
+def talking(folder, name, seed, extra=()):
+    "A tiny Llama with a tokenizer of words, and some more of its own."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    words = ['<unk>', '<s>', '</s>', *'abcd']
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<unk>'))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
+    tokenizer.add_tokens(list(extra))
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=8)
+    LlamaForCausalLM(config).save_pretrained(folder/name)
+    tokenizer.save_pretrained(folder/name)
+    return str(folder/name)
+
+def test_words_are_merged_by_word(tmp_path, capsys):
+    "Two models grew by other words in the same row: refused as rows, merged by word; the tokenizer of the result knows all of them."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    base, x, y = talking(tmp_path, 'base', 0), talking(tmp_path, 'x', 1, ['X']), talking(tmp_path, 'y', 2, ['Y', 'X'])
+    told = dict(merge_method='linear', base_model=base, models=[{'model': m} for m in (x, y)], parameters={'weight': 1})
+    with pytest.raises(FusionError, match='merge them by word .`tokenizer_source: union`, or `base`., or leave embeddings'): fusionbook.merge(**told, out=tmp_path/'out')
+    out = fusionbook.merge(**told, tokenizer={'source': 'union', 'pad_to_multiple_of': 4}, chat_template='chatml', out=tmp_path/'out')
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    ids = {w: tokenizer.convert_tokens_to_ids(w) for w in ('a', 'X', 'Y')}
+    assert ids == {'a': 3, 'X': 7, 'Y': 8} and tokenizer('a X b Y')['input_ids'] == [3, 7, 4, 8] and model.config.vocab_size == 12
+    rows = {n: load_file(Path(m)/'model.safetensors')['model.embed_tokens.weight'] for n, m in (('x', x), ('y', y))}
+    own = model.get_input_embeddings().weight
+    for row, want in {3: (rows['x'][3] + rows['y'][3])/2, 7: (rows['x'][7] + rows['y'][8])/2, 8: rows['y'][7], 11: own[:9].mean(0)}.items():
+        assert torch.allclose(own[row], want, atol=1e-6), row
+    assert tokenizer.apply_chat_template([dict(role='user', content='a')], tokenize=False) == '<|im_start|>user\na<|im_end|>\n'
+    kept = fusionbook.merge(**{k: v for k, v in told.items() if k != 'tokenizer'}, tokenizer_source='base', out=tmp_path/'kept')
+    assert load_file(kept/'model.safetensors')['lm_head.weight'].shape[0] == 7
