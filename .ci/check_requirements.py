@@ -9,6 +9,8 @@ def imported():
     "Project names of the packages that the modules import, wherever the import stands."
     for f in package.rglob('*.py'):
         for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'find_spec': # files of a package that is not imported
+                yield from (NAMES.get(a.value, a.value) for a in node.args if isinstance(a, ast.Constant))
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             yield from (NAMES.get(top, top) for n in names if (top := n.split('.')[0]) not in sys.stdlib_module_names | BROUGHT | {package.name})
 
@@ -23,4 +25,4 @@ needed = declared('requirements', cfg)
 extra = set().union(*(declared(k, cfg) for k in cfg if k.endswith('_requirements') and k != 'dev_requirements'))
 bad = [f'{n} is imported and stands neither in requirements nor in an extra' for n in sorted(used - needed - extra)]
 bad += [f'{n} is required and never imported' for n in sorted(needed - used)]
-finish(bad, f'{len(needed)} requirements, all imported')
+finish(bad, f'{len(needed)} requirements, all used')
