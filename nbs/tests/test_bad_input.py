@@ -121,7 +121,7 @@ def test_a_base_that_is_no_number(refused, two, world, tmp_path):
 # ---- names and values
 
 @pytest.mark.parametrize('args, words', [
-    (['method=task_aritmetic'], ['expected a method, got `task_aritmetic`', 'did you mean `task_arithmetic`?', 'fusionbook list']),
+    (['method=task_aritmetic'], ['expected a method, got `task_aritmetic`', 'did you mean `task_arithmetic`', 'fusionbook list']),
     (['method=linear/weigthed_average'], ['`linear/weigthed_average`', 'did you mean `linear/weighted_average`']),
     (['modelpool=clip-vit-base-patch32_svnh_and_mnist'], ['expected a modelpool', 'clip-vit-base-patch32_svhn_and_mnist']),
     (['taskpool=clip-vit-base-patch32_TA9'], ['expected a taskpool', '`clip-vit-base-patch32_TA8`']),
