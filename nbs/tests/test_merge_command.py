@@ -326,3 +326,26 @@ def test_words_are_merged_by_word(tmp_path, capsys):
     assert tokenizer.apply_chat_template([dict(role='user', content='a')], tokenize=False) == '<|im_start|>user\na<|im_end|>\n'
     kept = fusionbook.merge(**{k: v for k, v in told.items() if k != 'tokenizer'}, tokenizer_source='base', out=tmp_path/'kept')
     assert load_file(kept/'model.safetensors')['lm_head.weight'].shape[0] == 7
+
+
+def test_a_device_gives_the_numbers_of_the_processor(tmp_path):
+    "TIES and a spherical mean, streamed through an accelerator that is made of the processor: no tensor is forgotten on the other side."
+    base, a, b = (plain(tmp_path, n, i) for i, n in enumerate(('base', 'a', 'b')))
+    code = '''
+import pretend_device, sys
+from fusionbook.bench.merge_plan import plan_merge
+from fusionbook.bench.merge_run import write_merge
+from fusionbook.bench.recipe_file import recipe_from
+base, a, b, out = sys.argv[1:]
+models = [{'model': m, 'parameters': {'weight': w}} for m, w in ((a, 1), (b, .5))]
+for method, more in {'ties': {'density': .4}, 'multislerp': {}}.items():
+    plan = plan_merge(recipe_from({'merge_method': method, 'base_model': base, 'models': models, 'parameters': more}))
+    for device in ('cpu', 'pretend'): write_merge(plan, f'{out}/{method}_{device}', device=device)
+'''
+    here = Path(__file__).parent
+    env = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, [str(here), os.environ.get('PYTHONPATH')]))}
+    done = subprocess.run([sys.executable, '-c', code, base, a, b, str(tmp_path)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    for method in ('ties', 'multislerp'):
+        cpu, device = (load_file(tmp_path/f'{method}_{d}'/'model.safetensors') for d in ('cpu', 'pretend'))
+        assert all(torch.allclose(cpu[k], device[k], atol=1e-6) for k in cpu), method
