@@ -2,7 +2,7 @@
 import ast, configparser, sys
 from book import finish, package, root
 
-NAMES = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'hydra': 'hydra-core', 'ot': 'POT', 'yaml': 'PyYAML'}   # import name -> project name
+NAMES = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'hydra': 'hydra-core', 'ot': 'POT', 'yaml': 'PyYAML', 'open_clip': 'open_clip_torch'}   # import name -> project name
 BROUGHT = {'tokenizers', 'IPython'}   # by transformers; by the notebook whose page is being drawn
 
 def imported():
