@@ -86,6 +86,12 @@ def _check_pruning(m):
     _pattern(m.pattern)
     if m.rescale and m.prune_ratio == 1:
         raise FusionError('expected `prune_ratio` below 1 with `rescale`, got 1')
+    for text in m.extract_names or ():
+        try: re.compile(text)
+        except (re.error, TypeError):
+            raise FusionError(
+                f'expected `extract_names` as regular expressions, got {text!r:.60}'
+            ) from None
 
 # %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #f2a6f204
 def _sparse(m, pool):
