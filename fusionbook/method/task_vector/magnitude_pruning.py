@@ -76,6 +76,12 @@ def pruned(
         return trim(tau, border(e.name)) if ratio < 1 and (how == 'model' or _kept(n, ratio)) else tau.zero_()
     return by_size, False
 
+# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #c0803dd7
+def _check_name(text):
+    try: re.compile(text)
+    except (re.error, TypeError):
+        raise FusionError(f'expected `extract_names` as regular expressions, got {text!r:.60}') from None
+
 # %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #fa9708ae
 def _check_pruning(m):
     if not 0 <= m.prune_ratio <= 1:
@@ -86,12 +92,7 @@ def _check_pruning(m):
     _pattern(m.pattern)
     if m.rescale and m.prune_ratio == 1:
         raise FusionError('expected `prune_ratio` below 1 with `rescale`, got 1')
-    for text in m.extract_names or ():
-        try: re.compile(text)
-        except (re.error, TypeError):
-            raise FusionError(
-                f'expected `extract_names` as regular expressions, got {text!r:.60}'
-            ) from None
+    for text in m.extract_names or (): _check_name(text)
 
 # %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #f2a6f204
 def _sparse(m, pool):
