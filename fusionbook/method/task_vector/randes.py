@@ -204,6 +204,8 @@ class SuperposedTaskArithmeticLoRA(_Superposed):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, lora_rank=1)
+        if self.lora_rank > 1 << 16:
+            raise FusionError(f'expected `lora_rank` of at most {1 << 16:,}, got {self.lora_rank}')
     def build(self, pool) -> nn.Module:
         base = pool.pretrained()
         return self.built(pool, pool.load_pretrained_model(), base, self.scaling_factor, self.lora_rank)

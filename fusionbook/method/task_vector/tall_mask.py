@@ -45,7 +45,7 @@ def consensus(
     def f(e):
         vector = merged(e)
         wanted = task_masks(e.tau, vector, limits=limits).sum(0)
-        return vector.where(wanted >= agreeing, 0)
+        return vector.where(wanted >= min(agreeing, len(experts) + 1), 0)
     return direction_of(f, base, experts, elementwise=True, device=device)
 
 # %% ../../../nbs/63_task_vector/tall_mask.ipynb #789a8690
