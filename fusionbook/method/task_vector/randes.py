@@ -210,6 +210,7 @@ class SuperposedTaskArithmeticLoRA(_Superposed):
         base = pool.pretrained()
         return self.built(pool, pool.load_pretrained_model(), base, self.scaling_factor, self.lora_rank)
 
+# %% ../../../nbs/63_task_vector/randes.ipynb #0539cdce
 @dataclass
 class SuperposedModelSoup(_Superposed):
     "The mean of the experts, and their differences from it under random signs (Zhou et al., 2024)."
