@@ -307,6 +307,20 @@ def _given(report):
     said = given if report.primary.interval == 'proportion' else 'too few for an interval'
     return [f'{t}: {n} sources, {said}' for t, n in few.items()]
 
+# %% ../../nbs/80_bench/01_report.ipynb #d4f69d67
+@patch
+def step_table(self:Report,
+    metric:str|None=None, # the primary one when None
+) -> tuple[list[str], list[list[str]]]:
+    "Header and lines: the value of every task, and their average, after each step; no lines where there are no steps."
+    kind = self.metric(metric)
+    rows = [r for r in self.data['rows'] if r['metric'] == kind.name and r.get('step') is not None]
+    def line(step):
+        found = {r['task']: r['value'] for r in pooled([r for r in rows if r['step'] == step])}
+        mean = averages([r for r in rows if r['step'] == step]).get('value')
+        return [str(step), *(kind.text(found.get(t)) for t in self.tasks), kind.text(mean)]
+    return ['after step', *self.tasks, 'average'], [line(s) for s in sorted({r['step'] for r in rows})]
+
 # %% ../../nbs/80_bench/01_report.ipynb #36818b7a
 @patch
 def remarks(self:Report) -> str:
@@ -331,20 +345,6 @@ def remarks(self:Report) -> str:
 def _repr_markdown_(self:Report):
     head = f'**{self.get("method", "report")}**, {self.primary.heading}{self.remarks()}'
     return '\n\n'.join([head, *(markdown_table(*t) for t in (self.table(), self.step_table()) if t[1])])
-
-# %% ../../nbs/80_bench/01_report.ipynb #d4f69d67
-@patch
-def step_table(self:Report,
-    metric:str|None=None, # the primary one when None
-) -> tuple[list[str], list[list[str]]]:
-    "Header and lines: the value of every task, and their average, after each step; no lines where there are no steps."
-    kind = self.metric(metric)
-    rows = [r for r in self.data['rows'] if r['metric'] == kind.name and r.get('step') is not None]
-    def line(step):
-        found = {r['task']: r['value'] for r in pooled([r for r in rows if r['step'] == step])}
-        mean = averages([r for r in rows if r['step'] == step]).get('value')
-        return [str(step), *(kind.text(found.get(t)) for t in self.tasks), kind.text(mean)]
-    return ['after step', *self.tasks, 'average'], [line(s) for s in sorted({r['step'] for r in rows})]
 
 # %% ../../nbs/80_bench/01_report.ipynb #3a4ba50b
 @patch

@@ -200,7 +200,7 @@ def families_table(
 ) -> Shown:       # Markdown
     "The families of methods of a clone of the book."
     lines = []
-    for page in sorted(board_places()[0].parent.glob('6*/00_map.ipynb')):
+    for page in sorted(board_places()[0].parent.glob('[67]*/00_map.ipynb')):
         title, sentence = _head(page)
         folder = page.parent.name
         link = f'[{title}]({Path(root, folder, page.name).as_posix()})'
