@@ -178,7 +178,7 @@ def methods_table(
         return [_linked(r, root, pages), idea, _sees(r), r['year'] or '', *cost]
     head = ['method', 'idea', 'sees', 'year', 'score [95 %]', 'CPU s']
     rest = [f'{_linked(r, root, pages)} ({r["error"]})' for r in board['methods'] if 'error' in r]
-    rest += [f'[{n}]({Path(root, page_of(c)).as_posix()}) (new)' for n, c in pages.items()
+    rest += [f'[{n}]({Path(root, page_of(c)).as_posix()}) (not measured yet)' for n, c in pages.items()
              if n not in {r['cls'] for r in board['methods']}]
     table = shown_table(head, [line(r) for r in ranked(board)])
     return Shown(table + (f'\n\nWithout a score on {board["pool"]}: {"; ".join(rest)}.' if rest else ''))
