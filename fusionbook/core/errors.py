@@ -6,6 +6,7 @@
 __all__ = ['FusionError', 'nearest', 'check_known']
 
 # %% ../../nbs/00_core/00_errors.ipynb #802b89b5
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -14,6 +15,10 @@ class FusionError(ValueError):
     "Something the user can mend: the message says what was expected, then what came."
 
 # %% ../../nbs/00_core/00_errors.ipynb #750b1843
+def _is_word(name, valid):
+    "Whether a name is one of the words of another: `ties` of `ties_merging`."
+    return name.lower() in re.split(r'[\W_]+', valid.lower())
+
 def nearest(
     name:str,            # what came
     valid:Iterable[str], # the names that would have worked
@@ -23,9 +28,10 @@ def nearest(
     # names of machinery last
     name, valid = str(name), sorted(map(str, valid), key=lambda v: (v.startswith('_'), v))
     low = {v.lower(): v for v in valid}
-    close = [low[m] for m in get_close_matches(name.lower(), low, n=3, cutoff=0.6)] or [
-        v for v in valid if name and name.lower() in v.lower()
-    ][:3]
+    words = sorted((v for v in valid if _is_word(name, v)), key=len)
+    alike = [low[m] for m in get_close_matches(name.lower(), low, n=3, cutoff=0.6)]
+    parts = [v for v in valid if name and name.lower() in v.lower()]
+    close = [*dict.fromkeys(words + alike)][:3] or parts[:3]
     if close: return 'did you mean ' + ' or '.join(f'`{c}`' for c in close) + '?'
     more = f' and {len(valid) - limit} more' if len(valid) > limit else ''
     return 'valid: ' + (', '.join(valid[:limit]) + more if valid else 'none')
