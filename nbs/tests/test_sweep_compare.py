@@ -84,8 +84,8 @@ def test_a_choice_on_test_under_another_name_is_refused(here, two, mine):
 
 def test_models_and_data_are_opened_once(sweep, monkeypatch):
     from fusionbook.bench import sweep as module
-    made, kinds = module.made, []
-    monkeypatch.setattr(module, 'made', lambda cfg, kind: kinds.append(kind) or made(cfg, kind))
+    built, kinds = module.build_part, []
+    monkeypatch.setattr(module, 'build_part', lambda cfg, kind: kinds.append(kind) or built(cfg, kind))
     assert sweep(SCALES).status == 0
     assert (kinds.count('modelpool'), kinds.count('taskpool')) == (1, 2) # the test data, compared with those to choose on, and these
 
