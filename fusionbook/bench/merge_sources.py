@@ -41,18 +41,6 @@ class TensorKind:
         "Bytes."
         return self.count * WIDTHS.get(self.code, 1)
 
-# %% ../../nbs/80_bench/14_merge_sources.ipynb #572383ea
-def _revision(name, revision):
-    "A version of a repository."
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    try: return Path(snapshot_download(name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise FusionError(
-            f'expected the version `{revision}` of `{name}` on the hub, which could not give it ({type(e).__name__}); '
-            f'behind a firewall: `hub_mirror={{{name}@{revision}: /a/folder}}`'
-        ) from None
-
 # %% ../../nbs/80_bench/14_merge_sources.ipynb #9d029cb4
 def locate_model(
     name:str,                    # as a recipe names it, without an adapter
@@ -64,9 +52,8 @@ def locate_model(
             raise FusionError(f'expected a folder for `{name}`, got `{mirror[name]}`, which does not exist')
         return Path(mirror[name])
     if os.path.exists(name): return Path(name)
-    path, at, revision = name.partition('@')
-    if at and not os.path.exists(path): return _revision(path, revision)
-    return find(path if at else name)
+    path, _, revision = name.partition('@')
+    return find(path, revision or None)
 
 # %% ../../nbs/80_bench/14_merge_sources.ipynb #aea13908
 _WRAPPERS = 'module.', '_orig_mod.'

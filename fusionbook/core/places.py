@@ -17,16 +17,18 @@ WEIGHTS = Path(fusionbook.__file__).parent/'weights'
 _HUB_FILES = ['*.safetensors', '*.json', *(f for f in MODEL_FILES if not f.endswith('.json'))]
 
 # %% ../../nbs/00_core/01c_places.ipynb #b7f1936f
-def _download(name):
+def _download(name, revision=None):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
         if any(folder.glob('*.safetensors')) or not any(folder.glob('config.json')): return folder
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES + ['*.bin', '*.bin.index.json']))
+        more = _HUB_FILES + ['*.bin', '*.bin.index.json']
+        return Path(snapshot_download(name, revision=revision, allow_patterns=more))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        version = f' in the version `{revision}`' if revision else ''
         raise FusionError(
-            f'expected a local folder or a hub repository, got `{name}`: no such folder here, and the hub '
+            f'expected a local folder or a hub repository, got `{name}`{version}: no such folder here, and the hub '
             f'could not give it ({type(e).__name__}). Behind a firewall: `hub_mirror={{{name}: /a/folder}}`'
         ) from None
 
@@ -46,6 +48,7 @@ def check_packaged(
 # %% ../../nbs/00_core/01c_places.ipynb #9ae03179
 def find(
     path:str|Path, # packaged name such as `mini8/pretrained`, local path, or hub id such as `openai/clip-vit-base-patch32`
+    revision:str|None=None, # of a hub repository: a branch, tag or commit
 ) -> Path:         # an existing file or folder
     "Resolve the name of a checkpoint; downloads from the hub only what is not on this machine."
     text = str(path)
@@ -54,7 +57,7 @@ def find(
     check_packaged(text)
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', text) or text.startswith(('.', '/')):
         raise FusionError(f'expected a checkpoint file or folder, got `{text}`, which does not exist')
-    return _download(text)
+    return _download(text, revision)
 
 # %% ../../nbs/00_core/01c_places.ipynb #8972083a
 _OWN = 'README.md', 'fusionbook.json', 'merge.yml', 'merge.json', 'model.safetensors.index.json'

@@ -11,23 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 import torch
 from torch import Tensor
-from ..core.engine import map_tensors, pieces
+from ..core.engine import entries_of, map_tensors
 from ..core.entries import Entry
 from ..core.errors import FusionError
 from ..core.per_tensor import numeric_setting
 from ..core.state_dict import Lazy, StateDict, meta, shared
 from .base import BaseAlgorithm, check_fields, load_algorithm_from_config
-
-# %% ../../nbs/60_method/09_pipeline.ipynb #ff112246
-def _entries(name, base, experts, device, shape, whole):
-    "The entries of one tensor, in pieces or whole."
-    parts = pieces(name, base, experts, device)
-    if not whole:
-        yield from (Entry(name, shape, at, b, x) for at, b, x in parts)
-        return
-    at, b, x = zip(*parts)
-    rows = torch.cat(x, 1).view(-1, *shape)
-    yield Entry(name, shape, slice(0, at[-1].stop), torch.cat(b).view(shape), rows)
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #bff0c966
 def pool_of_vectors(
@@ -43,7 +32,7 @@ def pool_of_vectors(
     def rows(name):
         kind = torch.float64 if info[name].dtype == torch.float64 else torch.float32
         out = torch.empty(count, info[name].numel(), dtype=kind)
-        for e in _entries(name, base, experts, device, tuple(info[name].shape), whole):
+        for e in entries_of(name, base, experts, device, whole):
             out[:, e.at] = (e.base + vectors(e)).reshape(count, -1).cpu()
         return out.view(count, *info[name].shape)
     def read(i, name): return rows(name)[i] if info[name].is_floating_point() else experts[i][name]

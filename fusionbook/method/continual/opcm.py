@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ...core.engine import Route, step_along
+from ...core.engine import direction_of, Route, step_along
 from ...core.errors import FusionError
 from ...core.matrices import matrix_rule, PRESETS
 from ...core.state_dict import meta, shared, StateDict
@@ -77,7 +77,7 @@ class OPCM(ContinualMethod):
             step = _Step(self.alpha, scale)
             route = Route(step.matrix, step.other, matrix_rule(self.matrices))
             merged = next_direction(route, base, expert, delta, device=self.device)
-            lengths.append(_length(next_direction(_tau, base, expert, None, elementwise=True)))
+            lengths.append(_length(direction_of(_tau, base, [expert], elementwise=True, device=self.device)))
             mean = sum(lengths) / len(lengths)
             scale = _length(merged) / mean if mean else 1.
             delta = _scaled(merged, 1 / scale if scale else 1., base, self.device)

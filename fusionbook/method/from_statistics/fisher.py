@@ -6,7 +6,7 @@
 __all__ = ['KINDS_OF_FISHER', 'diagonal_fisher', 'fisher_merging', 'norm_coefficients', 'FisherMerging']
 
 # %% ../../../nbs/65_statistics/fisher.ipynb #ccbdbc92
-import math, re
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 import torch
@@ -17,7 +17,7 @@ from ...core.errors import FusionError, check_known
 from ...core.progress import track
 from ...core.state_dict import StateDict
 from ..base import at_least
-from .collected import StatisticsMethod, expert_statistics
+from .collected import excluded_names, expert_statistics, StatisticsMethod
 from .gradients import gradient_sums, Headed
 
 # %% ../../../nbs/65_statistics/fisher.ipynb #aee465d6
@@ -85,6 +85,7 @@ def fisher_merging(
         f, base, experts, elementwise=True, extra={'fisher': fishers}, like=like, device=device
     )
 
+# %% ../../../nbs/65_statistics/fisher.ipynb #f7be6029
 def norm_coefficients(
     fishers:Sequence[Mapping], # T mappings parameter -> F
 ) -> list[float]:              # (T,), sum 1
@@ -92,14 +93,6 @@ def norm_coefficients(
     lengths = [math.sqrt(sum(f[k].double().square().sum().item() for k in f)) for f in fishers]
     inverse = [1 / (n + 1e-6) for n in lengths]
     return [x / sum(inverse) for x in inverse]
-
-# %% ../../../nbs/65_statistics/fisher.ipynb #c7eddfaa
-def _excluded(names, patterns):
-    "Names that a regular expression finds."
-    try: found = [re.compile(p) for p in patterns]
-    except re.error as e:
-        raise FusionError(f'expected `exclude_param_names_regex` as regular expressions, got {e}') from None
-    return [n for n in names if any(p.search(n) for p in found)]
 
 # %% ../../../nbs/65_statistics/fisher.ipynb #65a784a2
 @dataclass
@@ -121,13 +114,13 @@ class FisherMerging(StatisticsMethod):
         self.exclude_param_names_regex = list(self.exclude_param_names_regex or ())
         at_least(self, num_fisher_examples=1, minimal_fisher_weight=0)
         check_known([self.fisher], KINDS_OF_FISHER, 'the kinds of Fisher information')
-        _excluded((), self.exclude_param_names_regex)
+        excluded_names((), self.exclude_param_names_regex)
     @property
     def uses(self):
         base = ('pretrained',) * bool(self.exclude_param_names_regex)
         return *base, 'experts', self.data, *(('labels',) * (self.fisher == 'empirical'))
     def merge(self, pool) -> StateDict:
-        excluded, base = _excluded(pool.reference(), self.exclude_param_names_regex), None
+        excluded, base = excluded_names(pool.reference(), self.exclude_param_names_regex), None
         if self.exclude_param_names_regex: base = pool.pretrained()
         fishers = [_expert_fisher(self, pool, task) for task in pool.model_names]
         even = [1 / len(fishers)] * len(fishers)

@@ -8,20 +8,20 @@ __all__ = ['least_squares_mean', 'gram_average', 'GramMethod']
 # %% ../../../nbs/65_statistics/02_least_squares.ipynb #d9094152
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-import re
 import torch
 from torch import Tensor
 from ...core.engine import map_tensors, Route
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from ..base import at_least
-from .collected import StatisticsMethod
+from .collected import excluded_names, StatisticsMethod
 
 # %% ../../../nbs/65_statistics/02_least_squares.ipynb #9f824ab9
 def _dampened(grams, alpha):
     "Gram matrices (T, d, d) with entries off the diagonal times alpha."
     return grams * alpha + torch.diag_embed(grams.diagonal(dim1=1, dim2=2)) * (1 - alpha)
 
+# %% ../../../nbs/65_statistics/02_least_squares.ipynb #c558a2e8
 def _factor(total):
     "Cholesky factor of a sum of Gram matrices, and whether the matrix is regular to working precision."
     factor, wrong = torch.linalg.cholesky_ex(total)
@@ -87,6 +87,7 @@ class GramMethod(StatisticsMethod):
     def __post_init__(self):
         super().__post_init__()
         self.exclude_param_names_regex = list(self.exclude_param_names_regex or ())
+        excluded_names((), self.exclude_param_names_regex)
         at_least(self, num_regmean_examples=1, reduce_non_diagonal_ratio=0)
         if not (self.reduce_non_diagonal_ratio <= 1 and self.ridge > 0):
             raise FusionError(
@@ -107,7 +108,7 @@ class GramMethod(StatisticsMethod):
             alpha=self.reduce_non_diagonal_ratio,
             ridge=self.ridge,
             base=pool.pretrained() if patterns else None,
-            excluded=[n for n in like if any(re.search(p, n) for p in patterns)],
+            excluded=excluded_names(like, patterns),
             like=like,
             device=self.device,
         )

@@ -16,10 +16,11 @@ from ...core.entries import piece_size
 from ...core.errors import FusionError
 from ...core.progress import track
 from ...core.selection import kth_largest
-from ...core.state_dict import meta, shared, StateDict
+from ...core.state_dict import meta, StateDict
 from ..base import at_least
 from .collected import expert_statistics, StatisticsMethod
 from .gradients import gradient_sums
+from ..task_vector.sparsify import mergeable_names
 
 # %% ../../../nbs/65_statistics/trust_region.ipynb #dc3a3f54
 def conflicts(
@@ -52,10 +53,9 @@ def trust_region_direction(
     device:str='cpu',
 ) -> StateDict:                   # lazy, in float32; the threshold is found when the first tensor is read
     "The sum of task vectors where no task's step meets another task's gradient."
-    whole = {k: t for k, t in meta(base).items() if t.is_floating_point() and k not in shared(base)}
-    names = [k for k in whole if whole[k].numel() and (not sizes or k in sizes[0])]
+    names = [k for k in mergeable_names(base) if not sizes or k in sizes[0]]
     omega = _omega(base, experts, sizes, device)
-    count = sum(whole[k].numel() for k in names)
+    count = sum(meta(base)[k].numel() for k in names)
     dropped = round((1 - quantile) * count)
     @lru_cache(None)
     def threshold():

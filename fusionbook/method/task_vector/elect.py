@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 import torch
 from torch import Tensor
-from ...core.engine import direction_of
+from ...core.engine import direction_of, entries_of
 from ...core.entries import Entry
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict, check_same
 from ..settings import weights_at
-from .sparsify import count_kept, entries_of, full_vectors, mergeable_names
+from .sparsify import count_kept, full_vectors, mergeable_names
 from .sparsify import thresholds, trim
 
 # %% ../../../nbs/63_task_vector/01_elect.ipynb #1670c7a1

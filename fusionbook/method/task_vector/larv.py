@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 import torch
 from torch import Tensor
+from ...core.engine import entries_of
 from ...core.matrices import Matrices
 from ...core.per_tensor import layer_of
 from ...core.state_dict import StateDict, meta
 from ..base import at_least, BaseAlgorithm, check_fields
 from .scaling import directed_method, scaled_experts
-from .sparsify import entries_of
 
 # %% ../../../nbs/63_task_vector/larv.ipynb #0d0869a7
 def energy_rank(

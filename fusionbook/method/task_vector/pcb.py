@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 import torch
-from ...core.engine import direction_of
+from ...core.engine import direction_of, entries_of
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict, check_same
 from ..base import BaseAlgorithm, check_fields
-from .sparsify import entries_of, mergeable_names, thresholds
+from .sparsify import mergeable_names, thresholds
 
 # %% ../../../nbs/63_task_vector/pcb.ipynb #e2b67220
 def _from_below(size, share):

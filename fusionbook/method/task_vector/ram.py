@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 import torch
-from ...core.engine import direction_of
+from ...core.engine import direction_of, entries_of
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict, check_same
 from ..base import BaseAlgorithm, at_least, check_fields
-from .sparsify import entries_of, mergeable_names
+from .sparsify import mergeable_names
 
 # %% ../../../nbs/63_task_vector/ram.ipynb #d41054ee
 def _counts(base, experts, names, epsilon, device):

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
-from ...core.engine import map_tensors
+from ...core.engine import entries_of, map_tensors
 from ...core.entries import uniform_at
 from ...core.errors import FusionError
 from ...core.matrices import Matrices
 from ...core.state_dict import meta
 from ..base import at_least, BaseAlgorithm, check_fields
-from .sparsify import entries_of
 from .switch import TaskNetwork
 
 # %% ../../../nbs/63_task_vector/randes.ipynb #0304cd1e

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 import torch
-from ...core.engine import direction_of
+from ...core.engine import direction_of, entries_of
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict, check_same
 from ..base import BaseAlgorithm, check_fields
 from .elect import disjoint_merge, elect_sign
-from .sparsify import entries_of, thresholds
+from .sparsify import thresholds
 
 # %% ../../../nbs/63_task_vector/sce.ipynb #8e58c74c
 def _smallest(base, experts, topk, device):

@@ -12,11 +12,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
-from ...core.engine import carried
+from ...core.engine import carried, entries_of
 from ...core.entries import Entry
 from ...core.errors import FusionError, check_known
 from ...core.state_dict import StateDict, meta
-from .sparsify import entries_of
 
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #04301e2c
 def _packed(bits, lead):
