@@ -17,7 +17,7 @@ from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
 from ..pipeline import pool_of_vectors
 from .elect import check_choices, elected_direction
-from .sparsify import l1_kept, thresholds, trim
+from .sparsify import l1_kept, summed_direction, thresholds, trim
 
 # %% ../../../nbs/63_task_vector/breadcrumbs.ipynb #98259f41
 def _ranks(size, density, gamma):
@@ -80,9 +80,7 @@ class Breadcrumbs(_Breadcrumbs):
     scaling_factor: float = .3 # λ, length of the step; mergekit: 1, with weights
     def direction(self, pool) -> StateDict:
         base, experts, vectors, weights = self.parts(pool)
-        w = torch.tensor(weights, dtype=torch.float64, device=self.device)
-        def f(e): return torch.einsum('t,t...->...', w.to(e.base.dtype), vectors(e))
-        return direction_of(f, base, experts, elementwise=True, device=self.device)
+        return summed_direction(base, experts, weights=weights, vectors=vectors, device=self.device)
 
 @dataclass
 class BreadcrumbsTies(_Breadcrumbs):

@@ -18,7 +18,7 @@ from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
 from ..pipeline import pool_of_vectors
 from .elect import check_choices, elected_direction
-from .sparsify import kept_share, l1_kept, random_keep
+from .sparsify import kept_share, l1_kept, random_keep, summed_direction
 
 # %% ../../../nbs/63_task_vector/dare.ipynb #2ed89fb3
 def _check_density(density, rescale_by):
@@ -54,10 +54,8 @@ def dare(
     **how,                       # as in `dropped`
 ) -> StateDict:                  # Σ w τ̂, lazy, in float32
     "The weighted sum of task vectors of which a random share is kept."
-    w = torch.tensor(weights, dtype=torch.float64, device=device)
     vectors = dropped(base, experts, device=device, **how)
-    def f(e): return torch.einsum('t,t...->...', w.to(e.base.dtype), vectors(e))
-    return direction_of(f, base, experts, elementwise=True, device=device)
+    return summed_direction(base, experts, weights=weights, vectors=vectors, device=device)
 
 # %% ../../../nbs/63_task_vector/dare.ipynb #909292ec
 @dataclass(kw_only=True)

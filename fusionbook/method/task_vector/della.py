@@ -17,7 +17,7 @@ from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
 from ..pipeline import pool_of_vectors
 from .elect import check_choices, elected_direction
-from .sparsify import l1_kept, random_keep
+from .sparsify import l1_kept, random_keep, summed_direction
 
 # %% ../../../nbs/63_task_vector/della.ipynb #a57ff8f5
 def rank_chances(
@@ -92,9 +92,8 @@ class DellaLinear(_Della):
     scaling_factor: float = .3 # λ, length of the step; mergekit: 1, with weights
     def direction(self, pool) -> StateDict:
         base, experts, vectors, weights = self.parts(pool)
-        w = torch.tensor(weights, dtype=torch.float64, device=self.device)
-        def f(e): return torch.einsum('t,t...->...', w.to(e.base.dtype), vectors(e))
-        return direction_of(f, base, experts, device=self.device)
+        how = dict(weights=weights, vectors=vectors, whole=True, device=self.device)
+        return summed_direction(base, experts, **how)
 
 @dataclass
 class Della(_Della):

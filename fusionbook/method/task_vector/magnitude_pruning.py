@@ -18,7 +18,7 @@ from ...core.matrices import Matrices
 from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
 from ..pipeline import pool_of_vectors
-from .sparsify import mergeable_names, thresholds, trim
+from .sparsify import mergeable_names, summed_direction, thresholds, trim
 
 # %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #6e0a1564
 def prune_rows(
@@ -132,8 +132,6 @@ class MagnitudeDiffPruning(BaseAlgorithm):
         return pool_of_vectors(pool, sparse, whole=whole, device=self.device)
     def direction(self, pool) -> StateDict:
         base, experts, sparse, whole = _sparse(self, pool)
-        w = torch.tensor(expert_weights(self.weights, len(pool), normalize=False), device=self.device)
-        def step(e):
-            parts = sparse(e)
-            return torch.einsum('t,t...->...', w.to(parts.dtype), parts)
-        return direction_of(step, base, experts, elementwise=not whole, device=self.device)
+        weights = expert_weights(self.weights, len(pool), normalize=False)
+        how = dict(weights=weights, vectors=sparse, whole=whole, device=self.device)
+        return summed_direction(base, experts, **how)

@@ -12,6 +12,7 @@ import torch
 from ...core.engine import direction_of
 from ...core.errors import check_known
 from ...core.state_dict import StateDict
+from .sparsify import summed_direction
 from ..base import BaseAlgorithm
 
 # %% ../../../nbs/63_task_vector/negation.ipynb #3faa5e55
@@ -23,9 +24,8 @@ def negated(
     device:str='cpu',            # where the arithmetic happens
 ) -> StateDict:                  # lazy, in float32
     "The rest of the task vectors, weighted, less those to forget."
-    w = torch.tensor([-1. if f else others for f in forget], dtype=torch.float64, device=device)
-    def f(e): return torch.einsum('t,t...->...', w.to(e.base.dtype), e.tau)
-    return direction_of(f, base, experts, elementwise=True, device=device)
+    weights = [-1. if f else others for f in forget]
+    return summed_direction(base, experts, weights=weights, device=device)
 
 # %% ../../../nbs/63_task_vector/negation.ipynb #7d4fb38f
 @dataclass
