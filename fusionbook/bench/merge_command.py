@@ -8,12 +8,11 @@ __all__ = ['MERGE_HELP', 'merge_words', 'check_merge_place', 'plan_lines', 'merg
 # %% ../../nbs/80_bench/16b_merge_command.ipynb #d75267d3
 import json, os, shutil, sys, time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from .merge_plan import MergePlan, plan_merge, planned_cost
 from .merge_sources import code_notes
 from .places import check_output
-from .recipe_file import MergeRecipe, read_recipe, recipe_from, recipe_from_words
+from .recipe_file import MergeRecipe, read_recipe, recipe_from_words
 from .values import device_name, human_size, size
 from ..core.errors import FusionError, nearest
 

@@ -9,12 +9,9 @@ __all__ = ['WAYS', 'FOREIGN', 'MergeWay', 'way_of', 'check_model_count', 'check_
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from ..core.compose import CONFIG
 from ..core.config import published
-from ..core.errors import FusionError, check_known, nearest
-from ..core.files import read_yaml
+from ..core.errors import FusionError, nearest
 
 # %% ../../nbs/80_bench/13b_merge_methods.ipynb #dd344bc8
 @dataclass(frozen=True)

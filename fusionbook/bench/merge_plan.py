@@ -17,7 +17,6 @@ from .merge_tokens import TokenPlan, chat_template, check_same_words, moved_ids,
 from .merge_tokens import plan_tokens, tokenizer_files, with_template
 from .recipe_file import MergeRecipe, recipe_models
 from ..core.errors import FusionError
-from ..core.matrices import is_embedding, is_head
 from ..core.per_tensor import PerTensor
 
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #42fb0348

@@ -28,7 +28,7 @@ from ..core.mergeable import rounded
 from ..core.progress import track
 from ..core.resumable import ReadLog, WriteJob, save_resumable
 from ..core.stamped import stamps
-from ..core.state_dict import Lazy, StateDict, meta
+from ..core.state_dict import Lazy, meta
 from ..method.base import BaseAlgorithm
 from ..modelpool.base import BaseModelPool
 

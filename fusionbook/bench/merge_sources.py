@@ -6,9 +6,9 @@
 __all__ = ['TensorKind', 'locate_model', 'ModelHead', 'open_head', 'code_notes']
 
 # %% ../../nbs/80_bench/14_merge_sources.ipynb #335df6f8
-import os, re
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path

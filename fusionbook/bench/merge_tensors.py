@@ -7,7 +7,7 @@ __all__ = ['PlannedTensor', 'tied_embedding', 'one_stack', 'with_base', 'is_voca
 
 # %% ../../nbs/80_bench/14b_merge_tensors.ipynb #8efd20ae
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from .merge_sources import ModelHead, TensorKind
 from .recipe_file import BlockSource, MergeBlock

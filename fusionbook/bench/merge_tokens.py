@@ -9,8 +9,8 @@ __all__ = ['OWN_FILES', 'CHAT_TEMPLATES', 'check_same_words', 'TokenPlan', 'plan
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #41eca343
 import json, re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from .merge_sources import ModelHead
 from .merge_tensors import is_vocabulary
 from ..core.errors import FusionError, nearest

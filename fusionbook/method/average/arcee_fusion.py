@@ -7,7 +7,6 @@ __all__ = ['change_importance', 'outlier_limit', 'arcee_fusion', 'ArceeFusion']
 
 # %% ../../../nbs/62_average/arcee_fusion.ipynb #439bdc93
 from dataclasses import dataclass
-import torch
 from torch import Tensor
 from ...core.engine import map_tensors
 from ...core.errors import FusionError

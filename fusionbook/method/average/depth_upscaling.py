@@ -11,8 +11,8 @@ import fusionbook
 from torch import nn
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict
-from ..base import BaseAlgorithm, check_fields
-from .layers import layer_order, outside_stack, restacked, stack_of, stacked
+from ..base import BaseAlgorithm
+from .layers import layer_order, restacked, stack_of
 
 # %% ../../../nbs/62_average/depth_upscaling.ipynb #1bebd1a8
 def solar_order(

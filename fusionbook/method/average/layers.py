@@ -9,7 +9,6 @@ __all__ = ['layer_order', 'stack_of', 'stacked', 'outside_stack', 'restacked']
 import copy, re
 from collections.abc import Mapping, Sequence
 from functools import partial
-import torch
 from torch import nn
 from ...core.errors import FusionError
 from ...core.matrices import is_embedding

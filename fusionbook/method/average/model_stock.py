@@ -8,7 +8,6 @@ __all__ = ['stock_ratio', 'model_stock', 'ModelStock']
 # %% ../../../nbs/62_average/model_stock.ipynb #da1dad3d
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 import torch
 from torch import Tensor
 from ...core.engine import map_tensors

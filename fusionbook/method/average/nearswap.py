@@ -8,7 +8,6 @@ __all__ = ['nearswap', 'NearSwap']
 # %% ../../../nbs/62_average/nearswap.ipynb #877ccc93
 from collections.abc import Callable
 from dataclasses import dataclass
-import torch
 from ...core.engine import map_tensors
 from ...core.errors import FusionError
 from ...core.per_tensor import every_number, numeric_setting

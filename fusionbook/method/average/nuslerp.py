@@ -14,7 +14,7 @@ from ...core.engine import map_tensors
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from .combination import combination
-from ..base import BaseAlgorithm, check_fields
+from ..base import BaseAlgorithm
 from ..settings import weights_for
 
 # %% ../../../nbs/62_average/nuslerp.ipynb #7c7077e0

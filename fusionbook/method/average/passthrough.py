@@ -13,7 +13,7 @@ from torch import nn
 from ...core.errors import FusionError, nearest
 from ...core.per_tensor import numeric_setting
 from ...core.state_dict import Lazy, meta
-from ..base import BaseAlgorithm, check_fields
+from ..base import BaseAlgorithm
 from .layers import outside_stack, restacked, stack_of, stacked
 
 # %% ../../../nbs/62_average/passthrough.ipynb #3c8b5f95

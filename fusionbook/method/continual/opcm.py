@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from ...core.engine import direction_of, Route, step_along
 from ...core.errors import FusionError
-from ...core.matrices import matrix_rule, PRESETS
+from ...core.matrices import matrix_rule
 from ...core.state_dict import meta, shared, StateDict
 from .sequence import ContinualMethod, next_direction
 from ..subspace.spectrum import leading

@@ -6,7 +6,7 @@
 __all__ = ['in_memory', 'next_direction', 'ContinualMethod', 'seen_averages', 'backward_transfer']
 
 # %% ../../../nbs/70_continual/01_sequence.ipynb #645d6426
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, KW_ONLY
 from functools import partial
 import torch
@@ -15,7 +15,7 @@ from ...core.engine import direction_of
 from ...core.errors import FusionError
 from ...core.progress import track
 from ...core.state_dict import generator, Lazy, meta, shared, StateDict
-from ..base import as_pool, BaseAlgorithm, check_fields
+from ..base import as_pool, BaseAlgorithm
 
 # %% ../../../nbs/70_continual/01_sequence.ipynb #8d85e491
 def in_memory(

@@ -7,11 +7,9 @@ __all__ = ['StatisticsMethod', 'excluded_names', 'task_batches', 'expert_statist
 
 # %% ../../../nbs/65_statistics/01_collected.ipynb #13923d26
 import hashlib, json, re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, KW_ONLY
-from itertools import islice
 import torch
-from torch import Tensor, nn
 from ...core.cached import remembered
 from ...core.checkpoint import Checkpoint
 from ...core.errors import FusionError, check_known

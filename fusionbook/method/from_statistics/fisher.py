@@ -7,13 +7,13 @@ __all__ = ['KINDS_OF_FISHER', 'diagonal_fisher', 'fisher_merging', 'norm_coeffic
 
 # %% ../../../nbs/65_statistics/fisher.ipynb #ccbdbc92
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from ...core.engine import map_tensors
 from ...core.entries import uniform_at
-from ...core.errors import FusionError, check_known
+from ...core.errors import check_known
 from ...core.progress import track
 from ...core.state_dict import StateDict
 from ..base import at_least

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...core.engine import direction_of
 from ...core.errors import FusionError
 from ...core.matrices import matrix_rule
-from ...core.state_dict import check_same, Lazy, meta, shared, StateDict
+from ...core.state_dict import check_same, Lazy, shared, StateDict
 from ..base import as_pool, BaseAlgorithm, check_fields, load_algorithm_from_config
 from .spectrum import leading
 

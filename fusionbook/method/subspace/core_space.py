@@ -6,7 +6,7 @@
 __all__ = ['core_coordinates', 'balanced_factors', 'CoreSpace']
 
 # %% ../../../nbs/64_subspace/core_space.ipynb #cbdfbe92
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
 from torch import Tensor

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from ..base import at_least
 from .coordinates import CoordinateMethod, Coordinates

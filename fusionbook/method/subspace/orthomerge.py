@@ -18,7 +18,7 @@ from ...core.per_tensor import numeric_setting
 from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields
 from .coordinates import column_basis, inner_method, merge_vectors, zero_base
-from .spectrum import eigen, leading, polar
+from .spectrum import eigen, leading
 
 # %% ../../../nbs/64_subspace/orthomerge.ipynb #7f61c8ed
 class Rotation(NamedTuple):

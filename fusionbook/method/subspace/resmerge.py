@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from ..base import at_least
 from .by_matrix import by_matrix, MatrixMethod

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 import torch
-from torch import Tensor
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from ..base import expert_weights

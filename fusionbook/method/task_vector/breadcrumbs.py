@@ -8,9 +8,7 @@ __all__ = ['middle_entries', 'Breadcrumbs', 'BreadcrumbsTies']
 # %% ../../../nbs/63_task_vector/breadcrumbs.ipynb #0eaad440
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-import torch
 from torch import Tensor
-from ...core.engine import direction_of
 from ...core.entries import Entry
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict

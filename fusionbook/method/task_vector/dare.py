@@ -8,9 +8,7 @@ __all__ = ['dropped', 'dare', 'DareSimpleAverage', 'DareTaskArithmetic', 'DareTi
 # %% ../../../nbs/63_task_vector/dare.ipynb #b4e7f293
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-import torch
 from torch import Tensor
-from ...core.engine import direction_of
 from ...core.entries import Entry
 from ...core.errors import FusionError
 from ...core.matrices import Matrices

@@ -8,8 +8,6 @@ __all__ = ['expo', 'ExPO', 'layer_factors', 'sparse_step', 'check_layers', 'ExPO
 # %% ../../../nbs/63_task_vector/expo.ipynb #d15e36aa
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-import torch
 from torch import Tensor
 from ...core.engine import map_tensors
 from ...core.entries import Entry

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ...core.engine import direction_of
 from ...core.entries import Entry
 from ...core.errors import FusionError
 from ...core.matrices import Matrices

@@ -8,8 +8,6 @@ __all__ = ['negated', 'TaskNegation']
 # %% ../../../nbs/63_task_vector/negation.ipynb #e45bd6c2
 from collections.abc import Sequence
 from dataclasses import dataclass
-import torch
-from ...core.engine import direction_of
 from ...core.errors import check_known
 from ...core.state_dict import StateDict
 from .sparsify import summed_direction

@@ -7,7 +7,7 @@ __all__ = ['kept_share', 'kept_shares', 'trim', 'mergeable_names', 'count_kept',
            'random_keep', 'l1_factor', 'l1_kept']
 
 # %% ../../../nbs/63_task_vector/00_sparsify.ipynb #1c2eef87
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 import torch
 from torch import Tensor
