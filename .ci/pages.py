@@ -63,11 +63,20 @@ def title_of(nb):
     first = ''.join(json.loads(nb.read_text(encoding='utf-8'))['cells'][0]['source'])
     return first.partition('\n')[0].removeprefix('# ').strip()
 
+SAME = {r'\arg': r'\operatorname{arg}', r'\lVert': r'\|', r'\rVert': r'\|'} # commands that the converter has under another name
+
+def mathml(tex, **how):
+    "One formula; a command that would stand on the page as it was typed is refused."
+    from latex2mathml.converter import convert
+    known = re.sub(r'\\(arg|lVert|rVert)(?![a-zA-Z])', lambda m: SAME[m[0]], tex)
+    found = convert(known, **how)
+    if left := re.search(r'\\[a-zA-Z]+', found): raise SystemExit(f'expected a formula without `{left[0]}`, got `{tex}`')
+    return found
+
 def formulas(html):
     "TeX between dollars as MathML, outside of code."
-    from latex2mathml.converter import convert
-    def display(m): return f'<div class="formula">{convert(unescape(m[1]).strip(), display="block")}</div>'
-    def inline(m): return convert(unescape(m[1]))
+    def display(m): return f'<div class="formula">{mathml(unescape(m[1]).strip(), display="block")}</div>'
+    def inline(m): return mathml(unescape(m[1]))
     out, inside = [], 0
     for piece in re.split(r'(<[^>]*>)', html):
         if m := re.match(r'<(/?)(pre|code|script|style|svg)\b', piece): inside += -1 if m[1] else 1
