@@ -64,7 +64,7 @@ def _store(path, parameters, optimizer, curve, identity):
     }
     write_kept(path, tensors, kind='adaptation', key=_plain(identity))
 
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #18bd89a9
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #60baf173
 def _foreign(path):
     "Whether a readable file holds a model or something else, and no state of an adaptation."
     try: return 'curve' not in (found := Checkpoint(path)) and not any(k.startswith('value/') for k in found)
@@ -89,11 +89,12 @@ def _restore(path, parameters, optimizer, identity):
         )
     for k, p in parameters.items():
         p.data.copy_(found.tensors[f'value/{k}'])
-        optimizer.state[p] = {
+        moments = {
             n.partition('/')[0]: t
             for n, t in found.tensors.items()
             if n.partition('/')[2] == k and not n.startswith('value/')
         }
+        optimizer.state[p] = {n: t if n == 'step' else t.to(p.device) for n, t in moments.items()}
     return found.tensors['curve'].tolist()
 
 # %% ../../../nbs/66_adaptive/00_adapt.ipynb #3e50346e
@@ -115,11 +116,11 @@ def on_threads(
         yield
     finally: torch.set_num_threads(before)
 
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #34837b61
-_OPTIMIZERS = dict(adam=torch.optim.Adam, sgd=torch.optim.SGD)
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #a4a3efd1
+_OPTIMIZERS = dict(adam=torch.optim.Adam, sgd=torch.optim.SGD, adamw=torch.optim.AdamW)
 
 def check_steps(
-    optimizer:str,    # adam or sgd
+    optimizer:str,    # adam, sgd or adamw
     lr:float,         # learning rate
     threads:int|None, # see `on_threads`
 ) -> None:            # raises `FusionError`
@@ -132,9 +133,9 @@ def check_steps(
     if not lr > 0: raise FusionError(f'expected `lr` above 0, got {lr}')
     _check_threads(threads)
 
-def _optimizer(name, parameters, lr):
+def _optimizer(name, parameters, lr, weight_decay):
     check_steps(name, lr, None)
-    return _OPTIMIZERS[name](list(parameters.values()), lr=lr)
+    return _OPTIMIZERS[name](list(parameters.values()), lr=lr, weight_decay=weight_decay)
 
 def _value(objective, batches, keep):
     "One evaluation; an interruption keeps the state before it, which is that of the last whole step."
@@ -143,13 +144,15 @@ def _value(objective, batches, keep):
         keep()
         raise
 
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #c12ecf37
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #6d041537
 def adapt(
     parameters:Mapping[str, Tensor],    # what is learned: leaves that require a gradient, changed in place
     batches:Callable[[int], Iterator],  # number of a step -> what the steps from it on look at
     objective:Callable,                 # one of those -> value, a float; leaves the gradient in `.grad`
     *, steps:int, lr:float,             # at most so many steps of this rate
-    optimizer:str='adam',               # adam or sgd
+    optimizer:str='adam',               # adam, sgd or adamw
+    weight_decay:float=0.,              # of the values, per step and unit of the rate; decoupled in adamw
+    schedule:Callable=lambda step: 1.,  # step, from 0 -> what `lr` is multiplied by in it
     project:Callable=lambda: None,      # called after each step, for instance to clamp
     patience:int=None,                  # see `plateaued`
     checkpoint:str|Path=None,           # `.safetensors` file to go on from and to keep up to date
@@ -158,13 +161,14 @@ def adapt(
     label:str='adapting',               # what the progress bar says
 ) -> list[float]:                       # the curve: the objective before each step
     "Learn `parameters` by first-order steps."
-    opt, curve = _optimizer(optimizer, parameters, lr), []
+    opt, curve = _optimizer(optimizer, parameters, lr, weight_decay), []
     if checkpoint: curve = _restore(checkpoint, parameters, opt, identity)
     def keep(): checkpoint and curve and _store(checkpoint, parameters, opt, curve, identity)
     todo = batches(len(curve))
     for step in track(range(len(curve), steps), label, note=lambda: f'objective {curve[-1]:.4f}'):
         if plateaued(curve, patience): break
         value = _finite(_value(objective, todo, keep), step + 1, steps, parameters, lr)
+        for group in opt.param_groups: group['lr'] = lr * schedule(step)
         opt.step()
         opt.zero_grad()
         project()
