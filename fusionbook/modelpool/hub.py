@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['entry_of', 'AutoModelPool']
 
-# %% ../../nbs/50_modelpool/00e_hub.ipynb #c59ba620
+# %% ../../nbs/50_modelpool/00e_hub.ipynb #b1954155
 import copy, json, re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 import torch
@@ -28,6 +29,7 @@ from fusionbook.models.hub import (
     hub_config,
     hub_network,
     labelled,
+    module_names,
     parameter_sizes,
     scoped,
     weights_alone,
@@ -101,11 +103,21 @@ def _number_of_classes(path):
     told = read_json(beside(find(path))/'config.json')
     return len(told['id2label']) if 'id2label' in told else told.get('num_labels', 2)
 
-# %% ../../nbs/50_modelpool/00e_hub.ipynb #10f894a8
+# %% ../../nbs/50_modelpool/00e_hub.ipynb #bde58a49
 @patch
 def located(self:AutoModelPool, path) -> Path:
     "The file or folder of a path; a subclass may know more names."
     return find(path)
+
+@patch
+def with_adapter(self:AutoModelPool, sd:StateDict, base, adapter) -> Lazy:
+    "A base with its adapter; a folder in which the two were merged before is read as it is."
+    if not holds_adapter(adapter): return self.open_path(adapter)
+    file = beside(self.located(base))/'config.json'
+    told = read_json(file) if file.is_file() else {}
+    return adapted(
+        sd, adapter, config=told, modules=partial(module_names, self.located(base)) if told else None
+    )
 
 @patch
 def tensors(self:AutoModelPool, model) -> Lazy|None:
@@ -114,7 +126,7 @@ def tensors(self:AutoModelPool, model) -> Lazy|None:
     if entry is None or entry.get('fresh'): return None
     base, adapter = _adapter_of(self, entry)
     sd = weights_alone(self.open_path(base))
-    if adapter is not None: sd = adapted(sd, adapter) if holds_adapter(adapter) else self.open_path(adapter)
+    if adapter is not None: sd = self.with_adapter(sd, base, adapter)
     names = _new_classes(self, entry)
     was = _number_of_classes(base) if names else None
     return sd if names is None or was == len(names) else with_new_head(sd, was, len(names))

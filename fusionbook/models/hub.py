@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TINY_MODELS', 'SCOPES', 'tiny_hub', 'in_scope', 'check_scope', 'scoped', 'weights_alone', 'parameter_sizes',
-           'hub_config', 'labelled', 'auto_class', 'hub_network', 'with_new_head']
+           'hub_config', 'labelled', 'auto_class', 'hub_network', 'module_names', 'with_new_head']
 
-# %% ../../nbs/20_models/07_hub.ipynb #e7d18836
+# %% ../../nbs/20_models/07_hub.ipynb #224de575
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -205,6 +205,21 @@ def hub_network(
         )
     _check_found(found, kind, path)
     return network.eval()
+
+# %% ../../nbs/20_models/07_hub.ipynb #d8a50394
+def module_names(
+    path,               # where `config.json` lies
+    names:Iterable[str],# in the file beside it
+) -> dict[str, str]:    # what the network calls a tensor -> its name; those that are put together from several are left out
+    "The names of a file as its network has them."
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import apply_renamings, WeightRenaming
+    config = hub_config(path)
+    kind = _class(None, config, path)
+    with torch.device('meta'): network = kind(config)
+    rules = [r for r in get_model_conversion_mapping(network) if type(r) is WeightRenaming]
+    own = network.state_dict().keys()
+    return {new: n for n in names if (new := apply_renamings(n, rules)) in own}
 
 # %% ../../nbs/20_models/07_hub.ipynb #4853cd6c
 def with_new_head(

@@ -1,0 +1,151 @@
+"Adapters as PEFT writes and runs them: what we expand answers as PEFT's own forward pass, in every variant that is a weight afterwards."
+import json, tempfile, warnings, zlib
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as t
+from safetensors import safe_open
+
+from fusionbook.core.checkpoint import Checkpoint, save
+from fusionbook.core.errors import FusionError
+from fusionbook.models.hub import hub_network, module_names
+from fusionbook.models.lora import adapted
+
+TEXT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40, max_position_embeddings=32)
+IDS = dict(input_ids=torch.arange(6)[None] + 3)
+PIXELS = dict(pixel_values=torch.linspace(0, 1, 3*16*16).view(1, 3, 16, 16))
+SMALL_GPT = dict(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32, bos_token_id=0, eos_token_id=1)
+
+def llama(**more): return t.LlamaForCausalLM(t.LlamaConfig(**TEXT, num_key_value_heads=1, **more))
+NETS = {
+    'llama': (llama, IDS),
+    'gpt2': (lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL_GPT)), IDS),
+    'gpt2_classes': (lambda: t.GPT2ForSequenceClassification(t.GPT2Config(**SMALL_GPT, pad_token_id=0)), IDS),
+    'bert': (lambda: t.BertForSequenceClassification(t.BertConfig(**TEXT)), IDS),
+    't5': (lambda: t.T5ForConditionalGeneration(t.T5Config(d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2, vocab_size=40)), IDS | dict(decoder_input_ids=torch.arange(4)[None])),
+    'clip': (lambda: t.CLIPVisionModel(t.CLIPVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)), PIXELS),
+    'resnet': (lambda: t.ResNetForImageClassification(t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])), PIXELS),
+    'vit': (lambda: t.ViTForImageClassification(t.ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, num_labels=3)), PIXELS),
+    'mixtral': (lambda: t.MixtralForCausalLM(t.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=2)), IDS),
+}
+QV, ALL = ['q_proj', 'v_proj'], ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj']
+VARIANTS = { # name -> (network, settings of PEFT)
+    'plain': ('llama', dict(r=3, lora_alpha=5, target_modules=ALL)),
+    'rslora': ('llama', dict(r=3, lora_alpha=5, target_modules=QV, use_rslora=True)),
+    'patterns': ('llama', dict(r=3, target_modules=QV, rank_pattern={'v_proj': 2, r'layers\.1\.self_attn\.q_proj': 5}, alpha_pattern={'^model.layers.0.self_attn.q_proj': 20, '.*v_proj': 7}, use_rslora=True)),
+    'dora': ('llama', dict(r=3, lora_alpha=5, target_modules=ALL, use_dora=True)),
+    'dora_rslora': ('llama', dict(r=3, lora_alpha=5, target_modules=ALL, use_dora=True, use_rslora=True)),
+    'embedding': ('llama', dict(r=2, lora_alpha=3, target_modules=['embed_tokens', 'q_proj'])),
+    'embedding_dora': ('llama', dict(r=2, lora_alpha=3, target_modules=['embed_tokens', 'q_proj'], use_dora=True)),
+    'head': ('llama', dict(r=2, lora_alpha=3, target_modules=['lm_head', 'q_proj'])),
+    'saved': ('llama', dict(r=2, lora_alpha=3, target_modules=['q_proj'], modules_to_save=['embed_tokens', 'lm_head', 'norm'])),
+    'biases': ('bert', dict(r=2, lora_alpha=3, target_modules=['query'], bias='all', task_type='SEQ_CLS')),
+    'own_biases': ('bert', dict(r=2, lora_alpha=3, target_modules=['query', 'value'], bias='lora_only', task_type='SEQ_CLS')),
+    'lora_bias': ('bert', dict(r=2, lora_alpha=3, target_modules=['query', 'dense'], lora_bias=True, task_type='SEQ_CLS')),
+    'lora_bias_rslora': ('bert', dict(r=2, lora_alpha=3, target_modules=['query', 'value', 'dense'], lora_bias=True, use_rslora=True)),
+    'conv1d': ('gpt2', dict(r=2, lora_alpha=3, target_modules=['c_attn', 'c_proj', 'c_fc'], fan_in_fan_out=True)),
+    'conv1d_dora': ('gpt2', dict(r=2, lora_alpha=3, target_modules=['c_attn', 'c_proj', 'c_fc'], fan_in_fan_out=True, use_dora=True)),
+    'conv1d_unsaid': ('gpt2_classes', dict(r=2, lora_alpha=3, target_modules=['c_attn', 'c_proj', 'score'])),
+    't5': ('t5', dict(r=2, lora_alpha=3, target_modules=['q', 'v', 'wo'])),
+    'clip': ('clip', dict(r=2, lora_alpha=3, target_modules=QV)),
+    'clip_dora': ('clip', dict(r=2, lora_alpha=3, target_modules=QV + ['fc1'], use_dora=True, use_rslora=True)),
+    'kernels': ('resnet', dict(r=2, lora_alpha=3, target_modules='.*convolution', modules_to_save=['classifier'])),
+    'kernels_dora': ('resnet', dict(r=2, lora_alpha=3, target_modules='.*convolution', use_dora=True)),
+    'vit': ('vit', dict(r=2, lora_alpha=3, target_modules=['q_proj', 'v_proj', 'query', 'value'], modules_to_save=['classifier'])),
+    'mixtral': ('mixtral', dict(r=2, lora_alpha=3, target_modules=['q_proj', 'v_proj'])),
+}
+
+STORED = Path(__file__).parent/'oracle'/'peft_lora.json'
+
+def wave(name, shape, size=.3):
+    "Numbers that belong to a name, the same on every machine."
+    t = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    return (size*torch.sin(1.37*t + zlib.crc32(name.encode())%997)).float().view(*shape)
+
+def network_of(kind):
+    "A network of such numbers, and its inputs."
+    make, inputs = NETS[kind]
+    network = make().eval()
+    with torch.no_grad():
+        for name, p in network.named_parameters(): p.copy_(wave(name, p.shape) + (p.ndim == 1 and name.endswith('weight')))
+    return network, inputs
+
+def tensors_of(shapes, network):
+    "The tensors of an adapter's file; what PEFT copies from the base is the base's."
+    own = network.state_dict()
+    def tensor(name, shape):
+        if 'base_layer.weight' in name: return own[name.removeprefix('base_model.model.').replace('.base_layer', '')].clone()
+        return wave(name, shape) + ('magnitude' in name or 'norm' in name)
+    return {n: tensor(n, shape) for n, shape in shapes.items()}
+
+def answers(network, inputs):
+    with torch.no_grad(): out = network(**inputs)
+    return out.logits if hasattr(out, 'logits') else out.pooler_output
+
+def expanded(base, adapter):
+    config = json.loads((base/'config.json').read_text())
+    return adapted(Checkpoint(base), adapter, config=config, modules=partial(module_names, base))
+
+def by_peft(variant, folder):
+    "The adapter as PEFT saves it, and what PEFT's network answers."
+    import peft
+    kind, settings = VARIANTS[variant]
+    network, inputs = network_of(kind)
+    network.save_pretrained(folder/'base')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = peft.get_peft_model(network, peft.LoraConfig(**settings)).eval()
+        shapes = {n: tuple(x.shape) for n, x in peft.get_peft_model_state_dict(model).items()}
+        peft.set_peft_model_state_dict(model, tensors_of(shapes, network_of(kind)[0]))
+        model.save_pretrained(folder/'adapter')
+    return folder/'base', folder/'adapter', answers(model, inputs)
+
+def check(base, adapter, wanted, inputs):
+    ours, plain, size = answers(hub_network(base, expanded(base, adapter), None), inputs), answers(hub_network(base, Checkpoint(base), None), inputs), wanted.abs().max()
+    assert (wanted - plain).abs().max() > 1e-3*size and (ours - wanted).abs().max() < 2e-5*size, ((wanted - plain).abs().max()/size, (ours - wanted).abs().max()/size)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_an_expanded_adapter_answers_as_peft_did(variant, tmp_path):
+    "The answers that PEFT 0.21.2 gave, stored; adapters and bases are made of numbers that belong to their names."
+    told = json.loads(STORED.read_text())[variant]
+    network, inputs = network_of(VARIANTS[variant][0])
+    network.save_pretrained(tmp_path/'base')
+    save(tensors_of(told['shapes'], network), tmp_path/'adapter'/'adapter_model.safetensors')
+    (tmp_path/'adapter'/'adapter_config.json').write_text(json.dumps(told['config']))
+    check(tmp_path/'base', tmp_path/'adapter', torch.tensor(told['answers']).view(told['shape']), inputs)
+
+
+@pytest.mark.parametrize('kind, variant, moved', [('CLIPVisionModelPool', 'clip', 'vision_model.'), ('CLIPVisionModelPool', 'clip_dora', ''), ('PeftModelForSeq2SeqLMPool', 't5', ''), ('CausalLMPool', 'dora_rslora', ''), ('AutoModelPool', 'vit', '')])
+def test_adapters_are_experts_of_pools(kind, variant, moved, tmp_path):
+    "The network that a pool makes of an adapter answers as PEFT did, also where an older release of transformers had longer names."
+    from fusionbook import modelpool
+    told = json.loads(STORED.read_text())[variant]
+    network, inputs = network_of(VARIANTS[variant][0])
+    network.save_pretrained(tmp_path/'base')
+    tensors = {n.replace('base_model.model.', f'base_model.model.{moved}'): x for n, x in tensors_of(told['shapes'], network).items()}
+    save(tensors, tmp_path/'adapter'/'adapter_model.safetensors')
+    (tmp_path/'adapter'/'adapter_config.json').write_text(json.dumps(told['config']))
+    pool = getattr(modelpool, kind)({'_pretrained_': str(tmp_path/'base'), 'a': str(tmp_path/'adapter')})
+    wanted = torch.tensor(told['answers']).view(told['shape'])
+    assert (answers(pool.load_model('a'), inputs) - wanted).abs().max() < 2e-5*wanted.abs().max()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_an_expanded_adapter_answers_as_peft(variant, tmp_path):
+    "The same with PEFT itself: its own files, its own forward pass."
+    pytest.importorskip('peft', reason='the comparison with PEFT itself needs it installed; its stored answers are compared in any case')
+    check(*by_peft(variant, tmp_path), NETS[VARIANTS[variant][0]][1])
+
+
+if __name__ == '__main__': # stores the answers of the PEFT that is installed
+    found = {}
+    for variant in VARIANTS:
+        with tempfile.TemporaryDirectory() as d:
+            base, adapter, said = by_peft(variant, Path(d))
+            with safe_open(adapter/'adapter_model.safetensors', 'pt') as f: shapes = {n: f.get_slice(n).get_shape() for n in f.keys()}
+            config = {k: v for k, v in json.loads((adapter/'adapter_config.json').read_text()).items() if v not in (None, False, [], {})}
+            found[variant] = dict(config=config | {'base_model_name_or_path': None}, shapes=shapes, shape=list(said.shape), answers=[round(x, 7) for x in said.flatten().tolist()])
+    STORED.write_text(json.dumps(found, separators=(',', ':')).replace('},"', '},\n"') + '\n')
