@@ -84,7 +84,7 @@ def merge_coefficients(
         )
     return map_tensors(f, base, experts, elementwise=True, device=device)
 
-# %% ../../../nbs/66_adaptive/01_coefficients.ipynb #7d72dde7
+# %% ../../../nbs/66_adaptive/01_coefficients.ipynb #5ede027d
 def _merged(network, base):
     "The parameters that are merged, by name; all others stop asking for gradients."
     if not isinstance(network, nn.Module):
@@ -92,7 +92,8 @@ def _merged(network, base):
             f'expected a pool of networks, got a {type(network).__name__} of tensors: nothing can be '
             f'predicted with it'
         )
-    own, known = dict(network.named_parameters()), meta(base)   # a tied tensor has one name here
+    # where only backbones are merged, the network is a host that all tasks' heads share; a tied tensor has one name here
+    own, known = dict(getattr(network, 'host', network).named_parameters()), meta(base)
     found = {k: p for k, p in own.items() if k in known and p.requires_grad and p.is_floating_point()}
     if not found:
         raise FusionError('expected a network with parameters that are merged and not frozen, got none')
