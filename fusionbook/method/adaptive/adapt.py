@@ -116,19 +116,11 @@ def on_threads(
         yield
     finally: torch.set_num_threads(before)
 
-<<<<<<< HEAD
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #a4a3efd1
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #8208a04e
 _OPTIMIZERS = dict(adam=torch.optim.Adam, sgd=torch.optim.SGD, adamw=torch.optim.AdamW)
 
 def check_steps(
-    optimizer:str,    # adam, sgd or adamw
-=======
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #d60a9ca3
-_OPTIMIZERS = dict(adam=torch.optim.Adam, sgd=torch.optim.SGD)
-
-def check_steps(
-    optimizer:str|Callable, # adam, sgd, or a class of `torch.optim.Optimizer`
->>>>>>> 4d46186 (Adaptation: settings, objective and coefficients of all methods that learn are on numbered pages; stages resume, heads of each task's own are switched on, gradients may be combined by MGDA)
+    optimizer:str|Callable, # adam, sgd, adamw, or a class of `torch.optim.Optimizer`
     lr:float,         # learning rate
     threads:int|None, # see `on_threads`
 ) -> None:            # raises `FusionError`
@@ -143,11 +135,8 @@ def check_steps(
 
 def _optimizer(name, parameters, lr, weight_decay):
     check_steps(name, lr, None)
-<<<<<<< HEAD
-    return _OPTIMIZERS[name](list(parameters.values()), lr=lr, weight_decay=weight_decay)
-=======
-    return _OPTIMIZERS.get(name, name)(list(parameters.values()), lr=lr)
->>>>>>> 4d46186 (Adaptation: settings, objective and coefficients of all methods that learn are on numbered pages; stages resume, heads of each task's own are switched on, gradients may be combined by MGDA)
+    more = dict(weight_decay=weight_decay) if name in _OPTIMIZERS else {}
+    return _OPTIMIZERS.get(name, name)(list(parameters.values()), lr=lr, **more)
 
 def _value(objective, batches, keep):
     "One evaluation; an interruption keeps the state before it, which is that of the last whole step."
@@ -156,23 +145,15 @@ def _value(objective, batches, keep):
         keep()
         raise
 
-<<<<<<< HEAD
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #6d041537
-=======
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #688794d9
->>>>>>> 4d46186 (Adaptation: settings, objective and coefficients of all methods that learn are on numbered pages; stages resume, heads of each task's own are switched on, gradients may be combined by MGDA)
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #5dc17f4c
 def adapt(
     parameters:Mapping[str, Tensor],    # what is learned: leaves that require a gradient, changed in place
     batches:Callable[[int], Iterator],  # number of a step -> what the steps from it on look at
     objective:Callable,                 # one of those -> value, a float; leaves the gradient in `.grad`
     *, steps:int, lr:float,             # at most so many steps of this rate
-<<<<<<< HEAD
-    optimizer:str='adam',               # adam, sgd or adamw
+    optimizer:str|Callable='adam',      # adam, sgd, adamw, or a class of `torch.optim.Optimizer`
     weight_decay:float=0.,              # of the values, per step and unit of the rate; decoupled in adamw
     schedule:Callable=lambda step: 1.,  # step, from 0 -> what `lr` is multiplied by in it
-=======
-    optimizer:str|Callable='adam',      # adam, sgd, or a class of `torch.optim.Optimizer`
->>>>>>> 4d46186 (Adaptation: settings, objective and coefficients of all methods that learn are on numbered pages; stages resume, heads of each task's own are switched on, gradients may be combined by MGDA)
     project:Callable=lambda: None,      # called after each step, for instance to clamp
     patience:int=None,                  # see `plateaued`
     checkpoint:str|Path=None,           # `.safetensors` file to go on from and to keep up to date
@@ -198,7 +179,7 @@ def adapt(
         if len(curve) % every == 0 or len(curve) == steps: keep()
     return curve
 
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #19105933
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #b44297b1
 def stage_file(
     checkpoint:str|Path|None, # of the run
     *place:int,               # number of the stage, such as the round and the model

@@ -34,12 +34,12 @@ from ..base import BaseAlgorithm, at_least, check_fields
 from ..neurons import CALIBRATION_SPLITS
 from ..task_vector.sparsify import kept_share
 
-# %% ../../../nbs/66_adaptive/03_learning.ipynb #7e8b0ec2
+# %% ../../../nbs/66_adaptive/03_learning.ipynb #ba8bb5b2
 @dataclass
 class AdaptiveMethod(BaseAlgorithm):
     "A method that takes first-order steps on a few inputs of every task."
     _: KW_ONLY
-    optimizer: str = 'adam'      # or sgd
+    optimizer: str = 'adam'      # or sgd, adamw
     lr: float = .001             # its learning rate
     max_steps: int = 1000        # steps; each sees one batch of every task
     batch_size: int = 16         # inputs of a task in one step

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'VARIANTS', 'loss_of', 'adapted_network', 'task_logits', 'coefficient_objective', 'min_norm_weights',
-           'shortest', 'rounds', 'check_task_inputs', 'run_identity']
+           'min_norm_mixture', 'rounds', 'check_task_inputs', 'run_identity']
 
 # %% ../../../nbs/66_adaptive/02_objective.ipynb #0d1c5f3e
 import math
@@ -65,7 +65,7 @@ def _pulled(shaped, w, gradient):
     if shaped is w: return gradient.to(w.dtype)
     return torch.autograd.grad(shaped, w, gradient.to(shaped), retain_graph=True)[0]
 
-# %% ../../../nbs/66_adaptive/02_objective.ipynb #9d3edf0b
+# %% ../../../nbs/66_adaptive/02_objective.ipynb #001a2deb
 VARIANTS = None, 'mgda'
 
 def coefficient_objective(
@@ -89,11 +89,11 @@ def coefficient_objective(
             value.backward()
             total += value.item()
             if variant == 'mgda': kept.append(_pulled(shaped, w, mixture.gradient()))
-        w.grad = shortest(kept) if kept else _pulled(shaped, w, mixture.gradient())
+        w.grad = min_norm_mixture(kept) if kept else _pulled(shaped, w, mixture.gradient())
         return total
     return objective
 
-# %% ../../../nbs/66_adaptive/02_objective.ipynb #aaee2271
+# %% ../../../nbs/66_adaptive/02_objective.ipynb #bc5dee10
 def min_norm_weights(
     gram:Tensor,  # inner products of S vectors, (S, S)
 ) -> Tensor:      # a, (S,) float64, at least 0, of sum 1
@@ -110,7 +110,7 @@ def min_norm_weights(
         a[high] = (a[high] - move).clamp(min=0)
     return a
 
-def shortest(
+def min_norm_mixture(
     gradients:Sequence[Tensor], # S of one shape
 ) -> Tensor:
     "The shortest convex mixture of gradients."
