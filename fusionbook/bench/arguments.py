@@ -230,6 +230,8 @@ def explain(
         group, _, name = (
             missing.rpartition('/') if missing.split('/')[0] not in _GROUP else missing.partition('/')
         )
+        if group == 'method' and name.startswith('analysis/'):
+            return f'expected a method, got `{name}`, which is an analysis: `fusionbook analyse {name}`'
         names = catalogue(group, folders) if group in _GROUP else getattr(error, 'options', None) or []
         return (f'expected a {group or "configuration"}, got `{name}`; {nearest(name, names)} (`fusionbook '
                 f'list` shows all)')

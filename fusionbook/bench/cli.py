@@ -28,6 +28,7 @@ _USAGE = '''fusionbook: merge trained networks and measure the result.
   fusionbook sweep method.scaling_factor=0:1:0.1 [key=a,b,c ...] [validation=TASKPOOL]     choose on validation, report on test
   fusionbook compare A/report.json B/report.json ... [-o FOLDER]                           differences, with paired intervals
   fusionbook board [POOL] [METHOD ...] [--jobs N] [--report]                               every method at its best, on one pool; resumes
+  fusionbook analyse NAME [modelpool=NAME] [--methods "A, B key=value"] [--flag value ...]   similarity, landscapes, attribution: tables and figures
   fusionbook merge CONFIG.yml OUT/ [--dry-run]  model files into one folder, by a recipe of ours or of mergekit; or method=… models=[…] OUT/
   fusionbook finetune --base MODEL --data DATA --name TASK [--out experts] ...             an expert of your own data, and what merges it with others
   fusionbook train    --experiment_name E --model_type M --dataset_name D [--seeds N] ...  pairs of networks, in the folders of the OT-fusion study
@@ -77,6 +78,7 @@ COMMANDS = { # word -> module and function that takes the rest of the line
     'fuse': ('fusionbook.bench.fuse', 'fuse_command'),
     'measure': ('fusionbook.bench.measure', 'measure_command'),
     'finetune': ('fusionbook.bench.finetune', 'finetune_command'),
+    'analyse': ('fusionbook.bench.analyse', 'analyse_command'),
     'merge': ('fusionbook.bench.merge_command', 'merge_command'),
 }
 
@@ -134,15 +136,16 @@ TEXTS |= {
 }
 
 # %% ../../nbs/80_bench/99_cli.ipynb #ef04f924
-def _help(word):
-    "Print the help of a command, or of the program."
+def _help(word, rest=()):
+    "Print the help of a command, of what an analysis takes, or of the program."
     if word == 'merge':
         from fusionbook.bench.merge_command import MERGE_HELP
         return print(MERGE_HELP.rstrip('\n'))
     if word not in COMMANDS or word in TEXTS: return print(TEXTS.get(word, HELP).rstrip('\n'))
     _prepare([])
     module, function = COMMANDS[word]
-    try: getattr(import_module(module), function)(['--help'])
+    own = [w for w in rest if w not in ('-h', '--help')][:1] if word == 'analyse' else []
+    try: getattr(import_module(module), function)([*own, '--help'])
     except SystemExit: pass # argparse leaves after printing
 
 # %% ../../nbs/80_bench/99_cli.ipynb #c01d452c
@@ -173,7 +176,7 @@ def _command(argv):
 
 def _dispatch(argv):
     word, rest = _command(argv)
-    if any(w in ('-h', '--help') for w in argv): return _help(word)
+    if any(w in ('-h', '--help') for w in argv): return _help(word, rest)
     if '--version' in argv:
         from fusionbook import __version__
         return print(f'fusionbook {__version__}')

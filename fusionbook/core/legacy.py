@@ -58,6 +58,12 @@ _SAME = HUB_CLASSES | {
     'CLIPVisionModelTaskPool',
 )
 
+def _analysis(cls, kind):
+    "What a class is that FusionBench calls a method."
+    if kind == 'method' and cls in published('fusionbook.analysis'):
+        return 'it is an analysis, `fusionbook analyse NAME` runs it'
+    return f'a {_WORDS[kind]} of FusionBench that is not here yet'
+
 def our_target(
     target:str, # a `_target_` of a FusionBench file
     kind:str,   # method, modelpool or taskpool
@@ -67,10 +73,7 @@ def our_target(
     names, cls = published(f'fusionbook.{kind}'), target.rpartition('.')[2]
     for name in (_SAME.get(cls, cls), cls.removesuffix('Algorithm')):
         if name in names: return f'fusionbook.{kind}.{name}'
-    raise FusionError(
-        f'expected a {_WORDS[kind]} that exists here, got `{target}`: a {_WORDS[kind]} of FusionBench that '
-        f'is not here yet'
-    )
+    raise FusionError(f'expected a {_WORDS[kind]} that exists here, got `{target}`: {_analysis(cls, kind)}')
 
 # %% ../../nbs/00_core/07_legacy.ipynb #4a6f1931
 _OLDER = {
@@ -93,6 +96,7 @@ def _files():
 # %% ../../nbs/00_core/07_legacy.ipynb #e9d6db6c
 def _hint(name, files):
     "What to say of an unknown name: a slip of the keys is mended, another method is never proposed."
+    if name.startswith('analysis/'): return f'it is an analysis: `fusionbook analyse {name}`'
     if name in _ABSENT: return 'a method of FusionBench that is not here yet'
     slip = [n for n in get_close_matches(name, files, n=3, cutoff=.85) if abs(len(n) - len(name)) < 3]
     return nearest(name, slip) if slip else '`fusionbook list methods` shows what there is'
