@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BOARD_USAGE', 'book_methods', 'methods_asked', 'BoardPlan', 'plan_board', 'benchmark_of', 'measure_board',
-           'make_board', 'board_flags', 'board_arguments', 'board_command']
+           'make_board', 'neighbours_again', 'board_flags', 'board_arguments', 'board_command']
 
-# %% ../../nbs/80_bench/98b_board.ipynb #0edf58fd
+# %% ../../nbs/80_bench/98b_board.ipynb #1adde7f6
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from .arguments import catalogue, composition, search_folders
-from .board_rows import board_row, digest_text, joined, leads, one_line, references_of
+from .board_rows import (answers_of, board_row, digest_text, joined, metric_of, one_line,
+    references_of, tested_again, with_leads)
 from .configured import complete, build_part
 from .flags import Flags, read_flags
 from .leakage import check_apart
@@ -30,7 +31,7 @@ from ..core.plot import save_figure
 from ..core.progress import track
 from ..core.stamped import cache_folder
 from ..method.average.simple_average import SimpleAverage
-from ..method.board import board_figure, board_lines, board_places, ranked
+from ..method.board import board_figure, board_lines, board_places, ranked, shown_metric
 from ..method.map import family_methods
 
 # %% ../../nbs/80_bench/98b_board.ipynb #fe8e5b2f
@@ -145,7 +146,7 @@ def measure_board(
     bench = _ready(plan, folder)
     for name in track(list(plan.methods), 'board'): yield _row(bench, plan, name)
 
-# %% ../../nbs/80_bench/98b_board.ipynb #1c2d8547
+# %% ../../nbs/80_bench/98b_board.ipynb #9ad74fed
 def make_board(
     plan:BoardPlan,
     rows:Sequence[Mapping],  # measured
@@ -155,11 +156,39 @@ def make_board(
     "The digest of a board."
     facts = dict(pool=plan.pool, tasks=len(plan.run['taskpool'].get('test_datasets') or ()), seeds=plan.seeds)
     facts |= dict(validation=plan.validation, bounds=plan.bounds)
-    every = joined(facts, rows, old, [*book_methods(), *plan.methods])
-    order = ranked(dict(methods=every))
-    for r, lead in zip(order, leads(order, folder)): r['lead'] = lead
+    if metric := metric_of(rows, folder) or (old or {}).get('metric'): facts['metric'] = metric
+    every = [dict(r) for r in joined(facts, rows, old, [*book_methods(), *plan.methods])]
+    order = ranked(facts | dict(methods=every))
+    for r, lead in zip(order, with_leads(order, folder)): r['lead'] = lead
+    if order: order[-1].pop('lead', None)
     references = references_of(rows, folder) or (old or {}).get('references', {})
     return facts | dict(references=references, methods=every)
+
+# %% ../../nbs/80_bench/98b_board.ipynb #c2c7a325
+def _without_interval(board):
+    "Lines on either side of a lead that has no interval."
+    order = ranked(board)
+    pairs = [(a, b) for a, b in zip(order, order[1:]) if a['lead']['low'] is None]
+    return list({r['name']: r for pair in pairs for r in pair}.values())
+
+def _again(bench, row, method, seeds):
+    "A line that is tested again, or None where that fails."
+    try: return tested_again(bench, row, method, seeds=seeds)
+    except FusionError as e: print(f'no interval beside {row["name"]}: {one_line(e)}')
+
+# %% ../../nbs/80_bench/98b_board.ipynb #c3d4e046
+def neighbours_again(
+    plan:BoardPlan,
+    board:Mapping,         # a digest
+    *, folder:Path,        # of the cells
+) -> list[dict]:           # their lines
+    "Test the lines again whose leads have no interval because their answers are not in the cache."
+    lost = [r for r in _without_interval(board) if answers_of(r, folder) is None]
+    known = book_methods()
+    lost = [r for r in lost if r['name'] in known]
+    bench = _ready(plan, folder) if lost else None
+    found = (_again(bench, r, known[r['name']](), plan.seeds) for r in lost)
+    return [r for r in found if r]
 
 # %% ../../nbs/80_bench/98b_board.ipynb #9adce87a
 BOARD_USAGE = 'fusionbook board [POOL] [METHOD ...] [key=value ...] [--seeds N] [--report]'
@@ -208,7 +237,7 @@ def board_arguments(
     if args.seeds < 1 or args.jobs < 1: raise FusionError('expected at least one seed and one process')
     return words, args
 
-# %% ../../nbs/80_bench/98b_board.ipynb #01d63ba5
+# %% ../../nbs/80_bench/98b_board.ipynb #519a0e2a
 def _place(args, plan):
     "Where the digest and the figure are written."
     folder, clone = Path(args.output or f'_runs/board_{plan.pool}'), board_places()[0]
@@ -219,7 +248,10 @@ def _place(args, plan):
 
 def _write(plan, rows, file, picture, folder):
     "Write and print the board of what was measured."
-    board = make_board(plan, rows, read_json(file) if file.exists() else None, folder)
+    old = read_json(file) if file.exists() else None
+    board = make_board(plan, rows, old, folder)
+    if again := neighbours_again(plan, board, folder=folder) if old else []:
+        board = make_board(plan, [*rows, *again], old, folder)
     with atomic(file) as new: new.write_text(digest_text(board), encoding='utf-8')
     _show(board)
     print(f'board    {file}')
@@ -229,7 +261,8 @@ def _write(plan, rows, file, picture, folder):
 
 def _show(board):
     "Print a board."
-    print_table(*board_lines(board), title=f'{board["pool"]}, in %; chosen on {board["validation"]}')
+    title = f'{board["pool"]}, {shown_metric(board).heading}; chosen on {board["validation"]}'
+    print_table(*board_lines(board), title=title)
     for r in (r for r in board['methods'] if 'error' in r): print(f'no score {r["name"]}: {r["error"]}')
 
 # %% ../../nbs/80_bench/98b_board.ipynb #d6e41a0f
