@@ -173,6 +173,7 @@ def _around(pool, network, sd, whole, notes, built):
     found = recipe_file(network, json.loads(dict(notes).get('lineage', '{}')))
     # a network of transformers with other layers, say: plain transformers opens it too
     of_theirs = type(network).__module__.startswith('transformers.')
+    if hasattr(network, 'folder_files'): found = pool.extras() | network.folder_files() | found # a mixture's
     return (pool.extras() | _own_config(network) if of_theirs else {}) | found
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #f99ef053

@@ -159,13 +159,14 @@ def predict_batches(
 # %% ../../nbs/55_taskpool/00_base.ipynb #2b5df573
 def model_info(
     model:nn.Module, # any network
-) -> dict:           # trainable_params, all_params, trainable_percentage in [0, 1]
+) -> dict:           # trainable_params, all_params, trainable_percentage in [0, 1]; active_params of a mixture
     "Size of a model."
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total, trainable = sum(n for n, _ in counts), sum(n for n, g in counts if g)
-    return dict(
-        trainable_params=trainable, all_params=total, trainable_percentage=trainable / total if total else 0.0
-    )
+    part = trainable / total if total else 0.0
+    found = dict(trainable_params=trainable, all_params=total, trainable_percentage=part)
+    if hasattr(model, 'active_parameters'): found['active_params'] = model.active_parameters()
+    return found
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #a774b1ae
 @contextmanager
