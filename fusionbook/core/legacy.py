@@ -32,13 +32,15 @@ def of_fusionbench(
     "Whether a target is one of FusionBench's; one of its files names the class alone."
     return target.startswith('fusion_bench.') or '.' not in target and target.endswith('Algorithm')
 
-# %% ../../nbs/00_core/07_legacy.ipynb #27187fb5
+# %% ../../nbs/00_core/07_legacy.ipynb #13557229
 _SAME = HUB_CLASSES | {
     'EnsembleAlgorithm': 'SimpleEnsemble',
     'DOGE_TA_Algorithm': 'DOGE_TA',
     'SimpleAverageForLlama': 'SimpleAverageForCausalLM',
     'TaskArithmeticForLlama': 'TaskArithmeticForCausalLM',
     'DepthUpscalingForLlama': 'DepthUpscaling',
+    'MixtralUpscalingAlgorithm': 'MixtralForCausalLMUpscaling',
+    'MixtralMoEMergingAlgorithm': 'MixtralForCausalLMMerging',
     'OPCMForCLIP': 'OPCM',
     'ContinualTaskArithmeticForCLIP': 'ContinualTaskArithmetic',
     'ContinualTiesMergingForCLIP': 'ContinualTiesMerging',
@@ -75,11 +77,13 @@ def our_target(
         if name in names: return f'fusionbook.{kind}.{name}'
     raise FusionError(f'expected a {_WORDS[kind]} that exists here, got `{target}`: {_analysis(cls, kind)}')
 
-# %% ../../nbs/00_core/07_legacy.ipynb #4a6f1931
+# %% ../../nbs/00_core/07_legacy.ipynb #be88c898
 _OLDER = {
     'ensemble': 'ensemble/simple_ensemble',
     'max_predictor': 'ensemble/max_model_predictor',
     'modelsoup': 'simple_average',
+    'mixtral_for_causal_lm_moe_upscaling': 'mixtral_moe_upscaling',
+    'mixtral_for_causal_lm_merging': 'mixtral_moe_merging',
 }
 
 @lru_cache
@@ -114,7 +118,7 @@ def _method(cfg):
     named = {'name': name} if data else {}
     return plain(OmegaConf.load(files[name])) | data | {k: v for k, v in cfg.items() if k != 'name'} | named
 
-# %% ../../nbs/00_core/07_legacy.ipynb #d907a15a
+# %% ../../nbs/00_core/07_legacy.ipynb #a716fbc6
 _ABSENT = (
     'clip_fisher_merging',
     'fisher_merging',
@@ -138,10 +142,6 @@ _ABSENT = (
     'flan_t5_layer_wise_gossip',
     'rankone_moe',
     'depth_upscaling',
-    'mixtral_moe_upscaling',
-    'mixtral_for_causal_lm_moe_upscaling',
-    'mixtral_moe_merging',
-    'mixtral_for_causal_lm_merging',
     'model_recombination',
     'smile_upscaling',
     'smile_mistral_upscaling',
