@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MERGE_HELP', 'merge_words', 'check_merge_place', 'plan_lines', 'merge', 'merge_command']
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #d75267d3
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #47ff377e
 import json, os, shutil, sys, time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from .merge_plan import MergePlan, plan_merge, planned_cost
-from .merge_sources import code_notes
+from .merge_sources import adapter_notes, code_notes
 from .places import check_output
 from .recipe_file import MergeRecipe, read_recipe, recipe_from_words
 from .values import device_name, human_size, size
@@ -116,7 +116,7 @@ _VALUES = dict(
 def _checked_options(options):
     return {k: _VALUES[k](v) for k, v in options.items() if v is not None}
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #4eb2d32a
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #c47d9ac1
 def check_merge_place(
     out:str|Path,
     plan:MergePlan,
@@ -126,8 +126,10 @@ def check_merge_place(
     if path.suffix == '.safetensors':
         raise FusionError(f'expected a folder for the merged model, got `{out}`')
     real = Path(os.path.realpath(path))
-    for name, head in plan.heads.items():
-        source = Path(os.path.realpath(head.path))
+    places = [(n, h.path) for n, h in plan.heads.items()]
+    places += [(str(h.adapter.path), h.adapter.path) for h in plan.heads.values() if h.adapter]
+    for name, place in places:
+        source = Path(os.path.realpath(place))
         folder = source if source.is_dir() else None
         if real == source or source.is_relative_to(real) or folder and real.is_relative_to(folder):
             raise FusionError(
@@ -155,7 +157,7 @@ def _fields(group):
 
 def _part(name): return name if len(name) < 48 else f'…{name[-46:]}'
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #2b08c457
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #0f6846c8
 def plan_lines(
     plan:MergePlan,
     full:bool=False, # every tensor with its sources, instead of groups
@@ -168,7 +170,8 @@ def plan_lines(
     ]
     for name, head in plan.heads.items():
         role = 'base' if name == plan.recipe.base else 'stage' if name in plan.stages else 'model'
-        lines.append(f'{role:9} {name}: {len(head.kinds)} tensors, {human_size(head.size)}')
+        changes = f', {len(head.parts)} of them changed by an adapter' if head.adapter else ''
+        lines.append(f'{role:9} {name}: {len(head.kinds)} tensors{changes}, {human_size(head.size)}')
     kinds = sorted({t.kind.dtype[6:] for t in plan.tensors})
     lines.append(
         f'writes    {len(plan.tensors)} tensors, {human_size(cost["write"])} ({", ".join(kinds)})'
@@ -245,7 +248,7 @@ def _perform(plan, path, device, max_memory, shard_size):
     for line in _next_steps(plan, path): print(line)
     return path
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #3da0df79
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #b8083db3
 def merge(
     recipe:str|Path|Mapping|MergeRecipe|None=None, # a file of ours or of mergekit, or its keys; None where they are given by name
     out:str|Path|None=None,      # the folder of the merged model
@@ -267,7 +270,8 @@ def merge(
         )
     )
     plan = plan_merge(_recipe_of(recipe, keys), told.get('hub_mirror', {}))
-    for note in code_notes(plan.heads.values()): print(f'note: {note}')
+    heads = plan.heads.values()
+    for note in code_notes(heads) + adapter_notes(heads): print(f'note: {note}')
     path = check_merge_place(out, plan) if out is not None else None
     if told['dry_run']:
         for line in plan_lines(plan, told['dry_run'] == 'full'): print(line)
@@ -292,12 +296,12 @@ def _recipe_of(recipe, keys):
         {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in keys.items()}
     )
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #f3f5d280
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #405d1b35
 MERGE_HELP = '''fusionbook merge CONFIG.yml OUT/ [options]
 fusionbook merge method=NAME models='[a/,b/]' [base=c/] [setting=value ...] OUT/ [options]
 
   Merge model files into a folder that opens with transformers. CONFIG.yml is ours or mergekit's, unchanged. Any safetensors,
-  .bin, .pt, sharded or not, local or on the hub; tensors are streamed. Killed and started again, it goes on where it was.
+  .bin, .pt, sharded or not, local or on the hub; LoRA adapters too: alone on `base`, or as model+adapter. Tensors are streamed. Killed and started again, it goes on where it was.
 
   --dry-run            say what is read, written and held, and what is merged how; dry_run=full: every tensor
   --max-memory 4GB     refuse a merge that needs more

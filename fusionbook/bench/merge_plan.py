@@ -142,7 +142,7 @@ class MergePlan:
         "Bytes of the output."
         return sum(t.kind.size for t in self.tensors)
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #4c7c42cc
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #e1d466d3
 @dataclass(frozen=True)
 class _StageHead(ModelHead):
     "A model that a stage is going to compute."
@@ -154,7 +154,7 @@ class _StageHead(ModelHead):
 
 def _stage_head(name, plan):
     kinds = {t.name: t.kind for t in plan.tensors}
-    return _StageHead(name, plan.reference.path, kinds, {n: n for n in kinds}, {}, output_config(plan), plan)
+    return _StageHead(name, plan.reference.path, kinds, {n: n for n in kinds}, {}, output_config(plan), plan=plan)
 
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #cca00153
 _LAYER_KEYS = 'num_hidden_layers', 'n_layer', 'n_layers', 'num_layers'
@@ -227,7 +227,15 @@ def _aligned_kind(t, tokens, reference):
     shape[vocabulary_axis(t.name)] = tokens.rows
     return replace(t, kind=replace(t.kind, shape=tuple(shape)))
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #bb71b83f
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #f8305ee4
+def _open_heads(recipe, stages, mirror):
+    "The models of a recipe; the base comes first, because adapters alone stand on it."
+    found, base = {}, recipe.base or next((b.base for b in recipe.blocks if b.base), None)
+    for m in recipe_models(recipe):
+        found[m] = _stage_head(m, stages[m]) if m in stages else open_head(m, mirror, found.get(base))
+    return found
+
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #04e5a6cb
 def plan_merge(
     recipe:MergeRecipe,
     mirror:Mapping[str, str]={}, # hub name -> local folder
@@ -240,9 +248,7 @@ def plan_merge(
     if recipe.merge_backbone and not recipe.base:
         raise FusionError('expected a base for `merge_backbone`, got none')
     stages = {n: plan_merge(r, mirror) for n, r in recipe.stages.items()}
-    heads = {
-        m: _stage_head(m, stages[m]) if m in stages else open_head(m, mirror) for m in recipe_models(recipe)
-    }
+    heads = _open_heads(recipe, stages, mirror)
     reference = heads[recipe.base or recipe.blocks[0].sources[0].model]
     needed = [b.base or recipe.base if way.base != 'unused' else None for b in recipe.blocks]
     blocks = [with_base(b, base) for b, base in zip(recipe.blocks, needed, strict=True)]
@@ -257,13 +263,14 @@ def plan_merge(
     groups = tuple(_grouped(recipe, way, blocks, tensors))
     return MergePlan(recipe, way, heads, reference, groups, stages, layers, tokens)
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #ca7b7c09
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #00280e84
 def planned_cost(
     plan:MergePlan,
 ) -> dict: # read, write, memory: bytes; largest: the tensor that takes most memory
     "What a merge reads, writes and holds at one time."
     def need(g, t):
         held = t.kind.size + 4 * t.kind.count * (g.base is not None) + (16 << 20)
+        held += 8 * t.kind.count * any(n in plan.heads[m].parts for m, n in t.sources.items())
         return held + (plan.way.matrices and (len(g.models) + 3) * 4 * t.kind.count)
     needs = {t.name: need(g, t) for g in plan.groups for t in g.tensors}
     largest = max(needs, key=needs.get)

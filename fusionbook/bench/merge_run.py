@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged_state', 'merge_card', 'write_merge']
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #c765bc60
+# %% ../../nbs/80_bench/16_merge_run.ipynb #385706da
 import hashlib, json, os, time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -31,6 +31,7 @@ from ..core.stamped import stamps
 from ..core.state_dict import Lazy, meta
 from ..method.base import BaseAlgorithm
 from ..modelpool.base import BaseModelPool
+from ..models.lora import on_base
 
 # %% ../../nbs/80_bench/16_merge_run.ipynb #92bfa353
 def _remembering(sd):
@@ -44,20 +45,32 @@ def _remembering(sd):
         return last[name]
     return Lazy({k: partial(read, k) for k in sd.meta}, sd.meta, sd.tied)
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #f8648ecd
+# %% ../../nbs/80_bench/16_merge_run.ipynb #d70bd7a1
+def _stored(name, head, log):
+    "The tensors of a model's files, and what is read of them noted."
+    sd = log.watch(name, Checkpoint(head.path))
+    info = meta(sd)
+    return Lazy(
+        {n: partial(sd.__getitem__, old) for n, old in head.stored.items()},
+        {n: info[old] for n, old in head.stored.items()},
+    )
+
 def _states(plan, log, device):
     "Model -> its tensors under the names of the plan."
     found = {}
     for name, head in plan.heads.items():
         if name in plan.stages:
             found[name] = _remembering(merged_state(plan.stages[name], log, device))
-            continue
-        sd = log.watch(name, Checkpoint(head.path))
-        info = meta(sd)
-        found[name] = Lazy(
-            {n: partial(sd.__getitem__, old) for n, old in head.stored.items()},
-            {n: info[old] for n, old in head.stored.items()},
-        )
+        elif head.adapter is None:
+            found[name] = _stored(name, head, log)
+        else:
+            under = (
+                found[head.under.name]
+                if head.under.name in found
+                else _stored(head.under.name, head.under, log)
+            )
+            saved = log.watch(str(head.adapter.path), Checkpoint(head.adapter.file))
+            found[name] = on_base(under, saved, head.parts, exact=True)
     return found
 
 # %% ../../nbs/80_bench/16_merge_run.ipynb #54e9f60c
@@ -167,10 +180,13 @@ def merged_state(
     merged.memory, merged.parts = memory, parts
     return merged
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #a3b49ba3
+# %% ../../nbs/80_bench/16_merge_run.ipynb #bfa8b641
 def _hub_names(plan):
     "Names of the hub among the models."
-    return [n for n, h in plan.heads.items() if n not in plan.stages and '/' in n and not os.path.exists(n)]
+    models = [
+        p for n in plan.heads if n not in plan.stages for p in ([n] if os.path.exists(n) else n.split('+'))
+    ]
+    return [n for n in dict.fromkeys(models) if '/' in n and not os.path.exists(n)]
 
 # %% ../../nbs/80_bench/16_merge_run.ipynb #4ec99cb3
 def _told_fields(plan):
@@ -186,7 +202,7 @@ def _told_fields(plan):
         counts[line] = counts.get(line, 0) + len(g.tensors)
     return counts
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #0ed2ebcb
+# %% ../../nbs/80_bench/16_merge_run.ipynb #f723bf8d
 def merge_card(
     plan:MergePlan,
     identities:Mapping[str, str], # model -> what was read of it
@@ -201,9 +217,9 @@ def merge_card(
         *(['base_model:', *(f'- {n}' for n in hub)] if hub else []),
         '---',
     ]
-    rows = [
-        f'| `{n}` | {"base" if n == plan.recipe.base else "model"} | `{i}` |' for n, i in identities.items()
-    ]
+    adapters = {str(h.adapter.path) for h in plan.heads.values() if h.adapter}
+    def role(n): return 'base' if n == plan.recipe.base else 'adapter' if n in adapters else 'model'
+    rows = [f'| `{n}` | {role(n)} | `{i}` |' for n, i in identities.items()]
     groups = [f'| {line} | {count} |' for line, count in _told_fields(plan).items()]
     shown = groups[:20] + [f'| … {len(groups) - 20} more | |'] * (len(groups) > 20)
     types = ', '.join(sorted({t.kind.dtype[6:] for t in plan.tensors if t.kind.floating}))
@@ -263,7 +279,7 @@ def _source_files(plan):
     "Every file that tensors are read from."
     return sorted({f for h in plan.heads.values() for f in h.files})
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #11f60d70
+# %% ../../nbs/80_bench/16_merge_run.ipynb #cb71e4ed
 def _key(plan):
     "What the bytes of the result depend on beside the numbers of the sources."
     groups = [
@@ -277,6 +293,7 @@ def _key(plan):
         for g in plan.groups
     ]
     stages = {n: _key(s) for n, s in plan.stages.items()}
+    stages |= {n: [h.under.name, h.parts] for n, h in plan.heads.items() if h.adapter}
     words = (
         None
         if plan.tokens is None

@@ -8,8 +8,8 @@ import torch
 import transformers as t
 from safetensors import safe_open
 
+import fusionbook
 from fusionbook.core.checkpoint import Checkpoint, save
-from fusionbook.core.errors import FusionError
 from fusionbook.models.hub import hub_network, module_names
 from fusionbook.models.lora import adapted
 
@@ -131,6 +131,23 @@ def test_adapters_are_experts_of_pools(kind, variant, moved, tmp_path):
     pool = getattr(modelpool, kind)({'_pretrained_': str(tmp_path/'base'), 'a': str(tmp_path/'adapter')})
     wanted = torch.tensor(told['answers']).view(told['shape'])
     assert (answers(pool.load_model('a'), inputs) - wanted).abs().max() < 2e-5*wanted.abs().max()
+
+
+@pytest.mark.parametrize('variant', ['patterns', 'dora', 'saved', 'own_biases', 'conv1d', 'vit'])
+def test_a_merge_of_files_takes_adapters(variant, tmp_path):
+    "An adapter as the one model of a merge, written and opened by transformers, answers as PEFT did; alone on its base, and behind a `+`."
+    told = json.loads(STORED.read_text())[variant]
+    network, inputs = network_of(VARIANTS[variant][0])
+    network.save_pretrained(tmp_path/'base')
+    save(tensors_of(told['shapes'], network), tmp_path/'adapter'/'adapter_model.safetensors')
+    (tmp_path/'adapter'/'adapter_config.json').write_text(json.dumps(told['config']))
+    base, adapter, wanted = str(tmp_path/'base'), str(tmp_path/'adapter'), torch.tensor(told['answers']).view(told['shape'])
+    alone = fusionbook.merge(merge_method='task_arithmetic', base_model=base, models=[adapter], parameters={'weight': 1}, out=tmp_path/'alone')
+    behind = fusionbook.merge(merge_method='linear', models=[f'{base}+{adapter}'], parameters={'weight': 1}, out=tmp_path/'behind')
+    for out in (alone, behind):
+        opened = type(network).from_pretrained(out).eval()
+        assert (answers(opened, inputs) - wanted).abs().max() < 1e-4*wanted.abs().max()
+    assert '| adapter |' in (alone/'README.md').read_text()
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

@@ -245,7 +245,16 @@ BAD = {
     'that can be written': lambda f, a: dict(models=[a], parameters={'weight': 1}, out='/proc/merged'),
     'a quantised model': lambda f, a: dict(models=[a, quantised(f)], parameters={'weight': 1}),
     'GGUF': lambda f, a: dict(models=[a, gguf(f)], parameters={'weight': 1}),
-    'with an adapter': lambda f, a: dict(models=[a, adapter(f)], parameters={'weight': 1}),
+    'a base for the adapter': lambda f, a: dict(models=[a, adapter(f, 'lora')], parameters={'weight': 1}),
+    'write `org/other+': lambda f, a: dict(models=[adapter(f, 'lora')], parameters={'weight': 1}),
+    'got one of another base: it changes `q.weight`': lambda f, a: dict(models=[adapter(f, 'lora', 'q')], base_model=weighted(f), parameters={'weight': 1}),
+    'got factors of another base: (5, 1) and (1, 64)': lambda f, a: dict(models=[f'{weighted(f)}+{adapter(f, "lora", rows=5)}'], parameters={'weight': 1}),
+    'with two; merge the adapters': lambda f, a: dict(models=[f'{weighted(f)}+{adapter(f, "lora")}+{adapter(f, "lora")}'], parameters={'weight': 1}),
+    'expected a LoRA adapter, got `peft_type`': lambda f, a: dict(models=[f'{weighted(f)}+{adapter(f, "lora", peft_type="LOHA")}'], parameters={'weight': 1}),
+    'factors of rank 2': lambda f, a: dict(models=[f'{weighted(f)}+{adapter(f, "lora", r=2)}'], parameters={'weight': 1}),
+    'damaged or cut one: `': lambda f, a: dict(models=[f'{weighted(f)}+{cut_adapter(f)}'], parameters={'weight': 1}),
+    'expected `adapter_model.safetensors` in': lambda f, a: dict(models=[a, empty_adapter(f)], base_model=a, parameters={'weight': 1}),
+    'or lies in it': lambda f, a: dict(models=[f'{weighted(f)}+{adapter(f, "lora")}'], parameters={'weight': 1}, out=f'{f}/lora/inner'),
     'need': lambda f, a: dict(models=[a], parameters={'weight': 1}, max_memory=1000),
     '`max_memory` as bytes': lambda f, a: dict(models=[a], parameters={'weight': 1}, max_memory='much'),
 }
@@ -264,9 +273,23 @@ def quantised(folder):
 def gguf(folder):
     (folder/'model.gguf').write_bytes(b'GGUF' + bytes(60))
     return str(folder/'model.gguf')
-def adapter(folder):
-    path = plain(folder, 'adapter', 7)
-    Path(path, 'adapter_config.json').write_text('{"base_model_name_or_path": "org/other"}')
+def weighted(folder):
+    (folder/'base').mkdir(exist_ok=True)
+    save_file({f'h.{i}.w.weight': torch.ones(64, 64) for i in range(2)}, folder/'base'/'model.safetensors')
+    return str(folder/'base')
+def adapter(folder, name, module='h.0.w', rows=64, **config):
+    (folder/name).mkdir(exist_ok=True)
+    stem = f'base_model.model.{module}.lora_'
+    save_file({f'{stem}A.weight': torch.ones(1, 64), f'{stem}B.weight': torch.ones(rows, 1)}, folder/name/'adapter_model.safetensors')
+    told = dict(peft_type='LORA', r=1, lora_alpha=1, base_model_name_or_path='org/other') | config
+    (folder/name/'adapter_config.json').write_text(json.dumps(told))
+    return str(folder/name)
+def cut_adapter(folder):
+    cut(Path(adapter(folder, 'lora'))/'adapter_model.safetensors')
+    return folder/'lora'
+def empty_adapter(folder):
+    path = adapter(folder, 'lora')
+    Path(path, 'adapter_model.safetensors').unlink()
     return path
 
 @pytest.mark.parametrize('says', BAD)
