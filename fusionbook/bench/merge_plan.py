@@ -142,7 +142,7 @@ class MergePlan:
         "Bytes of the output."
         return sum(t.kind.size for t in self.tensors)
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #e1d466d3
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #f5be12fb
 @dataclass(frozen=True)
 class _StageHead(ModelHead):
     "A model that a stage is going to compute."
@@ -154,7 +154,9 @@ class _StageHead(ModelHead):
 
 def _stage_head(name, plan):
     kinds = {t.name: t.kind for t in plan.tensors}
-    return _StageHead(name, plan.reference.path, kinds, {n: n for n in kinds}, {}, output_config(plan), plan=plan)
+    return _StageHead(
+        name, plan.reference.path, kinds, {n: n for n in kinds}, {}, output_config(plan), plan=plan
+    )
 
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #cca00153
 _LAYER_KEYS = 'num_hidden_layers', 'n_layer', 'n_layers', 'num_layers'

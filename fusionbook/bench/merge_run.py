@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged_state', 'merge_card', 'write_merge']
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #385706da
+# %% ../../nbs/80_bench/16_merge_run.ipynb #2d1a4e06
 import hashlib, json, os, time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -18,6 +18,8 @@ from .merge_plan import MergePlan, output_config, output_files
 from .merge_tensors import is_vocabulary, tied_embedding, vocabulary_axis
 from .merge_tokens import align_rows
 from .values import human_size
+
+# %% ../../nbs/80_bench/16_merge_run.ipynb #430c31c1
 from ..core.atomic import json_text
 from ..core.checkpoint import Checkpoint
 from ..core.engine import check_memory
@@ -45,7 +47,7 @@ def _remembering(sd):
         return last[name]
     return Lazy({k: partial(read, k) for k in sd.meta}, sd.meta, sd.tied)
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #d70bd7a1
+# %% ../../nbs/80_bench/16_merge_run.ipynb #f714d159
 def _stored(name, head, log):
     "The tensors of a model's files, and what is read of them noted."
     sd = log.watch(name, Checkpoint(head.path))
@@ -55,6 +57,7 @@ def _stored(name, head, log):
         {n: info[old] for n, old in head.stored.items()},
     )
 
+# %% ../../nbs/80_bench/16_merge_run.ipynb #4957c597
 def _states(plan, log, device):
     "Model -> its tensors under the names of the plan."
     found = {}
