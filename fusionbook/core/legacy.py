@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'of_fusionbench', 'our_target', 'is_foreign', 'translate', 'build', 'run_values', 'part_of']
 
-# %% ../../nbs/00_core/07_legacy.ipynb #205963b5
+# %% ../../nbs/00_core/07_legacy.ipynb #f61fa0ac
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from .config import CONFIG, check_targets, instantiate, known_keys, locate, plain, published
 from .errors import FusionError, check_known, nearest
 from .foreign import helped, note, program, resolved, unresolved
+from .foreign_adaptive import adaptive_keys, transductive_keys
 from .foreign_pools import HUB_CLASSES, HUB_TYPES, hub_pool
 from .hub import mirrored
 
@@ -77,11 +78,13 @@ def our_target(
         if name in names: return f'fusionbook.{kind}.{name}'
     raise FusionError(f'expected a {_WORDS[kind]} that exists here, got `{target}`: {_analysis(cls, kind)}')
 
-# %% ../../nbs/00_core/07_legacy.ipynb #be88c898
+# %% ../../nbs/00_core/07_legacy.ipynb #5faba17e
 _OLDER = {
     'ensemble': 'ensemble/simple_ensemble',
     'max_predictor': 'ensemble/max_model_predictor',
     'modelsoup': 'simple_average',
+    'clip_layer_wise_gossip': 'gossip/layer_wise_clip',
+    'clip_layer_wise_adamerging_surgery': 'surgery/adamerging_surgery',
     'mixtral_for_causal_lm_moe_upscaling': 'mixtral_moe_upscaling',
     'mixtral_for_causal_lm_merging': 'mixtral_moe_merging',
 }
@@ -95,7 +98,7 @@ def _files():
     }
     # a folder that bears the file's name goes before folders of methods that are built on it
     stems = sorted(reversed(found.values()), key=lambda p: p.stem in p.parent.name)
-    return {p.stem: p for p in stems} | {k: found[v] for k, v in _OLDER.items()} | found
+    return {p.stem: p for p in stems} | {k: found[v] for k, v in _OLDER.items() if v in found} | found
 
 # %% ../../nbs/00_core/07_legacy.ipynb #e9d6db6c
 def _hint(name, files):
@@ -105,17 +108,16 @@ def _hint(name, files):
     slip = [n for n in get_close_matches(name, files, n=3, cutoff=.85) if abs(len(n) - len(name)) < 3]
     return nearest(name, slip) if slip else '`fusionbook list methods` shows what there is'
 
-# %% ../../nbs/00_core/07_legacy.ipynb #2b767d14
+# %% ../../nbs/00_core/07_legacy.ipynb #1e659825
 def _method(cfg):
     name, files = str(cfg['name']), _files()
     if name not in files:
         raise FusionError(
             f'expected the name of a method that exists here, got `{name}`; {_hint(name, files)}'
         )
-    data = (
-        {'data': 'unlabeled_test'} if name.startswith(('clip_layer_wise_ada', 'clip_task_wise_ada')) else {}
-    )
-    named = {'name': name} if data else {}
+    on_test = name.startswith(('clip_layer_wise_', 'clip_task_wise_'))
+    data = {'data': 'unlabeled_test'} if on_test else {}
+    named = {'name': name} if data and name.endswith('_adamerging') else {}
     return plain(OmegaConf.load(files[name])) | data | {k: v for k, v in cfg.items() if k != 'name'} | named
 
 # %% ../../nbs/00_core/07_legacy.ipynb #a716fbc6
@@ -301,7 +303,7 @@ def _clip_models(cfg):
     models = cfg.get('models')
     return cfg | ({'models': {k: _path(v) for k, v in models.items()}} if isinstance(models, Mapping) else {})
 
-# %% ../../nbs/00_core/07_legacy.ipynb #8b76c3bd
+# %% ../../nbs/00_core/07_legacy.ipynb #37ccacc6
 def _clip_tasks(cfg):
     if cfg.get('layer_wise_routing_weights_save_path'):
         note(
@@ -327,7 +329,18 @@ _ANALYSED = (
     'SuperposedTaskArithmetic',
     'SuperposedTaskArithmeticLoRA',
 )
-_POOLS = dict.fromkeys(HUB_CLASSES.values(), hub_pool) | dict.fromkeys(_ANALYSED, _analysed) | {
+_ADAPTING = (
+    'ResNetTaskWiseAdamerging',
+    'ResNetLayerWiseAdamerging',
+    'GPT2LayerWiseAdaMerging',
+    'FlanT5LayerWiseAdaMerging',
+    'CLIPLayerWiseGossip',
+    'FlanT5LayerWiseGossip',
+    'CLIPLayerWiseAdaMergingSurgery',
+)
+_LABELLED = 'LayerWiseAdaMergingForLlamaSFT', 'FrankWolfeHard', 'FrankWolfeSoft'
+_LEARNING = dict.fromkeys(_ADAPTING, transductive_keys) | dict.fromkeys(_LABELLED, adaptive_keys)
+_POOLS = _LEARNING | dict.fromkeys(HUB_CLASSES.values(), hub_pool) | dict.fromkeys(_ANALYSED, _analysed) | {
     'CLIPVisionModelPool': _clip_models,
     'CLIPVisionModelTaskPool': _clip_tasks,
 }
