@@ -66,18 +66,21 @@ def matrix_modules(
         )
     return chosen
 
-# %% ../../nbs/60_method/02_statistics.ipynb #d3cd885c
+# %% ../../nbs/60_method/02_statistics.ipynb #9e5b8869
 class _Sums:
     "Sums over the rows that one module reads."
     def __init__(self, gram, dtype):
         self.with_gram, self.dtype, self.count, self.total, self.second = gram, dtype, 0, 0., 0.
+        self.sizes = 0.
     def add(self, rows):
         rows = rows.to(self.dtype)
         self.count += len(rows)
         self.total = self.total + rows.sum(0)
+        self.sizes = self.sizes + rows.abs().sum(0)
         self.second = self.second + (rows.T @ rows if self.with_gram else rows.square().sum(0))
     def statistic(self, kind):
         if kind == 'mean': return self.total / self.count
+        if kind == 'mean_abs': return self.sizes / self.count
         if kind == 'gram': return self.second / self.count
         return ((self.second.diagonal() if self.with_gram else self.second) / self.count).sqrt()
 
@@ -93,8 +96,8 @@ def _listening(modules, sums):
     finally:
         for handle in handles: handle.remove()
 
-# %% ../../nbs/60_method/02_statistics.ipynb #a681698e
-KINDS = ('gram', 'mean', 'scale') # (d_in, d_in), (d_in,), (d_in,)
+# %% ../../nbs/60_method/02_statistics.ipynb #7334010e
+KINDS = ('gram', 'mean', 'scale', 'mean_abs') # (d_in, d_in), and (d_in,) for the others
 
 # %% ../../nbs/60_method/02_statistics.ipynb #be024ca1
 def collect(

@@ -94,7 +94,7 @@ def norm_coefficients(
     inverse = [1 / (n + 1e-6) for n in lengths]
     return [x / sum(inverse) for x in inverse]
 
-# %% ../../../nbs/65_statistics/fisher.ipynb #65a784a2
+# %% ../../../nbs/65_statistics/fisher.ipynb #9552a171
 @dataclass
 class FisherMerging(StatisticsMethod):
     "Fisher merging: the mean of experts, each weight by its certainty (Matena and Raffel, 2022)."
@@ -118,7 +118,8 @@ class FisherMerging(StatisticsMethod):
     @property
     def uses(self):
         base = ('pretrained',) * bool(self.exclude_param_names_regex)
-        return *base, 'experts', self.data, *(('labels',) * (self.fisher == 'empirical'))
+        labels = ('labels',) * (self.fisher == 'empirical' and not self.statistics)
+        return *base, 'experts', *self.reads, *labels
     def merge(self, pool) -> StateDict:
         excluded, base = excluded_names(pool.reference(), self.exclude_param_names_regex), None
         if self.exclude_param_names_regex: base = pool.pretrained()

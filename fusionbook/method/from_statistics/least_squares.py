@@ -75,7 +75,7 @@ def gram_average(
     def other(e): return e.base if e.name in excluded else e.experts.mean(0)
     return map_tensors(Route(matrix, other, rule), base, experts, like=like, device=device)
 
-# %% ../../../nbs/65_statistics/02_least_squares.ipynb #c0b8c7d5
+# %% ../../../nbs/65_statistics/02_least_squares.ipynb #9dc948f2
 @dataclass
 class GramMethod(StatisticsMethod):
     "A method that merges matrices by what they read."
@@ -83,19 +83,20 @@ class GramMethod(StatisticsMethod):
     num_regmean_examples: int = 256         # inputs of each task
     reduce_non_diagonal_ratio: float = .95  # α, what entries of a Gram matrix off its diagonal are multiplied by
     weight_transpose: bool = True           # FusionBench's switch; how a weight lies is known from its module
+    gram_mb: float = 4096                   # megabytes of Gram matrices that are summed up at one time; more take several passes and wait on the disk
     ridge: float = 1e-6                     # where nobody reads: share of the mean diagonal entry that is added
     def __post_init__(self):
         super().__post_init__()
         self.exclude_param_names_regex = list(self.exclude_param_names_regex or ())
         excluded_names((), self.exclude_param_names_regex)
-        at_least(self, num_regmean_examples=1, reduce_non_diagonal_ratio=0)
+        at_least(self, num_regmean_examples=1, reduce_non_diagonal_ratio=0, gram_mb=0)
         if not (self.reduce_non_diagonal_ratio <= 1 and self.ridge > 0):
             raise FusionError(
                 'expected `reduce_non_diagonal_ratio` of at most 1 and `ridge` above 0, got '
                 f'{self.reduce_non_diagonal_ratio} and {self.ridge}'
             )
     @property
-    def uses(self): return *(('pretrained',) * bool(self.exclude_param_names_regex)), 'experts', self.data
+    def uses(self): return *(('pretrained',) * bool(self.exclude_param_names_regex)), 'experts', *self.reads
     def least_squares(self,
         pool,                         # the models
         statistics:Sequence[Mapping], # T mappings with `gram/NAME`

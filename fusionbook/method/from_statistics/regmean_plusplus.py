@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['stages', 'RegMeanPlusPlus']
 
-# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #e9448413
+# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #ce351907
 from dataclasses import dataclass
 from functools import partial
 from torch import nn
+from ...core.errors import FusionError
 from ...core.per_tensor import layer_of
 from ...core.progress import track
 from ...core.state_dict import Lazy, meta, shared, StateDict
@@ -62,13 +63,17 @@ def _tensors_of(layer, modules, names):
     if layer is None: return [n for n in names if n.rpartition('.')[0] in modules]
     return [n for n in names if layer_of(n) == layer]
 
-# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #cdd356b1
+# %% ../../../nbs/65_statistics/regmean_plusplus.ipynb #ee9bd2d2
 @dataclass
 class RegMeanPlusPlus(GramMethod):
     "RegMean++: least-squares means of matrices, each behind the layers merged before it (Nguyen et al., 2025)."
     config_names = ('regmean_plusplus/clip_regmean_plusplus',)
     paper, year = 'arxiv:2508.03121', 2025
     tune = {'reduce_non_diagonal_ratio': '0.1,0.3,0.5,0.7,0.9,0.95,1.0'}
+    def __post_init__(self):
+        super().__post_init__()
+        if self.statistics or self.share:
+            raise FusionError('expected `statistics` and `share` as null: what arrives depends on the merge')
     def merge(self, pool) -> StateDict:
         like = pool.reference()
         means = self.least_squares(pool, [{}] * len(pool))

@@ -85,7 +85,7 @@ def gradient_sizes(
         count += len(x)
     return {k: (v / count).float().cpu() for k, v in total.items()}
 
-# %% ../../../nbs/65_statistics/trust_region.ipynb #cd75c79a
+# %% ../../../nbs/65_statistics/trust_region.ipynb #bef4cba4
 @dataclass
 class TaskArithmeticWithTrustRegion(StatisticsMethod):
     "Task arithmetic in a trust region: without entries in which tasks are in each other's way (Sun et al., 2025)."
@@ -101,7 +101,9 @@ class TaskArithmeticWithTrustRegion(StatisticsMethod):
         if not 0 < self.threshold_quantile <= 1:
             raise FusionError(f'expected `threshold_quantile` in (0, 1], got {self.threshold_quantile}')
     @property
-    def uses(self): return 'pretrained', 'experts', *(() if self.zero_shot else (self.data, 'labels'))
+    def uses(self):
+        seen = () if self.zero_shot or self.statistics else (self.data, 'labels')
+        return 'pretrained', 'experts', *seen
     def direction(self, pool) -> StateDict:
         return trust_region_direction(
             pool.pretrained(),
