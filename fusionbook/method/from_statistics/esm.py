@@ -19,7 +19,7 @@ from ...core.matrices import matrix_rule
 from ...core.state_dict import Lazy, meta, shared, StateDict
 from ..base import at_least
 from .collected import StatisticsMethod
-from .essential import essential, evened, RoutedNetwork
+from .essential import essential, evened, ResidualNetwork
 from .grams import expert_grams
 from ..statistics import matrix_modules
 from ..subspace.by_matrix import mean_task_vector, orthogonal_sum, SideBySide
@@ -180,11 +180,11 @@ def residual_network(
     pool,                       # models
     network:nn.Module,          # the merged one
     sums:Sequence[StateDict],   # what each expert's matrices read
-) -> RoutedNetwork:
+) -> ResidualNetwork:
     "The merged network with what is missing of every expert."
     linear = matrix_modules(network, method.routed or ('*',))
     layers = [n for n, m in linear.items() if isinstance(m, nn.Linear) and f'gram/{n}.weight' in sums[0]]
-    net = RoutedNetwork(network, pool.model_names, layers, method.lora_rank)
+    net = ResidualNetwork(network, pool.model_names, layers, method.lora_rank)
     for name, rest in zip(layers, net.residuals, strict=True):
         key, own = f'{name}.weight', network.get_submodule(name).weight.detach().double()
         for i, (expert, s) in enumerate(zip(pool.experts(), sums, strict=True)):
