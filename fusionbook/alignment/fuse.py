@@ -190,13 +190,13 @@ class _Aligner:
 @patch
 def cost(self:_Aligner, group, places, now):
     "Costs of one group, (n, m) or (k, n, m)."
-    (specs, sds), heard = self.sides(now), self.grams.get(group)
-    if heard and self.mix == 1: return distances(heard, **self.cost_of)
+    (specs, sds), observed = self.sides(now), self.grams.get(group)
+    if observed and self.mix == 1: return distances(observed, **self.cost_of)
     far = _pair_costs(specs, sds, group, self.names, set(now), self.cost_of, self.solve)
     if far is None: far = distances(weight_gram(specs, sds, group, places), **self.cost_of)
-    if not heard: return far
+    if not observed: return far
     return (1 - self.mix) * rescale(far, 'mean') + self.mix * rescale(
-        distances(heard, **self.cost_of), 'mean'
+        distances(observed, **self.cost_of), 'mean'
     )
 
 @patch
@@ -319,18 +319,18 @@ def group_grams(
     per_sample:bool=False, # see `activation_grams`
 ) -> dict[str, Gram]:   # group -> sums over samples, positions and all modules that put the group out
     "What two networks answer to the same inputs, by group."
-    heard = {g: names for g in plain_groups(spec, ['*']) if (names := listeners(spec, anchor, g))}
-    if not heard:
+    observed = {g: names for g in plain_groups(spec, ['*']) if (names := listeners(spec, anchor, g))}
+    if not observed:
         raise FusionError('expected a group that some module puts out, got none; compare by weights')
     grams = activation_grams(
         moved,
         anchor,
-        list(dict.fromkeys(n for names in heard.values() for n in names)),
+        list(dict.fromkeys(n for names in observed.values() for n in names)),
         batches,
         pre=pre,
         per_sample=per_sample,
     )
-    return {g: _total([grams[n] for n in names]) for g, names in heard.items()}
+    return {g: _total([grams[n] for n in names]) for g, names in observed.items()}
 
 def _total(grams):
     "The sums of several modules together."

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.docments import docments
 from ..analysis.base import BaseAnalysis, Findings, check_asked
 from .arguments import composition, search_folders, split_words
-from .board import methods_asked
+from .board import methods_requested
 from .configured import build_part, complete
 from .flags import Flags, check_choice, read_flags
 from .mistakes import check_words, own_tasks
@@ -49,9 +49,9 @@ _KINDS = dict(int=int, float=float, str=str, bool=str)
 
 def _truth(name, text):
     "A switch that is typed."
-    said = str(text).lower()
-    if said not in ('true', 'false'): raise FusionError(f'expected --{name} true or false, got `{text}`')
-    return said == 'true'
+    message = str(text).lower()
+    if message not in ('true', 'false'): raise FusionError(f'expected --{name} true or false, got `{text}`')
+    return message == 'true'
 
 def _kind(f):
     "The type of a field: its first word, int of `int | None`."
@@ -131,7 +131,7 @@ def merged_models(
         name, *values = entry.split()
         if bad := [v for v in values if '=' not in v]:
             raise FusionError(f'expected values of `{name}` as key=value, got `{bad[0]}`')
-        (config,) = methods_asked([name], folders).values()
+        (config,) = methods_requested([name], folders).values()
         method, given = build(config, 'method'), dict(v.split('=', 1) for v in values)
         check_known(given, [k for k in method.config if not k.startswith('_')], f'the method `{name}`')
         method = with_values(method, given)

@@ -120,11 +120,11 @@ def finished(
     content:str,  # hash of the notebook
 ) -> bool:
     "Whether a run's copy is there and whole, and so is the file that it wrote."
-    asked = run.given.get('out_json')
+    requested = run.given.get('out_json')
     try:
         copy = json.loads(run.copy.read_text(encoding='utf-8'))
         note = copy['metadata']['fusionbook']
-        whole = note['digest'] == copy_hash(copy) and (not asked or Path(asked).exists())
+        whole = note['digest'] == copy_hash(copy) and (not requested or Path(requested).exists())
         same = note['notebook'] == content and note['parameters'] == json.loads(json.dumps(run.given))
         return whole and same and note['state'] == 'finished'
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError): return False
@@ -168,12 +168,12 @@ def summary_table(
 def _page(title, runs, link='{}'):
     "A notebook with the table."
     count = {s: sum(r.state == s for r in runs) for s in ('finished', 'kept', 'failed', 'waiting')}
-    said = ', '.join(f'{n} {s}' for s, n in count.items() if n)
+    message = ', '.join(f'{n} {s}' for s, n in count.items() if n)
     same = parameters_text(
         {k: v for k, v in runs[0].given.items() if k not in runs[0].named and k != 'out_json'}
     )
     text = [
-        f'# {title}\n\n> {len(runs)} runs: {said}.',
+        f'# {title}\n\n> {len(runs)} runs: {message}.',
         summary_table(runs, link) + (f'\n\nThe same in every run: {same}.' if same else ''),
     ]
     cells = [
@@ -266,7 +266,7 @@ def experiment_arguments(
     argv:Sequence[str], # what the user typed after `fusionbook experiment`
 ) -> dict:              # name, fixed, grid, output, report
     "Read the command line of an experiment."
-    told = ('expected `fusionbook experiment NAME [-p KEY VALUE …] [--grid KEY=VALUE,… …] [-o OUTPUT] '
+    config = ('expected `fusionbook experiment NAME [-p KEY VALUE …] [--grid KEY=VALUE,… …] [-o OUTPUT] '
             '[--report]`, got')
     names, fixed, grid, output, report = [], {}, {}, None, False
     rest = [w for a in argv for w in (a.split('=', 1) if a.startswith(_JOINED) else [a])]
@@ -280,10 +280,10 @@ def experiment_arguments(
         elif word in ('-o', '--output') and left: output = rest.pop(0)
         elif word == '--report': report = True
         elif '=' in word or word.startswith('-') and word not in _TAKING:
-            raise FusionError(f'{told} `{word}`; ' + _meant(word, rest))
-        elif word.startswith('-'): raise FusionError(f'{told} `{word}` without a value')
+            raise FusionError(f'{config} `{word}`; ' + _meant(word, rest))
+        elif word.startswith('-'): raise FusionError(f'{config} `{word}` without a value')
         else: names.append(word)
-    if len(names) != 1: raise FusionError(f'{told} {len(names)} names')
+    if len(names) != 1: raise FusionError(f'{config} {len(names)} names')
     return dict(name=names[0], fixed=fixed, grid=grid, output=output, report=report)
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #4505cb98
@@ -318,9 +318,9 @@ def experiment_command(
     folder:Path=EXPERIMENTS,
 ) -> None:                   # raises `FusionError` when a run failed
     "Run what `fusionbook experiment` asks for, and print where it lies."
-    asked = experiment_arguments(argv)
-    if asked['report'] and not REPORTS.is_dir():
+    requested = experiment_arguments(argv)
+    if requested['report'] and not REPORTS.is_dir():
         raise FusionError(f'expected a clone of the book to put reports into, got no folder `{REPORTS}`')
-    grid = asked.pop('grid')
-    if grid: _many(grid=grid, folder=folder, **asked)
-    else: _one(folder=folder, **asked)
+    grid = requested.pop('grid')
+    if grid: _many(grid=grid, folder=folder, **requested)
+    else: _one(folder=folder, **requested)

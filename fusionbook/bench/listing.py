@@ -40,10 +40,10 @@ def _files(group, folders):
 
 def _target(name, lines, group, files):
     "The name that a file only points to; its own where it says more."
-    said = [l.strip() for l in lines if l.strip() and not l.startswith('#')]
+    message = [l.strip() for l in lines if l.strip() and not l.startswith('#')]
     points = (
-        re.fullmatch(rf'- /?{group}/(.+)@_here_', said[1])
-        if len(said) == 2 and said[0] == 'defaults:'
+        re.fullmatch(rf'- /?{group}/(.+)@_here_', message[1])
+        if len(message) == 2 and message[0] == 'defaults:'
         else None
     )
     if points and points[1] in files: return _target(points[1], files[points[1]], group, files)
@@ -65,8 +65,8 @@ def entries(
     for name, lines in files.items(): names.setdefault(_target(name, lines, group, files), []).append(name)
     def entry(full, all_names):
         first, *rest = sorted(all_names, key=lambda n: (n.count('/'), len(n), n))
-        text, said = _comments(files[full])
-        return Listed(first, text, said.get('sees', ''), rest, said.get('paper', ''))
+        text, message = _comments(files[full])
+        return Listed(first, text, message.get('sees', ''), rest, message.get('paper', ''))
     return sorted((entry(*item) for item in names.items()), key=lambda e: e.name)
 
 # %% ../../nbs/80_bench/98_list.ipynb #30c364ae
@@ -94,8 +94,8 @@ def gathered(
         folder, slash, _ = e.name.partition('/')
         if not slash or folder not in many: out.append(e)
         elif not any(o.name == f'{folder}/...' for o in out):
-            told = f'{where[folder]} {group}, such as {e.name}'
-            out.append(Listed(f'{folder}/...', f'{told}; `fusionbook list {group} {folder}` shows them.'))
+            settings = f'{where[folder]} {group}, such as {e.name}'
+            out.append(Listed(f'{folder}/...', f'{settings}; `fusionbook list {group} {folder}` shows them.'))
     return out
 
 # %% ../../nbs/80_bench/98_list.ipynb #72dca82d

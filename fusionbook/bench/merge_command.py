@@ -260,7 +260,7 @@ def merge(
     **keys,                      # method, models, base, … and settings of the method
 ) -> Path|None:                  # the folder; None for a dry run
     "Merge model files into a folder that opens everywhere."
-    told = _checked_options(
+    settings = _checked_options(
         dict(
             dry_run=dry_run,
             max_memory=max_memory,
@@ -269,15 +269,15 @@ def merge(
             hub_mirror=hub_mirror or None,
         )
     )
-    plan = plan_merge(_recipe_of(recipe, keys), told.get('hub_mirror', {}))
+    plan = plan_merge(_recipe_of(recipe, keys), settings.get('hub_mirror', {}))
     heads = plan.heads.values()
     for note in code_notes(heads) + adapter_notes(heads): print(f'note: {note}')
     path = check_merge_place(out, plan) if out is not None else None
-    if told['dry_run']:
-        for line in plan_lines(plan, told['dry_run'] == 'full'): print(line)
+    if settings['dry_run']:
+        for line in plan_lines(plan, settings['dry_run'] == 'full'): print(line)
         return None
     if path is None: raise FusionError('expected a folder for the merged model, got none')
-    return _perform(plan, path, told['device'], told.get('max_memory'), told.get('shard_size'))
+    return _perform(plan, path, settings['device'], settings.get('max_memory'), settings.get('shard_size'))
 
 # %% ../../nbs/80_bench/16b_merge_command.ipynb #ae3f48d7
 def _recipe_of(recipe, keys):

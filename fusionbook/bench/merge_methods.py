@@ -259,14 +259,14 @@ def check_model_count(
         )
     most = way.most if way.most is not None else len(models)
     if way.least <= len(models) <= most: return
-    told = (
+    count = (
         str(way.least)
         if way.most == way.least
         else f'at least {way.least}' if way.most is None else f'{way.least} to {way.most}'
     )
     beside = 'beside the base ' if base and way.base != 'unused' else ''
     raise FusionError(
-        f'expected {told} model{"s" * (told != "1")} {beside}for `{way.name}`{where}, got {len(models)}'
+        f'expected {count} model{"s" * (count != "1")} {beside}for `{way.name}`{where}, got {len(models)}'
     )
 
 # %% ../../nbs/80_bench/13b_merge_methods.ipynb #9c81eabe

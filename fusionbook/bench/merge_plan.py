@@ -186,8 +186,8 @@ def output_files(
         words = tokenizer_files(plan.tokens, plan.heads)
         files = {n: d for n, d in files.items() if not OWN_FILES.search(n)} | words
         if 'generation_config.json' in files:
-            told = moved_ids(json.loads(files['generation_config.json']), plan.tokens)
-            files['generation_config.json'] = json.dumps(told, indent=2)
+            facts = moved_ids(json.loads(files['generation_config.json']), plan.tokens)
+            files['generation_config.json'] = json.dumps(facts, indent=2)
     if files and plan.reference.config: files['config.json'] = json.dumps(output_config(plan), indent=2)
     template = chat_template(recipe.chat_template, plan.heads.values()) if recipe.chat_template else None
     return with_template(files, template) if template else files

@@ -266,13 +266,13 @@ def _told_config(plan):
 def _beside(plan, log):
     "The files beside the tensors, when all has been read."
     identities = {n: log.identity(n) for n in log.raw}
-    told = dict(
+    settings = dict(
         format=1, method=plan.recipe.method, recipe=plan.recipe.text, sources=identities, versions=_versions()
     )
     config = {'config.json': _told_config(plan)} if plan.reference.config else {}
     own = {
         'README.md': merge_card(plan, identities, _versions()),
-        'merge.json': json_text(told),
+        'merge.json': json_text(settings),
         'merge.yml': plan.recipe.text,
     }
     return {**output_files(plan), **config, **own}

@@ -73,11 +73,11 @@ class TokenPlan:
 def _next(words): return max(words.values(), default=-1) + 1
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #0c5d2319
-def _default(word, asked, tables, base):
+def _default(word, choice, tables, base):
     "Where the row of a word comes from in a model that lacks it."
-    if asked and asked['kind'] == 'zero': return 'zero'
-    if asked and asked['kind'] == 'model': return asked['model'], _row_in(tables, asked['model'], word)
-    if asked: return asked['model'], _asked_row(tables, asked)
+    if choice and choice['kind'] == 'zero': return 'zero'
+    if choice and choice['kind'] == 'model': return choice['model'], _row_in(tables, choice['model'], word)
+    if choice: return choice['model'], _requested_row(tables, choice)
     having = [m for m, t in tables.items() if word in t]
     if not having: return 'zero'
     if len(having) == 1: return having[0], tables[having[0]][word]
@@ -93,16 +93,16 @@ def _row_in(tables, model, word):
         raise FusionError(f'expected the token `{word}` in `{model}`, which does not have it')
     return tables[model][word]
 
-def _asked_row(tables, asked):
-    if asked.get('token') is not None: return _row_in(tables, asked['model'], str(asked['token']))
-    if type(asked.get('token_id')) is not int:
-        raise FusionError(f'expected `token` or `token_id` of `{asked["model"]}`, got neither')
-    return asked['token_id']
+def _requested_row(tables, choice):
+    if choice.get('token') is not None: return _row_in(tables, choice['model'], str(choice['token']))
+    if type(choice.get('token_id')) is not int:
+        raise FusionError(f'expected `token` or `token_id` of `{choice["model"]}`, got neither')
+    return choice['token_id']
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #6cb1eb3f
-def _source_words(told, tables, reference):
+def _source_words(spec, tables, reference):
     "Words of the result, and the model whose tokenizer it has."
-    source = told['source']
+    source = spec['source']
     own = reference if source in ('union', 'base') else source
     if own not in tables:
         raise FusionError(
@@ -112,20 +112,20 @@ def _source_words(told, tables, reference):
     words = dict(tables[own])
     more = [t for m, t in tables.items() if m != own] if source == 'union' else []
     new = dict.fromkeys(
-        w for t in [*more, dict.fromkeys(told['tokens'], 0)] for w in sorted(t, key=t.get) if w not in words
+        w for t in [*more, dict.fromkeys(spec['tokens'], 0)] for w in sorted(t, key=t.get) if w not in words
     )
     start = _next(words)
     return words | {w: start + i for i, w in enumerate(new)}, own, tuple(new)
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #dba652a9
-def _count(told, words, own_rows):
+def _count(spec, words, own_rows):
     "Rows of the result."
-    need, pad = _next(words), told['pad_to_multiple_of']
+    need, pad = _next(words), spec['pad_to_multiple_of']
     return -(-need // pad) * pad if pad else max(need, own_rows)
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #7baf1950
 def plan_tokens(
-    told:Mapping,                # source, tokens, pad_to_multiple_of, as a recipe has them
+    spec:Mapping,                # source, tokens, pad_to_multiple_of, as a recipe has them
     heads:Mapping[str, ModelHead],
     reference:str,               # the base, or the first model
     base:str|None,               # the base, where there is one
@@ -133,23 +133,23 @@ def plan_tokens(
     "Put the rows of every model in one order."
     tables = {m: _words(h) for m, h in heads.items()}
     before = tables[reference]
-    words, own, added = _source_words(told, tables, reference)
+    words, own, added = _source_words(spec, tables, reference)
     sizes = {m: _rows(h) for m, h in heads.items()}
     for m, t in tables.items(): tables[m] = {w: r for w, r in t.items() if r < sizes[m]}
-    rows, asked = _count(told, words, sizes[own]), told['tokens']
+    rows, choice = _count(spec, words, sizes[own]), spec['tokens']
     at = {r: w for w, r in words.items()}
-    forced = {w for w, a in asked.items() if a['force']}
+    forced = {w for w, a in choice.items() if a['force']}
     picks = {m: [-1] * rows for m in heads}
     for m, t in tables.items():
         for w, r in words.items():
             if w in t and w not in forced: picks[m][r] = t[w]
     fills = {
-        r: _default(w, asked.get(w), tables, base)
+        r: _default(w, choice.get(w), tables, base)
         for r, w in at.items()
         if any(p[r] < 0 for p in picks.values())
     }
     empty = [r for r in range(rows) if r not in at]
-    padded = tuple(empty) if told['pad_to_multiple_of'] else ()
+    padded = tuple(empty) if spec['pad_to_multiple_of'] else ()
     if not padded: _keep_empty(empty, picks, fills, tables, sizes, own)
     return TokenPlan(rows, words, before, picks, fills, padded, own, added)
 
@@ -233,21 +233,21 @@ def _entry(word, row, like):
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #3765dda6
 def _grown_tokenizer(text, plan, entries):
     "A `tokenizer.json` with the words that were added."
-    told = json.loads(text)
-    table = told['model'].get('vocab')
+    spec = json.loads(text)
+    table = spec['model'].get('vocab')
     apart = [w for w in plan.added if w in entries or not isinstance(table, dict)]
     if isinstance(table, dict): table.update({w: plan.words[w] for w in plan.added if w not in apart})
     new = [_entry(w, plan.words[w], entries.get(w)) for w in apart]
-    told['added_tokens'] = sorted([*(told.get('added_tokens') or []), *new], key=lambda t: t['id'])
-    return json.dumps(told, ensure_ascii=False, indent=2), new
+    spec['added_tokens'] = sorted([*(spec.get('added_tokens') or []), *new], key=lambda t: t['id'])
+    return json.dumps(spec, ensure_ascii=False, indent=2), new
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #09c22d5d
 def _grown_settings(text, new):
     "A `tokenizer_config.json` that knows the added tokens, where it lists them."
-    told = json.loads(text)
-    if 'added_tokens_decoder' in told:
-        told['added_tokens_decoder'] |= {str(t['id']): {k: v for k, v in t.items() if k != 'id'} for t in new}
-    return json.dumps(told, ensure_ascii=False, indent=2)
+    spec = json.loads(text)
+    if 'added_tokens_decoder' in spec:
+        spec['added_tokens_decoder'] |= {str(t['id']): {k: v for k, v in t.items() if k != 'id'} for t in new}
+    return json.dumps(spec, ensure_ascii=False, indent=2)
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #6d60535c
 OWN_FILES = re.compile(
@@ -327,8 +327,8 @@ def _own_template(head):
     "The template of a model, or None."
     files = head.beside
     if 'chat_template.jinja' in files: return files['chat_template.jinja'].decode()
-    told = json.loads(files.get('tokenizer_config.json', '{}')).get('chat_template')
-    return told if isinstance(told, str) else None
+    spec = json.loads(files.get('tokenizer_config.json', '{}')).get('chat_template')
+    return spec if isinstance(spec, str) else None
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #02378c88
 def chat_template(
@@ -354,7 +354,7 @@ def with_template(
     "The files of a tokenizer with another template."
     found = dict(files) | {'chat_template.jinja': template.encode()}
     if 'tokenizer_config.json' in found:
-        told = json.loads(found['tokenizer_config.json'])
-        told.pop('chat_template', None)
-        found['tokenizer_config.json'] = json.dumps(told, ensure_ascii=False, indent=2)
+        spec = json.loads(found['tokenizer_config.json'])
+        spec.pop('chat_template', None)
+        found['tokenizer_config.json'] = json.dumps(spec, ensure_ascii=False, indent=2)
     return found

@@ -145,8 +145,8 @@ def _check_block(sources):
         )
     sizes = {s.model: s.layers[1] - s.layers[0] for s in sources if s.layers}
     if len(set(sizes.values())) > 1:
-        told = ', '.join(f'{n} of `{m}`' for m, n in sizes.items())
-        raise FusionError(f'expected as many layers from each source of a block, got {told}')
+        keys = ', '.join(f'{n} of `{m}`' for m, n in sizes.items())
+        raise FusionError(f'expected as many layers from each source of a block, got {keys}')
 
 def _block(entry):
     "One entry of `slices`."
@@ -172,18 +172,18 @@ def _listed(models):
         raise FusionError(f'expected `models` as a list, such as [a/, b/], got {models!r:.60}')
     return [_source(m, ('model', 'parameters', 'layer_range')) for m in models], {}
 
-def _blocks(told):
+def _blocks(keys):
     "The blocks of a file, and what its models are called."
-    given = [k for k in ('models', 'slices', 'modules') if told.get(k)]
+    given = [k for k in ('models', 'slices', 'modules') if keys.get(k)]
     if len(given) != 1:
         raise FusionError(f'expected one of `models` and `slices`, got {" and ".join(given) or "neither"}')
     if given == ['modules']:
         raise FusionError(
             'expected `models` or `slices`, got `modules`: models of several stacks are merged by `models`'
         )
-    if given == ['slices']: blocks, names = tuple(_block(b) for b in told['slices']), {}
+    if given == ['slices']: blocks, names = tuple(_block(b) for b in keys['slices']), {}
     else:
-        sources, names = _listed(told['models'])
+        sources, names = _listed(keys['models'])
         blocks = (MergeBlock(tuple(sources)),)
     for b in blocks: _check_block(b.sources)
     return blocks, names
@@ -204,9 +204,9 @@ def _row_source(token, value):
     return found | {'force': bool(value.get('force', False))}
 
 # %% ../../nbs/80_bench/13_recipe_file.ipynb #966f2ed1
-def _tokens(told):
+def _tokens(keys):
     "What is said of the vocabulary."
-    old, new = told.get('tokenizer_source'), told.get('tokenizer')
+    old, new = keys.get('tokenizer_source'), keys.get('tokenizer')
     if old and new: raise FusionError('expected one of `tokenizer_source` and `tokenizer`, got both')
     if not old and not new: return {}
     new = (
@@ -239,18 +239,17 @@ _OURS = (*_BOTH, 'method', 'base', 'base_model', 'merge_backbone', 'modelpool', 
 _PROGRAMS = {'experts': 'mergekit-moe', 'gate_mode': 'mergekit-moe', 'genome': 'mergekit-evolve'}
 FLOATS = 'float32', 'bfloat16', 'float16', 'float64'
 
-def _check_keys(told):
-    if other := [k for k in _PROGRAMS if k in told]:
+def _check_keys(keys):
+    if other := [k for k in _PROGRAMS if k in keys]:
         raise FusionError(
             f'expected a merge, got a file of {_PROGRAMS[other[0]]} (`{other[0]}`), which is not here yet'
         )
-    if not told.get('merge_method') and not told.get('method'):
-        raise FusionError(
-            f'expected `method` or `merge_method`, got neither among {", ".join(map(str, told)) or "no keys"}'
-        )
-    if told.get('merge_method') and told.get('method'):
+    if not keys.get('merge_method') and not keys.get('method'):
+        got = ', '.join(map(str, keys)) or 'no keys'
+        raise FusionError(f'expected `method` or `merge_method`, got neither among {got}')
+    if keys.get('merge_method') and keys.get('method'):
         raise FusionError('expected `method` (ours) or `merge_method` (mergekit), got both')
-    check_known(told, _KEYS if told.get('merge_method') else _OURS, 'a merge')
+    check_known(keys, _KEYS if keys.get('merge_method') else _OURS, 'a merge')
 
 # %% ../../nbs/80_bench/13_recipe_file.ipynb #5d1371f8
 _SHORT = {'fp32': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16', 'half': 'float16', 'fp64': 'float64'}
@@ -265,9 +264,9 @@ def _float(value, key):
         + (f'; did you mean `{close}`?' if close else '')
     )
 
-def _pool(told):
+def _pool(keys):
     "The models of a run of ours or of FusionBench, as `models` and `base`."
-    pool = told.get('modelpool')
+    pool = keys.get('modelpool')
     models = pool.get('models') if isinstance(pool, Mapping) else None
     if not isinstance(models, Mapping):
         raise FusionError(f'expected `modelpool` with `models: {{name: folder}}`, got {pool!r:.60}')
@@ -275,7 +274,7 @@ def _pool(told):
     found = {k: place(v) for k, v in models.items()}
     base = found.pop('_pretrained_', None)
     return (
-        {k: v for k, v in told.items() if k not in ('modelpool', 'taskpool')}
+        {k: v for k, v in keys.items() if k not in ('modelpool', 'taskpool')}
         | {'models': found}
         | ({'base': base} if base else {})
     )
@@ -293,24 +292,24 @@ def _own_method(value):
 
 # %% ../../nbs/80_bench/13_recipe_file.ipynb #2e72a523
 def recipe_from(
-    told:Mapping, # keys of a file
+    keys:Mapping, # keys of a file
     text:str='',  # as it was written
 ) -> MergeRecipe:
     "The recipe that keys describe."
-    if 'modelpool' in told: told = _pool(told)
-    _check_keys(told)
-    foreign = bool(told.get('merge_method'))
-    method, fields = (str(told['merge_method']), {}) if foreign else _own_method(told['method'])
-    base = told.get('base_model') or told.get('base')
-    blocks, names = _blocks(told)
-    template = told.get('chat_template')
+    if 'modelpool' in keys: keys = _pool(keys)
+    _check_keys(keys)
+    foreign = bool(keys.get('merge_method'))
+    method, fields = (str(keys['merge_method']), {}) if foreign else _own_method(keys['method'])
+    base = keys.get('base_model') or keys.get('base')
+    blocks, names = _blocks(keys)
+    template = keys.get('chat_template')
     if template is not None: template = _text(template, '`chat_template`')
     return MergeRecipe(
         method, blocks, foreign, base=model_name(base, '`base`') if base else None,
-        parameters=_settings(told.get('parameters'), 'the merge') | fields,
-        dtype=_float(told.get('out_dtype'), 'out_dtype') or _float(told.get('dtype'), 'dtype'),
-        tokens=_tokens(told), chat_template=template, text=text, names=names,
-        merge_backbone=bool(told.get('merge_backbone', False)),
+        parameters=_settings(keys.get('parameters'), 'the merge') | fields,
+        dtype=_float(keys.get('out_dtype'), 'out_dtype') or _float(keys.get('dtype'), 'dtype'),
+        tokens=_tokens(keys), chat_template=template, text=text, names=names,
+        merge_backbone=bool(keys.get('merge_backbone', False)),
     )
 
 # %% ../../nbs/80_bench/13_recipe_file.ipynb #04c07789
@@ -341,13 +340,13 @@ def _documents(text, name):
 def _staged(documents, text, file):
     "The last merge, with those that it takes."
     stages = {}
-    for told in documents[:-1]:
-        name = told.get('name')
+    for keys in documents[:-1]:
+        name = keys.get('name')
         if not name or name in stages:
             raise FusionError(
                 f'expected a `name` of its own for each merge of `{file}` but the last, got {name!r}'
             )
-        stages[str(name)] = replace(recipe_from(told), stages=dict(stages))
+        stages[str(name)] = replace(recipe_from(keys), stages=dict(stages))
     last = recipe_from(documents[-1], text)
     used = {m for r in (*stages.values(), last) for m in recipe_models(r)}
     if idle := [n for n in stages if n not in used]:
@@ -374,18 +373,18 @@ def recipe_from_words(
 ) -> MergeRecipe:
     "The recipe of a line."
     yaml, loader = _loader()
-    told, settings = {}, {}
+    keys, settings = {}, {}
     for key, text in words.items():
         check_yaml(text, f'{key}=')
         value = yaml.load(text, Loader=loader)
         head, dot, rest = key.partition('.')
         if dot and head in ('method', 'parameters'): settings[rest] = value
-        else: told[key] = value
-    if len(told) and ('method' in told or 'merge_method' in told):
-        known = _KEYS if 'merge_method' in told else _OURS
-        settings |= {k: told.pop(k) for k in list(told) if k not in known}
-    told['parameters'] = dict(told.get('parameters') or {}) | settings
+        else: keys[key] = value
+    if len(keys) and ('method' in keys or 'merge_method' in keys):
+        known = _KEYS if 'merge_method' in keys else _OURS
+        settings |= {k: keys.pop(k) for k in list(keys) if k not in known}
+    keys['parameters'] = dict(keys.get('parameters') or {}) | settings
     lines = yaml.safe_dump(
-        {k: v for k, v in told.items() if v not in ({}, None)}, sort_keys=False, allow_unicode=True
+        {k: v for k, v in keys.items() if v not in ({}, None)}, sort_keys=False, allow_unicode=True
     )
-    return recipe_from(told, lines)
+    return recipe_from(keys, lines)

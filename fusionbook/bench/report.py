@@ -304,8 +304,8 @@ def _given(report):
     rows = [r for r in report['rows'] if r['metric'] == report.primary.name]
     few = {r['task']: r['clusters'] for r in rows if r.get('clusters') and r['low'] is None}
     given = 'which the interval of the average takes as given'
-    said = given if report.primary.interval == 'proportion' else 'too few for an interval'
-    return [f'{t}: {n} sources, {said}' for t, n in few.items()]
+    message = given if report.primary.interval == 'proportion' else 'too few for an interval'
+    return [f'{t}: {n} sources, {message}' for t, n in few.items()]
 
 # %% ../../nbs/80_bench/01_report.ipynb #d4f69d67
 @patch

@@ -125,10 +125,10 @@ def merged_model(
 def _reference_rows(pool, taskpool, device, hashes) -> Iterator[dict]:
     "Rows of the base and of each task's own expert, with the answers behind them."
     based = pool.has_pretrained and getattr(pool, 'scope', 'all') != 'backbone' # else its head is of other classes
-    asked = [('pretrained', '_pretrained_', t) for t in taskpool.task_names if based]
-    asked += [('expert', t, t) for t in taskpool.task_names if t in pool.model_names]
+    requested = [('pretrained', '_pretrained_', t) for t in taskpool.task_names if based]
+    requested += [('expert', t, t) for t in taskpool.task_names if t in pool.model_names]
     held = {}
-    for role, name, task in track(asked, 'base and experts'):
+    for role, name, task in track(requested, 'base and experts'):
         def network():
             if name not in held:
                 held.clear()
@@ -176,8 +176,8 @@ def merged_rows(
     seed:int|None=None,     # of the method
 ) -> Iterator[tuple[dict, dict]]: # model, role, seed, step and task; the answers
     "Answers of merged models, task by task."
-    asked = [(*found, t) for found in _staged(result, suffix) for t in taskpool.task_names]
-    for name, step, model, task in track(asked, 'merged model'):
+    requested = [(*found, t) for found in _staged(result, suffix) for t in taskpool.task_names]
+    for name, step, model, task in track(requested, 'merged model'):
         head = dict(model=name, role='merged', seed=seed, step=step, task=task)
         yield head, taskpool.predict(model.to(device), task)
 

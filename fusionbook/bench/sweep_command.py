@@ -13,15 +13,15 @@ from ..core.errors import FusionError, nearest
 
 # %% ../../nbs/80_bench/08b_sweep_command.ipynb #e00405f3
 def validation_name(
-    asked:str|None,      # `validation=…`
+    requested:str|None,      # `validation=…`
     own:str|None,        # the run's task pool, None where it has no name
     known:Sequence[str], # task pools that exist
 ) -> str:
     "The task pool to choose on; `test` is the run's own."
-    if asked == 'test' or asked in known: return asked
-    if asked:
+    if requested == 'test' or requested in known: return requested
+    if requested:
         raise FusionError(
-            f'expected a taskpool as `validation`, got `{asked}`; {nearest(asked, [*known, "test"])}'
+            f'expected a taskpool as `validation`, got `{requested}`; {nearest(requested, [*known, "test"])}'
         )
     if own and f'{own}_validation' in known: return f'{own}_validation'
     raise FusionError(
@@ -47,11 +47,11 @@ def _read_sweep(argv):
     options, overrides, files = split_words(argv)
     if bad := [o for o in options if o in ('-m', '--multirun')]:
         raise FusionError(f'expected a sweep without `{bad[0]}`, which starts a run for every point')
-    grid, typed, fixed, asked = {}, {}, [], {}
+    grid, typed, fixed, requested = {}, {}, [], {}
     for word in overrides:
         key, _, text = word.partition('=')
         name, values = key.lstrip('+'), None if key.startswith('~') else axis(text)
-        if name in ('validation', 'allow_overlap'): asked[name] = text
+        if name in ('validation', 'allow_overlap'): requested[name] = text
         elif values: grid[name], typed[name] = values, key
         else: fixed.append(word)
     points(grid) # refuses an empty grid and one too large
@@ -59,7 +59,7 @@ def _read_sweep(argv):
         grid,
         typed,
         fixed,
-        asked,
+        requested,
         [w for k, v in options.items() for w in ([k] if v is None else [k, v])] + files,
     )
 
@@ -85,7 +85,7 @@ def sweep_command(
 ) -> None:
     "fusionbook sweep key=values ... [validation=TASKPOOL] [allow_overlap=true]"
     from fusionbook.bench.sweep import run_sweep
-    grid, typed, fixed, asked, rest = _read_sweep(argv)
+    grid, typed, fixed, requested, rest = _read_sweep(argv)
     chosen = {w.split('=')[0].lstrip('+'): w.split('=', 1)[1] for w in fixed if '=' in w}
     outside = any(
         w.split('=')[0] in ('--config-path', '-cp', '--config-name', '-cn') or w.endswith(('.yaml', '.yml'))
@@ -97,10 +97,10 @@ def sweep_command(
         else chosen.get('taskpool', 'dummy' if 'modelpool' in chosen else 'mini8').removesuffix('.yaml')
     )
     folders = search_folders(rest)
-    allowed = asked.get('allow_overlap', 'false').lower()
+    allowed = requested.get('allow_overlap', 'false').lower()
     if allowed not in ('true', 'false'):
         raise FusionError(f'expected `allow_overlap` as true or false, got `{allowed}`')
-    wanted = asked.get('validation', '').removesuffix('.yaml') or None
+    wanted = requested.get('validation', '').removesuffix('.yaml') or None
     name = validation_name(wanted, own, catalogue('taskpool', folders))
     other = _other(name, fixed, folders[1:]) if name != 'test' else None
     if any(w in ('--cfg', '-c') for w in rest): return composition(rest + fixed)

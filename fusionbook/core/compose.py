@@ -101,7 +101,7 @@ def compose_words(
     try: return _composed(first, name, [*words, search])
     except (AttributeError, KeyError, TypeError, ValueError, AssertionError, RecursionError) as e:
         if isinstance(e, FusionError) or type(e).__module__.startswith(('hydra', 'omegaconf')): raise
-        said = ' '.join(str(e).split())
+        message = ' '.join(str(e).split())
         raise FusionError(
-            f'expected files that can be put together, got {type(e).__name__}: {said:.200}'
+            f'expected files that can be put together, got {type(e).__name__}: {message:.200}'
         ) from e

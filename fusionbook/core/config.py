@@ -132,9 +132,9 @@ def _built(cfg, allow, more={}):
     try: return _called(target, obj, args, kwargs, allow)
     except Exception as e:
         if found := _blame(e): raise found from None
-        said = (str(e).strip().splitlines() or [''])[0]
+        message = (str(e).strip().splitlines() or [''])[0]
         raise FusionError(
-            f'expected `{target}` to accept its configuration, got {type(e).__name__}: {said}'
+            f'expected `{target}` to accept its configuration, got {type(e).__name__}: {message}'
         ) from e
 
 # %% ../../nbs/00_core/03_config.ipynb #01f28382

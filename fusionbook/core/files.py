@@ -58,8 +58,8 @@ def _events(text, name):
 
 def _problem(error):
     "What a parser complains of, in one line."
-    mark, said = getattr(error, 'problem_mark', None), getattr(error, 'problem', None) or str(error)
-    return f'an error{f" in line {mark.line + 1}" if mark else ""}: {" ".join(said.split()):.200}'
+    mark, message = getattr(error, 'problem_mark', None), getattr(error, 'problem', None) or str(error)
+    return f'an error{f" in line {mark.line + 1}" if mark else ""}: {" ".join(message.split()):.200}'
 
 # %% ../../nbs/00_core/00b_files.ipynb #4a70ad57
 def check_yaml(

@@ -207,18 +207,18 @@ def companions(
 # %% ../../nbs/00_core/01c_folders.ipynb #38800fbe
 def described(
     make:Callable,  # takes a configuration, or a network's description made from one
-    told,           # it
+    settings,           # it
     file:str|Path,  # where it was read, for the message
 ):                  # what `make` makes of it
     "Build what a configuration describes; any failure is a refusal."
     layers = (
-        told.get('num_hidden_layers', 1)
-        if isinstance(told, Mapping)
-        else getattr(told, 'num_hidden_layers', 1)
+        settings.get('num_hidden_layers', 1)
+        if isinstance(settings, Mapping)
+        else getattr(settings, 'num_hidden_layers', 1)
     )
     if not isinstance(layers, int) or not 0 <= layers <= 10_000:
         raise FusionError(f'expected at most 10,000 layers in `{file}`, got {str(layers):.40}')
-    try: return make(told)
+    try: return make(settings)
     except FusionError: raise
     except Exception as e: # of a library, of any kind
         raise FusionError(

@@ -392,12 +392,12 @@ def build(
     if kind not in PARTS: raise FusionError(f'expected one of {", ".join(PARTS)}, got `{kind}`')
     cfg = mirrored(translate(cfg, kind), mirror)
     check_targets(cfg, allow)
-    vouched = (
+    trusted = (
         {'allow_target': list(allow)}
         if allow and 'allow_target' in known_keys(locate(cfg['_target_'], allow))
         else {}
     )
-    return instantiate(cfg, allow=allow, **vouched)
+    return instantiate(cfg, allow=allow, **trusted)
 
 # %% ../../nbs/00_core/07_legacy.ipynb #e5fda52f
 def run_values(

@@ -116,12 +116,12 @@ def load(
     if kw.pop('trust_remote_code', False):
         raise FusionError(f'{path}: data sets that run their own code are not loaded')
     local = Path(path).expanduser()
-    asked = (
+    requested = (
         _where(local, split) if local.exists() else dict(path=current_id(str(path)), name=name, split=split)
     )
     quiet = datasets.are_progress_bars_disabled() or not local.exists()
     if not quiet: datasets.disable_progress_bars() # what lies on this disk needs no bar
-    try: found = datasets.load_dataset(**asked | kw)
+    try: found = datasets.load_dataset(**requested | kw)
     except Exception as e: raise FusionError(_explain(e, path, split)) from e
     finally:
         if not quiet: datasets.enable_progress_bars()

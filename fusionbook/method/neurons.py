@@ -63,7 +63,7 @@ def _declared(net):
         else None
     )
 
-def _asked(method, pool, net):
+def _requested(method, pool, net):
     "How a task's head calls the network on two inputs of the first kind that there is, or None."
     task, seen = pool.model_names[0], set(pool.seen)
     for kind in dict.fromkeys((method.data, *CALIBRATION_SPLITS[::-1])):
@@ -82,7 +82,7 @@ def _traced(method, pool, shape):
     args, kwargs = (
         ((torch.zeros(tuple(shape)),), {})
         if shape is not None
-        else _asked(method, pool, net) or _declared(net) or ((), {})
+        else _requested(method, pool, net) or _declared(net) or ((), {})
     )
     if not (args or kwargs): return spec_of(None, {})
     try: return derive(net, *args, **kwargs)

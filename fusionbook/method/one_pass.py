@@ -54,7 +54,7 @@ def _kind(call):
         return None
     return len(args), tuple(kwargs), tuple((t.dtype, t.shape[1:]) for t in tensors)
 
-def _asked_once(network, calls):
+def _request_once(network, calls):
     "Output of the network for each call, from one call; None where the output can not be shared out."
     args = [torch.cat(ts) for ts in zip(*(a for a, _ in calls))]
     kwargs = {k: torch.cat([kw[k] for _, kw in calls]) for k in calls[0][1]}
@@ -79,7 +79,7 @@ def shared_logits(
     for t, kind in kinds.items():
         if t in found: continue
         same = [u for u in kinds if kinds[u] == kind]
-        outs = None if kind is None or len(same) == 1 else _asked_once(network, [calls[u] for u in same])
+        outs = None if kind is None or len(same) == 1 else _request_once(network, [calls[u] for u in same])
         for u, out in zip(same, outs or ()):
             with _forward(network, lambda *a, **kw: out): found[u] = heads[u](network, inputs[u])
         if t not in found: found[t] = heads[t](network, inputs[t])

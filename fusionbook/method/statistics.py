@@ -116,11 +116,11 @@ def collect(
     run = forward or (lambda net, x: net(x))
     with torch.no_grad(), _listening(modules, sums):
         for batch in track(batches, label): run(network, batch)
-    heard = {name: s for name, s in sums.items() if s.count}
-    if not heard: raise FusionError('expected batches that reach at least one matrix, got none')
-    found = {f'{kind}/{n}.weight': s.statistic(kind).cpu() for n, s in heard.items() for kind in kinds}
-    found |= {f'rows/{n}.weight': torch.tensor(s.count) for n, s in heard.items()}
-    return found | {f'input_axis/{n}.weight': torch.tensor(_input_axis(modules[n])) for n in heard}
+    observed = {name: s for name, s in sums.items() if s.count}
+    if not observed: raise FusionError('expected batches that reach at least one matrix, got none')
+    found = {f'{kind}/{n}.weight': s.statistic(kind).cpu() for n, s in observed.items() for kind in kinds}
+    found |= {f'rows/{n}.weight': torch.tensor(s.count) for n, s in observed.items()}
+    return found | {f'input_axis/{n}.weight': torch.tensor(_input_axis(modules[n])) for n in observed}
 
 # %% ../../nbs/60_method/02_statistics.ipynb #d01acbe4
 def save_statistics(

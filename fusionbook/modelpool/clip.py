@@ -75,8 +75,8 @@ def extras(self:CLIPVisionModelPool) -> dict[str, str|bytes]:
     written = config.to_json_string(use_diff=False) if hasattr(config, 'to_json_string') else None
     if where: written = tower_note(where)['config']
     if written is None: return images
-    told = json.loads(written) | {'architectures': ['CLIPVisionModel']}
-    return images | {'config.json': json.dumps(told, indent=2) + '\n'}
+    settings = json.loads(written) | {'architectures': ['CLIPVisionModel']}
+    return images | {'config.json': json.dumps(settings, indent=2) + '\n'}
 
 # %% ../../nbs/50_modelpool/01_clip.ipynb #8c881442
 @patch

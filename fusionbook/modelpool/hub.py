@@ -83,8 +83,8 @@ class AutoModelPool(BaseModelPool):
         self.has_words = type(self).has_words and self.scope != 'blocks' # blocks know no words
     @property
     def config(self) -> dict:
-        told, usual = super().config, {k: getattr(type(self), k, None) for k in _OWN}
-        return {k: v for k, v in told.items() if k not in usual or v != usual[k]}
+        settings, usual = super().config, {k: getattr(type(self), k, None) for k in _OWN}
+        return {k: v for k, v in settings.items() if k not in usual or v != usual[k]}
 
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #313c8d29
 def _adapter_of(pool, entry):
@@ -100,8 +100,8 @@ def _new_classes(pool, entry):
 
 def _number_of_classes(path):
     "How many classes a checkpoint has, as its configuration says."
-    told = read_json(beside(find(path))/'config.json')
-    return len(told['id2label']) if 'id2label' in told else told.get('num_labels', 2)
+    settings = read_json(beside(find(path))/'config.json')
+    return len(settings['id2label']) if 'id2label' in settings else settings.get('num_labels', 2)
 
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #bde58a49
 @patch
@@ -114,9 +114,9 @@ def with_adapter(self:AutoModelPool, sd:StateDict, base, adapter) -> Lazy:
     "A base with its adapter; a folder in which the two were merged before is read as it is."
     if not holds_adapter(adapter): return self.open_path(adapter)
     file = beside(self.located(base))/'config.json'
-    told = read_json(file) if file.is_file() else {}
+    facts = read_json(file) if file.is_file() else {}
     return adapted(
-        sd, adapter, config=told, modules=partial(module_names, self.located(base)) if told else None
+        sd, adapter, config=facts, modules=partial(module_names, self.located(base)) if facts else None
     )
 
 @patch
@@ -149,8 +149,8 @@ def entry_facts(self:AutoModelPool, model):
     "What computes with an entry's tensors; None where only its network knows."
     entry = entry_of(model)
     if entry is None or entry.get('fresh'): return None
-    told, names = self.path_facts(_adapter_of(self, entry)[0]), _new_classes(self, entry)
-    return told if names is None else [told, names]
+    settings, names = self.path_facts(_adapter_of(self, entry)[0]), _new_classes(self, entry)
+    return settings if names is None else [settings, names]
 
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #9145f45f
 @patch
@@ -174,8 +174,8 @@ def parameters(self:AutoModelPool) -> list|None:
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #f37b5213
 def _dtype(pool):
     "The type of networks, as `model_kwargs` says."
-    told = pool.model_kwargs or {}
-    return str(told.get('torch_dtype') or told.get('dtype') or 'float32').removeprefix('torch.')
+    settings = pool.model_kwargs or {}
+    return str(settings.get('torch_dtype') or settings.get('dtype') or 'float32').removeprefix('torch.')
 
 @patch
 def network(self:AutoModelPool, path, sd:StateDict, classnames=None) -> nn.Module:
@@ -253,8 +253,8 @@ def extras(self:AutoModelPool) -> dict[str, str|bytes]:
         found = {k: v for k, v in found.items() if _about(k) != kind}
         found |= {k: v for k, v in new.items() if _about(k) == kind}
     if entry and (names := _new_classes(self, entry)):
-        told = json.loads(found['config.json']) | labelled(names)
-        found['config.json'] = json.dumps(told, indent=2) + '\n'
+        settings = json.loads(found['config.json']) | labelled(names)
+        found['config.json'] = json.dumps(settings, indent=2) + '\n'
     return found
 
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #ab63f929

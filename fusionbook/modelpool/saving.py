@@ -19,7 +19,7 @@ from ..core.errors import FusionError
 from ..core.atomic import json_text
 from ..core.files import read_json
 from ..core.folders import beside, companions, model_files, typed_config
-from ..core.identity import code_hash, identity, network_facts, text_hash, told_config
+from ..core.identity import code_hash, identity, network_facts, text_hash, plain_config
 from ..core.stamped import cache_folder, while_unchanged
 from ..core.state_dict import StateDict, content_hash, meta, select
 from ..core.views import completed, finite
@@ -31,7 +31,7 @@ from ..models.recipe import recipe_of
 def path_facts(self:BaseModelPool, path:str|Path) -> dict|None:
     "What computes with the tensors of a path: here the `config.json` beside them, or None; subclasses know their networks."
     file = beside(find(path))/'config.json'
-    return told_config(read_json(file)) if file.exists() else None
+    return plain_config(read_json(file)) if file.exists() else None
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #d26d2877
 @patch
@@ -108,8 +108,8 @@ def _own_config(model):
     "Configuration files of a network of `transformers` in memory."
     config, generation = getattr(model, 'config', None), getattr(model, 'generation_config', None)
     if not hasattr(config, 'to_json_string'): return {}
-    told = json.loads(config.to_json_string(use_diff=False)) | {'architectures': [type(model).__name__]}
-    found = {'config.json': json.dumps(told, indent=2) + '\n'}
+    settings = json.loads(config.to_json_string(use_diff=False)) | {'architectures': [type(model).__name__]}
+    found = {'config.json': json.dumps(settings, indent=2) + '\n'}
     return found | (
         {'generation_config.json': generation.to_json_string()}
         if hasattr(generation, 'to_json_string')
@@ -156,14 +156,14 @@ def recipe_file(
     versions = dict(fusionbook=fusionbook.__version__, torch=str(torch.__version__)) | dict(
         lineage.pop('versions', {})
     )
-    told = dict(
+    settings = dict(
         format=FORMAT,
         network=recipe_of(network),
         tensors=content_hash(network.state_dict()),
         **lineage,
         versions=versions,
     )
-    return {RECIPE: json_text(told)}
+    return {RECIPE: json_text(settings)}
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #0e3c3dcd
 def _around(pool, network, sd, whole, notes, built):

@@ -55,5 +55,5 @@ def extras(self:TextEncoderPool) -> dict[str, str|bytes]:
     "`config.json` and the tokenizer's files, so that `transformers` can read what is saved; `BertModel` is the class of what is written."
     found = super(TextEncoderPool, self).extras()
     if 'config.json' not in found: return found
-    told = json.loads(found['config.json']) | {'architectures': ['BertModel']}
-    return found | {'config.json': json.dumps(told, indent=2) + '\n'}
+    config = json.loads(found['config.json']) | {'architectures': ['BertModel']}
+    return found | {'config.json': json.dumps(config, indent=2) + '\n'}

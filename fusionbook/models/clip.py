@@ -18,7 +18,7 @@ from ..core.checkpoint import Checkpoint, atomic, find, save
 from ..core.errors import FusionError, nearest
 from ..core.files import read_json
 from ..core.folders import described
-from ..core.identity import code_hash, identity, told_config
+from ..core.identity import code_hash, identity, plain_config
 from ..core.pictures import rgb
 from ..core.stamped import cache_folder
 from ..core.state_dict import content_hash, meta, select
@@ -138,8 +138,8 @@ class Processor:
     ):
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         skip = 'image_processor_type', 'processor_class', 'feature_extractor_type'
-        told = {k: v for k, v in _processor_config(source).items() if k not in skip}
-        self.slow = described(lambda c: CLIPImageProcessorPil(**c), told, source)
+        facts = {k: v for k, v in _processor_config(source).items() if k not in skip}
+        self.slow = described(lambda c: CLIPImageProcessorPil(**c), facts, source)
         s, crop, edge = self.slow, dict(self.slow.crop_size or {}), dict(self.slow.size or {})
         self.size = tuple(
             (crop if s.do_center_crop else edge).get(k) or edge.get('shortest_edge')
@@ -249,7 +249,7 @@ def text_features(
     )
     key = [
         weights,
-        told_config(config.to_dict()),
+        plain_config(config.to_dict()),
         tokens['input_ids'].tolist(),
         tokens['attention_mask'].tolist(),
         _code(),
@@ -316,7 +316,7 @@ def _head_facts(folder):
         )
     ]
     return [
-        told_config(CLIPTextConfig.from_pretrained(folder, trust_remote_code=False).to_dict()),
+        plain_config(CLIPTextConfig.from_pretrained(folder, trust_remote_code=False).to_dict()),
         [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()],
     ]
 

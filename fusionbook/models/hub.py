@@ -50,8 +50,8 @@ def tiny_hub(
     import transformers
     if kind not in TINY_MODELS:
         raise FusionError(f'expected a name of `TINY_MODELS`, got `{kind}`; {nearest(kind, TINY_MODELS)}')
-    auto, family, told = TINY_MODELS[kind]
-    config = getattr(transformers, f'{family}Config')(**told | settings)
+    auto, family, facts = TINY_MODELS[kind]
+    config = getattr(transformers, f'{family}Config')(**facts | settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = getattr(transformers, f'AutoModelFor{auto}').from_config(config)
@@ -132,14 +132,14 @@ def hub_config(
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     file = beside(find(path))/'config.json'
     if not file.exists(): raise FusionError(f'expected `config.json` beside `{path}`, got none')
-    told = {k: v for k, v in read_json(file).items() if k != 'auto_map'}
-    check_config(told, f'`{file}`')
-    if (kind := told.get('model_type')) not in CONFIG_MAPPING:
+    facts = {k: v for k, v in read_json(file).items() if k != 'auto_map'}
+    check_config(facts, f'`{file}`')
+    if (kind := facts.get('model_type')) not in CONFIG_MAPPING:
         raise FusionError(
             f'expected a `model_type` that transformers knows in `{file}`, got {kind!r}; '
             f'{nearest(str(kind), CONFIG_MAPPING.keys())}'
         )
-    return described(CONFIG_MAPPING[kind].from_dict, told | labelled(classnames), file)
+    return described(CONFIG_MAPPING[kind].from_dict, facts | labelled(classnames), file)
 
 # %% ../../nbs/20_models/07_hub.ipynb #741be46e
 def labelled(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.config import locate
 from ..core.errors import FusionError
 from ..core.folders import described
-from ..core.identity import network_facts, told_config
+from ..core.identity import network_facts, plain_config
 from ..core.state_dict import StateDict, shared
 from ..core.targets import check_targets
 
@@ -65,42 +65,42 @@ def _from_config(kind, config, attention):
     if attention not in (None, *ATTENTION):
         raise FusionError(f'expected `attention` as one of {", ".join(ATTENTION)}, got {attention!r:.60}')
     check_config(config, f'the recipe of `{kind.__name__}`')
-    def make(told):
-        made = kind.config_class.from_dict(dict(told))
+    def make(settings):
+        made = kind.config_class.from_dict(dict(settings))
         if attention: made._attn_implementation = attention
         return kind(made)
     return described(make, config, f'the recipe of `{kind.__name__}`')
 
 def _its_config(network):
     "Class, configuration and attention of a network of `transformers`."
-    told = told_config(json.loads(network.config.to_json_string(use_diff=False)))
-    return dict(config=told, attention=getattr(network.config, '_attn_implementation', None))
+    settings = plain_config(json.loads(network.config.to_json_string(use_diff=False)))
+    return dict(config=settings, attention=getattr(network.config, '_attn_implementation', None))
 
 # %% ../../nbs/20_models/06_recipe.ipynb #00b8dfc3
 def _is_node(x): return isinstance(x, Mapping) and '_target_' in x
 
-def _constructed(kind, told):
+def _constructed(kind, settings):
     "A network of ours; any failure is a refusal."
-    try: return kind(**told)
+    try: return kind(**settings)
     except FusionError: raise
     except Exception as e: # the constructor's, of any kind
         raise FusionError(
-            f'expected the arguments of `{kind.__name__}`, got {", ".join(told)}: '
+            f'expected the arguments of `{kind.__name__}`, got {", ".join(settings)}: '
             f'{" ".join(str(e).split()):.120}'
         ) from None
 
 def _leaf(node):
     "One network whose arguments are plain data; the random state outside stays as it is."
-    kind, told = network_class(node['_target_']), {k: v for k, v in node.items() if k != '_target_'}
+    kind, settings = network_class(node['_target_']), {k: v for k, v in node.items() if k != '_target_'}
     with torch.random.fork_rng(devices=[]):
         if node['_target_'].startswith('transformers.'):
-            if told.keys() - {'config', 'attention'}:
+            if settings.keys() - {'config', 'attention'}:
                 raise FusionError(
                     f'expected `config` and `attention` in the recipe of `{kind.__name__}`, got '
-                    f'{", ".join(told)}'
+                    f'{", ".join(settings)}'
                 )
-            return _from_config(kind, told.get('config'), told.get('attention'))
-        return _constructed(kind, told)
+            return _from_config(kind, settings.get('config'), settings.get('attention'))
+        return _constructed(kind, settings)
 
 # %% ../../nbs/20_models/06_recipe.ipynb #4aaa6899
 def _nodes(x):
@@ -155,7 +155,7 @@ def _facts(network):
         'names': list(network.state_dict())
     }
 
-def _check_told(network, node):
+def _check_stated(network, node):
     "Refuse a recipe that makes another network."
     if _nodes({k: v for k, v in node.items() if k != '_target_'}): return # its parts have been compared
     was, made = _facts(network), _facts(untrained(node))
@@ -186,7 +186,7 @@ def recipe_of(
         raise FusionError(
             f'expected plain arguments in the recipe of {type(network).__name__}, got {e}'
         ) from None
-    _check_told(network, node)
+    _check_stated(network, node)
     return node
 
 # %% ../../nbs/20_models/06_recipe.ipynb #1e70de7e

@@ -21,7 +21,7 @@ from fusionbook.data.datasets import (
     labels_of,
     opened,
 )
-from ..data.classes import say_order
+from ..data.classes import warn_of_order
 from ..data.images import Normalise
 from ..metrics.metric import CLASSIFICATION
 from .base import BaseTaskPool, Inputs, evaluating, naming, predict_batches
@@ -68,7 +68,7 @@ def _dataset(pool, task):
     if task not in pool._opened:
         data = opened(pool.test_datasets[task], pool.allow_target)
         if not len(data): raise FusionError(f'{task}: expected a data set with rows, got an empty one')
-        say_order(class_names(data), task)
+        warn_of_order(class_names(data), task)
         pool._opened[task] = head(data, pool.rows) if pool.rows else data
     return pool._opened[task]
 

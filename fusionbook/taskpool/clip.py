@@ -20,7 +20,8 @@ from ..core.foreign import note
 from ..data import datasets as data
 from ..data.tables import class_table, table_files
 from ..metrics.metric import CLASSIFICATION
-from ..data.classes import by_name, check_telling, class_list, names_in_label_order, say_order
+from ..data.classes import by_name, check_class_names, class_list, names_in_label_order
+from ..data.classes import warn_of_order
 from ..modelpool.clip import CLIPVisionModelPool
 from ..models.clip import Processor, head_hash, zero_shot_head
 from .base import BaseTaskPool, Inputs, evaluating, logits_of, naming, predict_batches
@@ -71,10 +72,10 @@ def task_prompts(
             f'{task}: expected `classnames` in its entry, a table in config/classnames or a data set with '
             f'named classes, got none'
         )
-    names = names_in_label_order(names, brought, task, vouched=given is not None)
-    say_order(brought, task)
+    names = names_in_label_order(names, brought, task, trusted=given is not None)
+    warn_of_order(brought, task)
     templates = _sentences(own.get('templates') or table.get('templates') or ['a photo of a {}.'], task)
-    check_telling(names, templates, task, vouched=given is not None)
+    check_class_names(names, templates, task, trusted=given is not None)
     return dict(classnames=names, templates=templates)
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a29ffc20

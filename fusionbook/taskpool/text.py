@@ -17,7 +17,7 @@ from ..core.config import plain
 from ..core.errors import FusionError, check_known
 from ..core.state_dict import content_hash
 from ..data import datasets as data
-from ..data.classes import by_name, check_telling, class_list, names_in_label_order
+from ..data.classes import by_name, check_class_names, class_list, names_in_label_order
 from ..metrics.metric import CLASSIFICATION
 from ..models.text import Tokens, embed, padded, text_head
 from .base import BaseTaskPool, Inputs, evaluating, logits_of, naming, predict_batches
@@ -45,16 +45,17 @@ def text_columns(
     strings = [k for k, f in names.items() if getattr(f, 'dtype', None) == 'string']
     usual = [u for u in TEXT_COLUMNS if all(k in names for k in u)]
     if not wanted and (usual or len(strings) == 1): return usual[0] if usual else (strings[0],)
-    asked = f' named {", ".join(map(repr, wanted))}' if wanted else ''
-    raise FusionError(f'expected a text column or two{asked}, got the columns {", ".join(map(str, names))}')
+    beside = f' named {", ".join(map(repr, wanted))}' if wanted else ''
+    raise FusionError(f'expected a text column or two{beside}, got the columns {", ".join(map(str, names))}')
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #50ccb017
-def _said_by_name(said, names, task):
+def _sentences_by_name(phrases, names, task):
     "Sentences of a mapping in the order of the names."
-    if set(map(str, said)) != set(names):
+    if set(map(str, phrases)) != set(names):
         known = ', '.join(names) or 'the classes (give `classnames`)'
-        raise FusionError(f'{task}: expected a sentence for each of {known}, got {", ".join(map(str, said))}')
-    found = {str(k): v for k, v in said.items()}
+        came = ', '.join(map(str, phrases))
+        raise FusionError(f'{task}: expected a sentence for each of {known}, got {came}')
+    found = {str(k): v for k, v in phrases.items()}
     if bad := [n for n in names if not isinstance(found[n], str) or not found[n].strip()]:
         raise FusionError(
             f'{task}: expected a sentence for {bad[0]}, got {found[bad[0]]!r}; quotes make text of words '
@@ -67,7 +68,7 @@ def _filled(own, names, task):
     template = own.get('template', '{}')
     if not isinstance(template, str) or template.count('{}') != 1:
         raise FusionError(f'{task}: expected a template with one {{}}, got {template!r}')
-    check_telling(names, [template], task, vouched=own.get('classnames') is not None)
+    check_class_names(names, [template], task, trusted=own.get('classnames') is not None)
     return [template.replace('{}', n.replace('_', ' ')) for n in names]
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #69243dbb
@@ -80,28 +81,28 @@ def class_sentences(
     brought,  # class names that the data set brings along, or None
 ) -> list[str]: # C sentences in the order of the labels
     "One sentence per class."
-    given, said = own.get('classnames'), own.get('sentences')
+    given, phrases = own.get('classnames'), own.get('sentences')
     names = (
         list(brought or ())
         if given is None
-        else names_in_label_order(class_list(given, task, brought), brought, task, vouched=True)
+        else names_in_label_order(class_list(given, task, brought), brought, task, trusted=True)
     )
-    if isinstance(said, Mapping): return _said_by_name(said, names, task)
-    if said is not None and (
-        isinstance(said, str) or not said or not all(isinstance(s, str) and s.strip() for s in said)
+    if isinstance(phrases, Mapping): return _sentences_by_name(phrases, names, task)
+    if phrases is not None and (
+        isinstance(phrases, str) or not phrases or not all(isinstance(s, str) and s.strip() for s in phrases)
     ):
         raise FusionError(
             f'{task}: expected sentences as text (YAML reads words such as no, on, null and numbers as '
-            f'something else: put quotes around them), got {said!r:.80}'
+            f'something else: put quotes around them), got {phrases!r:.80}'
         )
-    if not said and not names:
+    if not phrases and not names:
         raise FusionError(
             f'{task}: expected `sentences` or `classnames` in its entry, or a data set with named classes, '
             f'got none'
         )
-    if said and names and len(said) != len(names):
-        raise FusionError(f'{task}: expected {len(names)} sentences, got {len(said)}')
-    return list(said) if said else _filled(own, names, task)
+    if phrases and names and len(phrases) != len(names):
+        raise FusionError(f'{task}: expected {len(names)} sentences, got {len(phrases)}')
+    return list(phrases) if phrases else _filled(own, names, task)
 
 # %% ../../nbs/55_taskpool/03_text.ipynb #4b38cd5c
 def _entry(entry):
@@ -127,8 +128,8 @@ def _texts(task, rows, key):
 def _numbered(rows, task):
     "The rows, with labels as numbers where they are words; an empty set is refused."
     if not len(rows): raise FusionError(f'{task.name}: expected a data set with rows, got an empty one')
-    own, said = task.own, task.own.get('sentences')
-    names = own.get('classnames') or (list(said) if isinstance(said, Mapping) else None)
+    own, phrases = task.own, task.own.get('sentences')
+    names = own.get('classnames') or (list(phrases) if isinstance(phrases, Mapping) else None)
     key = data.column(rows, 'label', own.get('label'))
     return by_name(rows, key, class_list(names, task.name) if names else None, task.name)
 

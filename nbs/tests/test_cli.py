@@ -221,7 +221,6 @@ def test_methods_of_both_schemas(cfg, name):
 
 
 def test_loaders_of_the_page(hub, world):
-    from fusionbook.bench.configured import run_model_fusion
     from fusionbook.method import load_algorithm_from_config
     from fusionbook.modelpool import load_modelpool_from_config
     from fusionbook.taskpool import load_taskpool_from_config

@@ -3,16 +3,13 @@ import io, json, random
 
 import numpy as np
 import pytest
-import torch
-from datasets import ClassLabel, Dataset, Features, Value
-from datasets import Image as ImageFeature
+from datasets import Dataset
 from PIL import Image
 from torch import nn
 
 from fusionbook.core.errors import FusionError
-from fusionbook.data.classes import class_list, names_in_label_order
-from fusionbook.data.datasets import Images, class_names, columns, data_fingerprint, head, labels_of, load, opened, split_off, take
-from fusionbook.data.overlap import overlap
+from fusionbook.data.classes import class_list
+from fusionbook.data.datasets import Images, class_names, data_fingerprint, head, labels_of, load, split_off, take
 from fusionbook.taskpool import ClassificationTaskPool, TextClassificationTaskPool
 from fusionbook.taskpool.clip import task_prompts
 

@@ -1,6 +1,5 @@
 """FusionBench's files and calls: every kind of thing they hold, in small files written for this test."""
 import copy, json
-from pathlib import Path
 
 import pytest
 import torch

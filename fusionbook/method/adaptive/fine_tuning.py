@@ -75,10 +75,10 @@ def _streams(m, pool):
     kw = dict(batch_size=m.batch_size, seed=m.seed)
     if m.target == 'labels': return {t: pool.labelled(t, m.data, **kw) for t in pool.model_names}
     teachers, heads = _teachers(m, pool), {t: pool.logits(t) for t in pool.model_names}
-    def said(t, x):
+    def outputs(t, x):
         with torch.no_grad(): return sum(heads[t](n, x).softmax(1) for n in teachers[t]) / len(teachers[t])
     return {
-        t: ((x, said(t, x.to(m.device))) for x in pool.batches(t, m.data, **kw)) for t in pool.model_names
+        t: ((x, outputs(t, x.to(m.device))) for x in pool.batches(t, m.data, **kw)) for t in pool.model_names
     }
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #102b50c8

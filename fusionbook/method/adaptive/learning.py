@@ -93,10 +93,10 @@ def follow(self:AdaptiveMethod,
     own = dict(steps=self.max_steps, lr=self.lr, optimizer=self.optimizer, patience=self.patience)
     own |= dict(label=type(self).__name__) | how
     if self.fast_dev_run: own['steps'] = 1
-    told = run_identity(self, pool, **identity) if file else {}
+    facts = run_identity(self, pool, **identity) if file else {}
     def batches(step): return rounds(pool, tasks, **settings, start=step)
     with on_threads(self.threads):
-        return adapt(parameters, batches, objective, checkpoint=file, identity=told, **own)
+        return adapt(parameters, batches, objective, checkpoint=file, identity=facts, **own)
 
 # %% ../../../nbs/66_adaptive/03_learning.ipynb #3621b66d
 def _range(clamp, start):

@@ -84,8 +84,8 @@ def coefficient_objective(
         shaped, total, kept = effective(w), 0., []
         mixture.fill(shaped)
         for part in _parts(inputs, mixture.network, rows, variant == 'mgda'):
-            said = _answers(mixture, heads, part)
-            value = sum(loss(logits, classes[t]) for t, logits in said.items())
+            outputs = _answers(mixture, heads, part)
+            value = sum(loss(logits, classes[t]) for t, logits in outputs.items())
             value.backward()
             total += value.item()
             if variant == 'mgda': kept.append(_pulled(shaped, w, mixture.gradient()))

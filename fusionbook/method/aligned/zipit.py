@@ -41,7 +41,7 @@ class ZipIt(NeuronMethod):
         self.groups, self.uses = list(self.groups), ('experts', 'spec', self.data)
 
 # %% ../../../nbs/67_alignment/zipit.ipynb #211c1669
-def _heard(m, pool):
+def _observed(m, pool):
     "The pool's networks, who shares what in them, and what they answer to the same inputs, by group."
     check_finite(pool.experts(), pool.model_names)
     spec = spec_for(m, pool, pool.reference())
@@ -56,7 +56,7 @@ def _heard(m, pool):
 @patch
 def clusters(self:ZipIt, pool):
     "The specification with reading apart from making, and for each group the cluster of every feature, (T, n)."
-    spec, nets, grams = _heard(self, pool)
+    spec, nets, grams = _observed(self, pool)
     found = {
         g: zip_features(correlation(covariance(x)), models=len(nets), a=self.a, b=self.b)
         for g, x in track(grams.items(), 'zipping groups')

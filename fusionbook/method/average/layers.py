@@ -105,7 +105,7 @@ def _placed(layer, place):
             if isinstance(getattr(part, k, None), int): setattr(part, k, place)
     return new
 
-def _told_depth(config, before, order):
+def _set_depth(config, before, order):
     "Change what a configuration says of its layers, in place."
     inner = getattr(config, 'text_config', None) or config
     for k in _COUNTS:
@@ -130,5 +130,5 @@ def restacked(
     if not stack: return replaced.train(network.training)
     parent, _, last = stack.rpartition('.')
     setattr(new.get_submodule(parent), last, replaced)
-    if getattr(new, 'config', None) is not None: _told_depth(new.config, before, order)
+    if getattr(new, 'config', None) is not None: _set_depth(new.config, before, order)
     return new
