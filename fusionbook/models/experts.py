@@ -42,8 +42,8 @@ def _one_weight(x, weight, deltas, gates, bias, bias_deltas):
 
 def _mixed_answers(x, weight, deltas, gates):
     "All experts answer, (n, k, m)."
-    said = F.linear(x, deltas.flatten(0, 1)).unflatten(-1, deltas.shape[:2])
-    return F.linear(x, weight) + (said * gates[..., None]).sum(-2)
+    message = F.linear(x, deltas.flatten(0, 1)).unflatten(-1, deltas.shape[:2])
+    return F.linear(x, weight) + (message * gates[..., None]).sum(-2)
 
 def _mixed_weights(x, weight, deltas, gates):
     "A weight for each sample, some rows of it at a time, (n, k, m)."

@@ -68,15 +68,15 @@ _LAYERS = dict(mixed=MixedLinear, low_rank=LowRankLinear)
 def _made_gate(spec, experts, like):
     "A gate from its line of the plan."
     check_known([spec.get('kind')], _GATES, 'the kinds of gates')
-    told = {k: v for k, v in spec.items() if k not in ('kind', 'at')}
-    if spec['kind'] != 'given': told |= dict(dtype=like.dtype, device=like.device)
-    return _GATES[spec['kind']](told.pop('experts', experts), **told)
+    settings = {k: v for k, v in spec.items() if k not in ('kind', 'at')}
+    if spec['kind'] != 'given': settings |= dict(dtype=like.dtype, device=like.device)
+    return _GATES[spec['kind']](settings.pop('experts', experts), **settings)
 
 def _made_layer(network, name, spec, gate):
     "A routed layer from its line of the plan."
     check_known([spec.get('kind')], _LAYERS, 'the kinds of routed layers')
-    told = {k: v for k, v in spec.items() if k not in ('gate', 'kind')}
-    return _LAYERS[spec['kind']](_at(network, name, nn.Linear), gate, **told)
+    settings = {k: v for k, v in spec.items() if k not in ('gate', 'kind')}
+    return _LAYERS[spec['kind']](_at(network, name, nn.Linear), gate, **settings)
 
 # %% ../../nbs/20_models/08_routed.ipynb #30529612
 class RoutedNetwork(nn.Module):
@@ -183,8 +183,8 @@ def active_parameters(self:RoutedNetwork) -> int:
 @patch
 def folder_files(self:RoutedNetwork) -> dict[str, str]:
     "Files that belong beside the tensors and the recipe."
-    told = self.recipe()
-    base, config = told['network'], getattr(self.network, 'config', None)
+    settings = self.recipe()
+    base, config = settings['network'], getattr(self.network, 'config', None)
     found = dict(model_type='fusionbook_mixture', architectures=[type(self).__name__], base=base) | self.plan
     found['parameters'] = sum(p.numel() for p in self.parameters())
     found['active_parameters'] = self.active_parameters()

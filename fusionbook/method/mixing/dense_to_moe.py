@@ -77,25 +77,25 @@ def layout_for(
     return fits[0]
 
 # %% ../../../nbs/68_mixing/05_dense_to_moe.ipynb #d2d3d88c
-def _completed(told):
+def _completed(settings):
     "A configuration with all keys of its class."
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    kind = told.get('model_type')
+    kind = settings.get('model_type')
     if kind not in CONFIG_MAPPING:
         raise FusionError(f'expected a `model_type` that transformers knows, got {kind!r:.40}')
-    plain = {k: v for k, v in told.items() if k != 'auto_map'}
+    plain = {k: v for k, v in settings.items() if k != 'auto_map'}
     return described(CONFIG_MAPPING[kind].from_dict, plain, 'a dense model').to_dict()
 
 # %% ../../../nbs/68_mixing/05_dense_to_moe.ipynb #3cc62ce7
-def _no_biases(told, layout):
+def _no_biases(settings, layout):
     "Refuse biases that a mixture has no place for."
-    odd = [k for k in ('attention_bias', 'mlp_bias') if told.get(k)]
+    odd = [k for k in ('attention_bias', 'mlp_bias') if settings.get(k)]
     if odd and not (odd == ['attention_bias'] and layout.model_type == 'qwen3_moe'):
         raise FusionError(f'expected a dense model without biases for {layout.family}, got `{odd[0]}: true`')
 
 # %% ../../../nbs/68_mixing/05_dense_to_moe.ipynb #460980c5
 def mixture_config(
-    told:Mapping,     # the `config.json` of the base
+    settings:Mapping,     # the `config.json` of the base
     layout:MoELayout,
     *, experts:int,   # E
     top:int,          # k, experts that a token uses, from 1 to E
@@ -107,11 +107,11 @@ def mixture_config(
         raise FusionError(
             f'expected `experts_per_token` from 1 to {experts}, the number of experts, got {top}'
         )
-    own = _completed(told)
+    own = _completed(settings)
     _no_biases(own, layout)
     known = CONFIG_MAPPING[layout.model_type]().to_dict()
     new = {k: v for k, v in own.items() if k in known}
-    named = (told.get('architectures') or [f'{layout.family}ForCausalLM'])[0]
+    named = (settings.get('architectures') or [f'{layout.family}ForCausalLM'])[0]
     ending = 'ForCausalLM' if named.endswith('ForCausalLM') else 'Model'
     stand = dict(width=own['intermediate_size'], bias=own['model_type'] == 'qwen2')
     new |= {k: stand.get(v, v) if isinstance(v, str) else v for k, v in layout.more.items()}

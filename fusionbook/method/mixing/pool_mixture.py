@@ -40,10 +40,10 @@ def pool_mixture(
     shared_gates:Tensor|None=None,
 ) -> nn.Module:
     "The network of a mixture."
-    told = host_config(pool)
-    layout = layout_for([str(told.get('model_type'))], architecture, shared=shared_expert is not None)
-    wide = 1 if shared_expert is None else told['intermediate_size']
-    config = mixture_config(told, layout, experts=len(experts), top=top, shared_width=wide)
+    settings = host_config(pool)
+    layout = layout_for([str(settings.get('model_type'))], architecture, shared=shared_expert is not None)
+    wide = 1 if shared_expert is None else settings['intermediate_size']
+    config = mixture_config(settings, layout, experts=len(experts), top=top, shared_width=wide)
     sd = mixture_state(
         state, experts, gates, layout=layout, dtype=None, seed=seed,
         shared_expert=shared_expert, shared_gates=shared_gates,

@@ -57,14 +57,14 @@ def check_prompts(
     experts:Sequence[str],                # names in the order of the gates
 ) -> tuple[list, list]:                   # prompts of each expert
     "Refuse prompts that cannot tell the experts apart."
-    told = [dict(p or {}) for p in (positive, negative)]
-    for p in told:
+    settings = [dict(p or {}) for p in (positive, negative)]
+    for p in settings:
         if odd := [k for k in p if k not in experts]:
             raise FusionError(
                 f'expected prompts for experts of the pool, got some for `{odd[0]}`; '
                 f'{nearest(odd[0], experts)}'
             )
-    found = [[_texts(p.get(e) or []) for e in experts] for p in told]
+    found = [[_texts(p.get(e) or []) for e in experts] for p in settings]
     if lost := [e for e, p in zip(experts, found[0]) if not p]:
         raise FusionError(f'expected `positive_prompts` for each expert, got none for `{lost[0]}`')
     pairs = [(p, n) for p, n in zip(*found, strict=True)]
