@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'of_fusionbench', 'our_target', 'is_foreign', 'translate', 'build', 'run_values', 'part_of']
 
-# %% ../../nbs/00_core/07_legacy.ipynb #f61fa0ac
+# %% ../../nbs/00_core/07_legacy.ipynb #3799cc9a
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from .config import CONFIG, check_targets, instantiate, known_keys, locate, plain, published
 from .errors import FusionError, check_known, nearest
 from .foreign import helped, note, program, resolved, unresolved
-from .foreign_adaptive import adaptive_keys, transductive_keys
+from .foreign_adaptive import adaptive_keys, mask_keys, transductive_keys
 from .foreign_pools import HUB_CLASSES, HUB_TYPES, hub_pool
 from .hub import mirrored
 
@@ -33,7 +33,7 @@ def of_fusionbench(
     "Whether a target is one of FusionBench's; one of its files names the class alone."
     return target.startswith('fusion_bench.') or '.' not in target and target.endswith('Algorithm')
 
-# %% ../../nbs/00_core/07_legacy.ipynb #13557229
+# %% ../../nbs/00_core/07_legacy.ipynb #f5286e64
 _SAME = HUB_CLASSES | {
     'EnsembleAlgorithm': 'SimpleEnsemble',
     'DOGE_TA_Algorithm': 'DOGE_TA',
@@ -52,6 +52,9 @@ _SAME = HUB_CLASSES | {
     'RegMeanAlgorithmForGPT2': 'RegMeanForGPT2',
     'RegMeanAlgorithmForCLIPPlusPlus': 'RegMeanPlusPlus',
     'TaskArithmeticWithTrustRegionForCLIP': 'TaskArithmeticWithTrustRegion',
+    'ConcreteTaskArithmeticAlgorithmForCLIP': 'ConcreteTaskArithmeticForCLIP',
+    'PostDefenseAWMAlgorithmForCLIP': 'PostDefenseAWMForCLIP',
+    'PostDefenseSAUAlgorithmForCLIP': 'PostDefenseSAUForCLIP',
 } | dict.fromkeys(
     (
         'SparseWEMoECLIPVisionModelTaskPool',
@@ -108,19 +111,23 @@ def _hint(name, files):
     slip = [n for n in get_close_matches(name, files, n=3, cutoff=.85) if abs(len(n) - len(name)) < 3]
     return nearest(name, slip) if slip else '`fusionbook list methods` shows what there is'
 
-# %% ../../nbs/00_core/07_legacy.ipynb #1e659825
+# %% ../../nbs/00_core/07_legacy.ipynb #454804fe
+# methods of FusionBench that adapt on the inputs of the test
+_ON_TEST = 'clip_layer_wise_', 'clip_task_wise_'
+_ON_TEST += 'clip_concrete_', 'clip_safe_concrete_', 'clip_post_defense_'
+
 def _method(cfg):
     name, files = str(cfg['name']), _files()
     if name not in files:
         raise FusionError(
             f'expected the name of a method that exists here, got `{name}`; {_hint(name, files)}'
         )
-    on_test = name.startswith(('clip_layer_wise_', 'clip_task_wise_'))
+    on_test = name.startswith(_ON_TEST)
     data = {'data': 'unlabeled_test'} if on_test else {}
-    named = {'name': name} if data and name.endswith('_adamerging') else {}
+    named = {'name': name} if name.startswith(_ON_TEST[:2]) and name.endswith('_adamerging') else {}
     return plain(OmegaConf.load(files[name])) | data | {k: v for k, v in cfg.items() if k != 'name'} | named
 
-# %% ../../nbs/00_core/07_legacy.ipynb #a716fbc6
+# %% ../../nbs/00_core/07_legacy.ipynb #9d4d9a21
 _ABSENT = (
     'clip_fisher_merging',
     'fisher_merging',
@@ -128,9 +135,6 @@ _ABSENT = (
     'clip_regmean',
     'gpt2_regmean',
     'regmean',
-    'clip_concrete_task_arithmetic',
-    'clip_concrete_task_wise_adamerging',
-    'clip_concrete_layer_wise_adamerging',
     'clip_weight_ensembling_moe',
     'sparse_clip_weight_ensembling_moe',
     'weight_ensembling_moe',
@@ -303,7 +307,7 @@ def _clip_models(cfg):
     models = cfg.get('models')
     return cfg | ({'models': {k: _path(v) for k, v in models.items()}} if isinstance(models, Mapping) else {})
 
-# %% ../../nbs/00_core/07_legacy.ipynb #37ccacc6
+# %% ../../nbs/00_core/07_legacy.ipynb #d5ae19c9
 def _clip_tasks(cfg):
     if cfg.get('layer_wise_routing_weights_save_path'):
         note(
@@ -339,7 +343,18 @@ _ADAPTING = (
     'CLIPLayerWiseAdaMergingSurgery',
 )
 _LABELLED = 'LayerWiseAdaMergingForLlamaSFT', 'FrankWolfeHard', 'FrankWolfeSoft'
+_MASKED = (
+    'ConcreteTaskArithmeticForCLIP',
+    'ConcreteTaskWiseAdaMergingForCLIP',
+    'ConcreteLayerWiseAdaMergingForCLIP',
+    'ConcreteTSVMForOpenCLIP',
+    'ConcreteSafeTaskArithmeticForCLIP',
+    'ConcreteSafeLayerWiseAdaMergingForCLIP',
+    'PostDefenseAWMForCLIP',
+    'PostDefenseSAUForCLIP',
+)
 _LEARNING = dict.fromkeys(_ADAPTING, transductive_keys) | dict.fromkeys(_LABELLED, adaptive_keys)
+_LEARNING |= dict.fromkeys(_MASKED, mask_keys)
 _POOLS = _LEARNING | dict.fromkeys(HUB_CLASSES.values(), hub_pool) | dict.fromkeys(_ANALYSED, _analysed) | {
     'CLIPVisionModelPool': _clip_models,
     'CLIPVisionModelTaskPool': _clip_tasks,
