@@ -101,7 +101,7 @@ def _merged(network, base):
     for p in found.values(): p.requires_grad_(True)
     return found
 
-# %% ../../../nbs/66_adaptive/01_coefficients.ipynb #0aafb651
+# %% ../../../nbs/66_adaptive/01_coefficients.ipynb #cecb5fd2
 class Mixture:
     "One network whose parameters are a mixture of experts."
     def __init__(self,
@@ -111,6 +111,7 @@ class Mixture:
         granularity:str='tensor',    # see `grouped`
         device:str='cpu',            # where the network works
         cache_mb:float=4096,         # megabytes of task vectors that are kept where the network works; the rest is read anew each time
+        clean:Callable|None=None,    # (name, τ (T, n)) -> (T, n), instead of `prune`
     ):
         self.parameters = _merged(network, base)
         self.network = network.to(device).eval()
@@ -121,7 +122,7 @@ class Mixture:
         self._room = cache_mb * 1e6
         self.groups = grouped(list(self.parameters), granularity)
         self.names = list(dict.fromkeys(self.groups.values()))
-        self.clean = pruning(
+        self.clean = clean or pruning(
             base, experts, list(self.parameters), prune=prune, threshold=threshold, device=device
         )
 
