@@ -16,7 +16,7 @@ from .signals import terminable
 from ..core.errors import FusionError
 from ..core.resolve import allowing
 
-# %% ../../nbs/80_bench/99_cli.ipynb #860d1be2
+# %% ../../nbs/80_bench/99_cli.ipynb #da5c69cf
 _USAGE = '''fusionbook: merge trained networks and measure the result.
 
   fusionbook                                    eight experts of mini8, merged by task arithmetic and measured
@@ -28,6 +28,7 @@ _USAGE = '''fusionbook: merge trained networks and measure the result.
   fusionbook sweep method.scaling_factor=0:1:0.1 [key=a,b,c ...] [validation=TASKPOOL]     choose on validation, report on test
   fusionbook compare A/report.json B/report.json ... [-o FOLDER]                           differences, with paired intervals
   fusionbook board [POOL] [METHOD ...] [--jobs N] [--report]                               every method at its best, on one pool; resumes
+  fusionbook anchors [METHOD ...] [key=value ...]                                          printed numbers of CLIP ViT-B/32, measured again
   fusionbook analyse NAME [modelpool=NAME] [--methods "A, B key=value"] [--flag value ...]   similarity, landscapes, attribution: tables and figures
   fusionbook merge CONFIG.yml OUT/ [--dry-run]  model files into one folder, by a recipe of ours or of mergekit; or method=… models=[…] OUT/
   fusionbook finetune --base MODEL --data DATA --name TASK [--out experts] ...             an expert of your own data, and what merges it with others
@@ -68,12 +69,13 @@ def _prepare(argv):
     for word in argv:
         if m := re.fullmatch(r'\+*threads=(\d+)', word): os.environ['OMP_NUM_THREADS'] = m[1]
 
-# %% ../../nbs/80_bench/99_cli.ipynb #c4287ccc
+# %% ../../nbs/80_bench/99_cli.ipynb #1954ceb4
 COMMANDS = { # word -> module and function that takes the rest of the line
     'experiment': ('fusionbook.bench.batch', 'experiment_command'),
     'sweep': ('fusionbook.bench.sweep_command', 'sweep_command'),
     'compare': ('fusionbook.bench.compare', 'compare_command'),
     'board': ('fusionbook.bench.board', 'board_command'),
+    'anchors': ('fusionbook.bench.anchors', 'anchors_command'),
     'train': ('fusionbook.bench.train', 'train_command'),
     'fuse': ('fusionbook.bench.fuse', 'fuse_command'),
     'measure': ('fusionbook.bench.measure', 'measure_command'),

@@ -7,7 +7,7 @@ __all__ = ['board_places', 'read_board', 'shown_metric', 'ranked', 'with_neighbo
            'chosen_text', 'board_lines', 'board_table', 'board_sentence', 'rows_of', 'rows_of_page', 'methods_table',
            'families_table', 'seen_kind', 'front', 'board_figure']
 
-# %% ../../nbs/60_method/08_board.ipynb #90205b54
+# %% ../../nbs/60_method/08_board.ipynb #cbbe42e9
 import json, math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..core.errors import FusionError
 from ..core.files import read_json
 from .base import BaseAlgorithm
 from .map import Shown, family_methods, idea_of, page_of, shown_table
+from .published import published_text
 
 # %% ../../nbs/60_method/08_board.ipynb #02f48e03
 def board_places() -> list[Path]:
@@ -167,17 +168,18 @@ def board_sentence(
     against = f', {found}' if (found := _against(rows, i, shown_metric(board))) else ''
     return f'On {board["pool"]} `{name}` is number {i + 1} of {len(rows)}, {share}{against}.'
 
-# %% ../../nbs/60_method/08_board.ipynb #64b1f1f8
+# %% ../../nbs/60_method/08_board.ipynb #d1188f4c
 def rows_of(
     names:Sequence[str],       # of methods, as on the command line
     board:Mapping|None=None,   # that of mini8 when None
 ) -> Shown:                    # Markdown
-    "Methods of a page on the board: their lines, those of their neighbours, a sentence about each."
+    "Methods of a page on the board: their lines, those of their neighbours, a sentence about each, and printed numbers."
     try: board = read_board() if board is None else board
     except FusionError as e: return Shown(str(e))
     rows = with_neighbours(board, names)
-    sentences = '\n\n'.join(board_sentence(board, n) for n in names)
-    return Shown(f'{board_table(board, rows, names)}\n\n{sentences}' if rows else sentences)
+    table = [board_table(board, rows, names)] if rows else []
+    parts = [*table, *(board_sentence(board, n) for n in names), published_text(names)]
+    return Shown('\n\n'.join(filter(None, parts)))
 
 def rows_of_page(
     names:Mapping, # `globals()` of the page
