@@ -31,6 +31,8 @@ _USAGE = '''fusionbook: merge trained networks and measure the result.
   fusionbook anchors [METHOD ...] [key=value ...]                                          printed numbers of CLIP ViT-B/32, measured again
   fusionbook analyse NAME [modelpool=NAME] [--methods "A, B key=value"] [--flag value ...]   similarity, landscapes, attribution: tables and figures
   fusionbook merge CONFIG.yml OUT/ [--dry-run]  model files into one folder, by a recipe of ours or of mergekit; or method=… models=[…] OUT/
+  fusionbook merge-adapters adapters='[a/,b/]' OUT/   LoRA adapters into one adapter
+  fusionbook extract-lora MODEL/ base=BASE/ OUT/ rank=16   the difference of two models as a LoRA adapter
   fusionbook finetune --base MODEL --data DATA --name TASK [--out experts] ...             an expert of your own data, and what merges it with others
   fusionbook train    --experiment_name E --model_type M --dataset_name D [--seeds N] ...  pairs of networks, in the folders of the OT-fusion study
   fusionbook fuse     --experiment_name E --model_type M --dataset_name D [--seeds N] ...  naive and geometric fusion of each pair
@@ -82,6 +84,8 @@ COMMANDS = { # word -> module and function that takes the rest of the line
     'finetune': ('fusionbook.bench.finetune', 'finetune_command'),
     'analyse': ('fusionbook.bench.analyse', 'analyse_command'),
     'merge': ('fusionbook.bench.merge_command', 'merge_command'),
+    'merge-adapters': ('fusionbook.bench.merge_adapters', 'merge_adapters_command'),
+    'extract-lora': ('fusionbook.bench.extract_lora', 'extract_lora_command'),
 }
 
 # %% ../../nbs/80_bench/99_cli.ipynb #f23b50ae
@@ -137,12 +141,18 @@ TEXTS |= {
 ''',
 }
 
-# %% ../../nbs/80_bench/99_cli.ipynb #ef04f924
+# %% ../../nbs/80_bench/99_cli.ipynb #18ee58af
+_TOLD = { # word -> module and name of the text that its page keeps
+    'merge': ('fusionbook.bench.merge_command', 'MERGE_HELP'),
+    'merge-adapters': ('fusionbook.bench.merge_adapters', 'ADAPTERS_HELP'),
+    'extract-lora': ('fusionbook.bench.extract_lora', 'EXTRACT_HELP'),
+}
+
 def _help(word, rest=()):
     "Print the help of a command, of what an analysis takes, or of the program."
-    if word == 'merge':
-        from fusionbook.bench.merge_command import MERGE_HELP
-        return print(MERGE_HELP.rstrip('\n'))
+    if word in _TOLD:
+        module, text = _TOLD[word]
+        return print(getattr(import_module(module), text).rstrip('\n'))
     if word not in COMMANDS or word in TEXTS: return print(TEXTS.get(word, HELP).rstrip('\n'))
     _prepare([])
     module, function = COMMANDS[word]

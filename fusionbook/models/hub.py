@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY_MODELS', 'SCOPES', 'tiny_hub', 'in_scope', 'check_scope', 'scoped', 'weights_alone', 'parameter_sizes',
-           'hub_config', 'labelled', 'auto_class', 'hub_network', 'module_names', 'with_new_head']
+           'hub_config', 'labelled', 'auto_class', 'hub_network', 'module_names', 'second_names', 'with_new_head']
 
 # %% ../../nbs/20_models/07_hub.ipynb #224de575
 import re
@@ -206,7 +206,14 @@ def hub_network(
     _check_found(found, kind, path)
     return network.eval()
 
-# %% ../../nbs/20_models/07_hub.ipynb #d8a50394
+# %% ../../nbs/20_models/07_hub.ipynb #caab3b7d
+def _weightless(path):
+    "The network of a configuration, without memory."
+    config = hub_config(path)
+    kind = _class(None, config, path)
+    with torch.device('meta'): return kind(config)
+
+# %% ../../nbs/20_models/07_hub.ipynb #39e2ca17
 def module_names(
     path,               # where `config.json` lies
     names:Iterable[str],# in the file beside it
@@ -214,12 +221,19 @@ def module_names(
     "The names of a file as its network has them."
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import apply_renamings, WeightRenaming
-    config = hub_config(path)
-    kind = _class(None, config, path)
-    with torch.device('meta'): network = kind(config)
+    network = _weightless(path)
     rules = [r for r in get_model_conversion_mapping(network) if type(r) is WeightRenaming]
     own = network.state_dict().keys()
     return {new: n for n in names if (new := apply_renamings(n, rules)) in own}
+
+# %% ../../nbs/20_models/07_hub.ipynb #a4b533b2
+def second_names(
+    path,            # where `config.json` lies
+) -> dict[str, str]: # second name -> the tensor's name in the network
+    "Names under which a network uses a tensor of another name, such as a head that is the embedding."
+    network = _weightless(path)
+    tied = getattr(network, 'all_tied_weights_keys', None)
+    return dict(tied or {})
 
 # %% ../../nbs/20_models/07_hub.ipynb #4853cd6c
 def with_new_head(

@@ -157,6 +157,78 @@ def test_an_expanded_adapter_answers_as_peft(variant, tmp_path):
     check(*by_peft(variant, tmp_path), NETS[VARIANTS[variant][0]][1])
 
 
+# ---- adapters into an adapter, as PEFT's `add_weighted_adapter`
+
+EXACT = {'svd': {}, 'svd_thin': dict(svd_rank=2), 'linear': {}, 'cat': {}, 'ties': dict(density=.5),
+         'ties_frequency': dict(density=.5, majority_sign_method='frequency'), 'ties_svd': dict(density=.5), 'magnitude_prune': dict(density=.4), 'magnitude_prune_svd': dict(density=.4),
+         'dare_linear': dict(density=1.), 'dare_ties': dict(density=1.), 'dare_linear_svd': dict(density=1.), 'dare_ties_svd': dict(density=1.)}
+
+@pytest.mark.parametrize('case', EXACT)
+def test_adapters_are_merged_as_peft_merges_them(case, tmp_path):
+    "Three adapters, two weights above and one below zero, rsLoRA for one: the changes of every module are PEFT's, and PEFT opens what was written."
+    peft = pytest.importorskip('peft', reason='the comparison with PEFT itself needs it installed')
+    kind, how, weights = case.partition('_thin')[0].partition('_frequency')[0], EXACT[case], [.7, -.4, 1.2]
+    network, _ = network_of('gpt2')
+    configs = [dict(r=3, lora_alpha=5), dict(r=3, lora_alpha=2, use_rslora=True), dict(r=3, lora_alpha=3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for i, more in enumerate(configs):
+            config = peft.LoraConfig(target_modules=['c_attn', 'c_proj', 'wte'], fan_in_fan_out=True, **more)
+            if i == 0: model = peft.get_peft_model(network, config, adapter_name='a0')
+            else: model.add_adapter(f'a{i}', config)
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if 'lora_' in n: p.copy_(wave(n, p.shape))
+        model.save_pretrained(tmp_path, selected_adapters=['a0', 'a1', 'a2'])
+        model.add_weighted_adapter(['a0', 'a1', 'a2'], weights, 'merged', combination_type=kind, **how)
+    out = fusionbook.merge_adapters([str(tmp_path/f'a{i}') for i in range(3)], tmp_path/'out', combination_type=kind, weights=weights, **how)
+    clean, _ = network_of('gpt2')
+    clean.config.tie_word_embeddings = False
+    zero = {n: torch.zeros_like(t) for n, t in clean.state_dict().items() if n != 'lm_head.weight'}
+    ours, layers = adapted(zero, out), {n: m for n, m in model.named_modules() if hasattr(m, 'get_delta_weight')}
+    assert len(layers) == 7
+    for n, m in layers.items():
+        theirs = m.get_delta_weight('merged')
+        assert torch.allclose(ours[f'{n.removeprefix("base_model.model.")}.weight'], theirs, atol=1e-5*theirs.abs().max().item() + 1e-7), n
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        opened = peft.PeftModel.from_pretrained(network_of('gpt2')[0], out)
+    for n, m in opened.named_modules(): # nothing was missed: every factor that PEFT has is ours
+        if hasattr(m, 'get_delta_weight'): assert torch.allclose(m.get_delta_weight('default'), ours[f'{n.removeprefix("base_model.model.")}.weight'], atol=1e-5)
+
+
+# ---- an adapter out of a model
+
+def check_left_out(found, folder):
+    "T5 has one embedding under three names, of which PEFT would change one: it stays the base's, and that is said; the rest is the fine-tuned model."
+    assert found.left == ['shared.weight'] and 0 < found.share < 1
+    ours, tuned = expanded(folder/'base', folder/'adapter'), Checkpoint(folder/'tuned')
+    assert all(torch.allclose(ours[n], tuned[n], atol=1e-6) for n in tuned if n != 'shared.weight')
+
+
+@pytest.mark.parametrize('kind, embeddings', [('llama', False), ('llama', True), ('tied', True), ('tied', False), ('gpt2', False), ('bert', False), ('t5', True), ('vit', False)])
+def test_an_extracted_adapter_is_the_model(kind, embeddings, tmp_path):
+    "Of full rank, opened by PEFT on the base: the answers of the fine-tuned model. The same by our own expansion."
+    peft = pytest.importorskip('peft', reason='the comparison with PEFT itself needs it installed')
+    make = (lambda: llama(tie_word_embeddings=True)) if kind == 'tied' else NETS[kind][0]
+    inputs = NETS['llama' if kind == 'tied' else kind][1]
+    for i, name in enumerate(('base', 'tuned')):
+        network = make().eval()
+        with torch.no_grad():
+            for n, p in network.named_parameters(): p.copy_(wave(n, p.shape) + (p.ndim == 1 and n.endswith('weight')) + i*wave(f'tuned {n}', p.shape, .03))
+        network.save_pretrained(tmp_path/name)
+    found = fusionbook.extract_lora(str(tmp_path/'tuned'), str(tmp_path/'base'), tmp_path/'adapter', rank=40, embeddings=embeddings)
+    if kind == 't5': return check_left_out(found, tmp_path)
+    assert found.share > 1 - 1e-9 and not found.left, found.left
+    wanted = answers(network, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        opened = peft.PeftModel.from_pretrained(type(network).from_pretrained(tmp_path/'base').eval(), tmp_path/'adapter').eval()
+    assert (answers(opened, inputs) - wanted).abs().max() < 1e-4*wanted.abs().max()
+    ours = answers(hub_network(tmp_path/'base', expanded(tmp_path/'base', tmp_path/'adapter'), None), inputs)
+    assert (ours - wanted).abs().max() < 1e-4*wanted.abs().max()
+
+
 if __name__ == '__main__': # stores the answers of the PEFT that is installed
     found = {}
     for variant in VARIANTS:
