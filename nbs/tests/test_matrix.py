@@ -1,0 +1,99 @@
+"""Every configuration of the families that merge weights, on every kind of model and on experts of every kind.
+
+A merge keeps names, shapes, types, integers and ties, and its numbers are finite; what cannot be merged is refused in one line. No
+network is evaluated: whether the numbers are right is the lesson of each method's page.
+"""
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip('transformers')
+from omegaconf import OmegaConf  # noqa: E402
+
+import fusionbook  # noqa: E402
+from fusionbook.core.config import instantiate  # noqa: E402
+from fusionbook.core.errors import FusionError  # noqa: E402
+from fusionbook.core.state_dict import generator, shared  # noqa: E402
+from fusionbook.data import mini8  # noqa: E402
+from fusionbook.method.base import fuse  # noqa: E402
+from fusionbook.method.map import family_methods  # noqa: E402
+from fusionbook.modelpool import AutoModelPool, CLIPVisionModelPool  # noqa: E402
+from fusionbook.models.hub import tiny_hub  # noqa: E402
+
+CONFIG = Path(fusionbook.__file__).parent/'config'/'method'
+FAMILIES = 'average', 'task_vector', 'subspace'
+NAMES = sorted(n for f in FAMILIES for c in family_methods(f'fusionbook.method.{f}') for n in c.config_names)
+QUICK = dict(iter_num=3, K=2, max_iter=5)
+REFUSALS = 'expert', '`stack`', '`slices`' # what a refusal is about: how many there are, and which layers
+NEVER = 'passthrough', # whose slices name the models of one pool
+KINDS = {'clip': None, 'residual network': ('resnet', {}), 'tied language model': ('gpt2', {}), 'bfloat16': ('bert', dict(dtype='bfloat16'))}
+CASES = {kind: (kind, 'abc') for kind in KINDS} # letters of experts; 0 is one that is the base
+CASES |= {'one expert': ('tied language model', 'a'), 'still': ('residual network', 'ab0'), 'equal': ('residual network', 'aa')}
+
+
+def changed(state, letter, scale=.02):
+    "An expert's tensors; `0` for those of the base."
+    if letter == '0': return state
+    noise = {k: torch.randn(t.shape, generator=generator(ord(letter), k)) for k, t in state.items()}
+    return {k: (t + scale * noise[k]).to(t.dtype) if t.is_floating_point() else t for k, t in state.items()}
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    "kind -> the folder of one model of it, which is made when first asked for."
+    room = tmp_path_factory.mktemp('models')
+
+    @cache
+    def folder(kind, letter):
+        name, settings = KINDS[kind]
+        base = tiny_hub(room/kind/'base', name)
+        network = getattr(transformers, transformers.AutoConfig.from_pretrained(base).architectures[0]).from_pretrained(base)
+        network.to(getattr(torch, settings.get('dtype', 'float32')))
+        with torch.no_grad():
+            for k, t in changed(dict(network.state_dict()), letter).items(): network.state_dict()[k].copy_(t)
+        network.save_pretrained(room/kind/letter)
+        return str(room/kind/letter)
+
+    return folder
+
+
+def pool_of(kind, letters, folders):
+    names = [f'{i}{letter}' for i, letter in enumerate(letters)]
+    if KINDS[kind]: return AutoModelPool({'_pretrained_': folders(kind, '0')} | {n: folders(kind, n[1:]) for n in names})
+    mine = dict(zip('abc', mini8.TASKS)) | {'0': 'pretrained'}
+    return CLIPVisionModelPool({'_pretrained_': 'mini8/pretrained'} | {n: f'mini8/{mine[n[1:]]}' for n in names})
+
+
+def method_of(name):
+    config = OmegaConf.load(CONFIG/f'{name}.yaml')
+    config = OmegaConf.merge(config, {k: v for k, v in QUICK.items() if k in config})
+    return instantiate(config)
+
+
+def check_merged(base, merged):
+    "Finite numbers; what has a name of the base has its shape and type, integers are the base's, tied tensors are one tensor."
+    found = merged.state_dict()
+    bad = [k for k, t in found.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    assert not bad, bad
+    if not found.keys() >= base.keys(): return # a network that holds several models, or more layers
+    for k, t in base.items():
+        assert (found[k].shape, found[k].dtype) == (t.shape, t.dtype), k
+        if not t.is_floating_point(): assert torch.equal(found[k], t), k
+    for k, first in shared(base).items(): assert (found[k].data_ptr() == found[first].data_ptr()), k
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_method_on_every_kind(name, folders):
+    merged = 0
+    for case, (kind, letters) in CASES.items():
+        pool = pool_of(kind, letters, folders)
+        try: network = fuse(method_of(name), pool)
+        except FusionError as e:
+            assert 'expected' in str(e) and '\n' not in str(e), (case, e)
+            assert any(word in str(e) for word in REFUSALS), (case, e)
+            continue
+        check_merged(pool.load_pretrained_model().state_dict(), network)
+        merged += 1
+    assert merged or name in NEVER, 'refused in every case'
