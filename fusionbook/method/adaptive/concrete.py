@@ -6,30 +6,19 @@
 __all__ = ['ConcreteTaskArithmeticForCLIP', 'ConcreteTaskWiseAdaMergingForCLIP', 'ConcreteLayerWiseAdaMergingForCLIP',
            'ConcreteTSVMForOpenCLIP']
 
-# %% ../../../nbs/66_adaptive/concrete.ipynb #c79829ac
+# %% ../../../nbs/66_adaptive/concrete.ipynb #e1bcfaca
 from dataclasses import KW_ONLY, dataclass
 from ...core.state_dict import StateDict
-from .masked_merges import MaskedCoefficients, MaskedDirection
-from .masks import summed_step
+from .masked_merges import MaskedCoefficients, MaskedDirection, MaskedSum
+from .masked_merges import in_unit_range
 from ..task_vector.scaling import directed_method
 
-# %% ../../../nbs/66_adaptive/concrete.ipynb #c0f16f4a
-def _clamped(scale):
-    "A number, or each of a list, kept in [0, 1]."
-    return [_clamped(s) for s in scale] if isinstance(scale, (list, tuple)) else min(max(scale, 0.), 1.)
-
-# %% ../../../nbs/66_adaptive/concrete.ipynb #1f5f761d
+# %% ../../../nbs/66_adaptive/concrete.ipynb #f6869fee
 @dataclass
-class ConcreteTaskArithmeticForCLIP(MaskedDirection):
+class ConcreteTaskArithmeticForCLIP(MaskedSum):
     "Concrete task arithmetic: the sum of the task vectors under a learned mask (Tang et al., 2023)."
     config_names = ('concrete_subspace/clip_concrete_task_arithmetic',)
     paper, year, tune = 'arxiv:2312.06173', 2023, {'scaling_factor': '0.2,0.3,0.4'}
-    _: KW_ONLY
-    scaling_factor: float = .3   # λ, of every task vector
-    def step(self, pool) -> StateDict:
-        scale = _clamped(self.scaling_factor) if self.clamp_weights else self.scaling_factor
-        how = dict(weights=[scale] * len(pool), device=self.device)
-        return summed_step(pool.pretrained(), pool.experts(), **how)
 
 # %% ../../../nbs/66_adaptive/concrete.ipynb #311deb0e
 @dataclass
@@ -45,7 +34,7 @@ class ConcreteLayerWiseAdaMergingForCLIP(MaskedCoefficients):
     paper, year, tune = 'arxiv:2312.06173', 2023, {'lr': '0.001,0.01'}
     granularity = 'tensor'
 
-# %% ../../../nbs/66_adaptive/concrete.ipynb #f6decd8f
+# %% ../../../nbs/66_adaptive/concrete.ipynb #50a594e3
 @dataclass
 class ConcreteTSVMForOpenCLIP(MaskedDirection):
     "The direction of TSV-M under a learned mask (Tang et al., 2023)."
@@ -61,7 +50,7 @@ class ConcreteTSVMForOpenCLIP(MaskedDirection):
         self.check_mask()
         self._inner()
     def _inner(self):
-        alpha = _clamped(self.alpha) if self.clamp_weights else self.alpha
+        alpha = in_unit_range(self.alpha) if self.clamp_weights else self.alpha
         options = dict(alpha=alpha, exclude_keys=self.exclude_keys, device=self.device)
         return directed_method('task_singular_vector/TaskSingularVectorMerging', options)
     def step(self, pool) -> StateDict: return self._inner().direction(pool)
