@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MERGE_HELP', 'merge_words', 'check_merge_place', 'plan_lines', 'merge', 'merge_command']
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #47ff377e
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #7326f810
 import json, os, shutil, sys, time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from .merge_plan import MergePlan, plan_merge, planned_cost
 from .merge_sources import adapter_notes, code_notes
+from .mixture_recipe import read_mixture
 from .places import check_output
 from .recipe_file import MergeRecipe, read_recipe, recipe_from_words
 from .values import device_name, human_size, size
@@ -248,7 +249,19 @@ def _perform(plan, path, device, max_memory, shard_size):
     for line in _next_steps(plan, path): print(line)
     return path
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #b8083db3
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #b7cf7f5b
+def _mix(recipe, out, settings):
+    "Write a mixture of dense models, or say what would be written."
+    from fusionbook.bench.mixture_run import mixture_lines, plan_mixture, write_mixture
+    dry = settings['dry_run']
+    if out is None and not dry: raise FusionError('expected a folder for the mixture, got none')
+    print('\n'.join(mixture_lines(plan := plan_mixture(recipe, settings.get('hub_mirror', {})))))
+    if dry: return None
+    path = write_mixture(plan, out, shard_size=settings.get('shard_size'))
+    print(f"open it   transformers.AutoModelForCausalLM.from_pretrained('{out}')")
+    return path
+
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #121f32a9
 def merge(
     recipe:str|Path|Mapping|MergeRecipe|None=None, # a file of ours or of mergekit, or its keys; None where they are given by name
     out:str|Path|None=None,      # the folder of the merged model
@@ -269,6 +282,7 @@ def merge(
             hub_mirror=hub_mirror or None,
         )
     )
+    if (mixture := read_mixture(recipe, keys)) is not None: return _mix(mixture, out, settings)
     plan = plan_merge(_recipe_of(recipe, keys), settings.get('hub_mirror', {}))
     heads = plan.heads.values()
     for note in code_notes(heads) + adapter_notes(heads): print(f'note: {note}')
@@ -296,7 +310,7 @@ def _recipe_of(recipe, keys):
         {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in keys.items()}
     )
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #405d1b35
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #c3708450
 MERGE_HELP = '''fusionbook merge CONFIG.yml OUT/ [options]
 fusionbook merge method=NAME models='[a/,b/]' [base=c/] [setting=value ...] OUT/ [options]
 
@@ -311,6 +325,9 @@ fusionbook merge method=NAME models='[a/,b/]' [base=c/] [setting=value ...] OUT/
 
   keys of a recipe     method (one of `fusionbook list methods`) or merge_method (mergekit's), models, base, slices, parameters,
                        dtype, tokenizer_source, tokenizer, chat_template, merge_backbone; every other key is a setting of the method
+
+  A file of mergekit-moe (experts, gate_mode) makes a mixture of dense models: Mixtral, Qwen2-MoE or Qwen3-MoE. So do
+  method=mixtral_moe_merging (models=, base=, gate_mode=, experts_per_token=) and mixtral_moe_upscaling (base=, num_experts=).
 
   fusionbook merge method=ties_merging models='[a/,b/,c/]' base=base/ threshold=20 scaling_factor=0.5 merged/
   fusionbook merge recipe.yml merged/ --dry-run

@@ -221,7 +221,7 @@ def _tokens(keys):
     rows = {str(t): _row_source(t, v) for t, v in tokens.items()}
     return dict(source=model_name(new.get('source', 'union')), tokens=rows, pad_to_multiple_of=pad)
 
-# %% ../../nbs/80_bench/13_recipe_file.ipynb #57650b65
+# %% ../../nbs/80_bench/13_recipe_file.ipynb #fadaee79
 _BOTH = (
     'models',
     'slices',
@@ -236,14 +236,14 @@ _BOTH = (
 )
 _KEYS = (*_BOTH, 'merge_method', 'base_model')
 _OURS = (*_BOTH, 'method', 'base', 'base_model', 'merge_backbone', 'modelpool', 'taskpool')
-_PROGRAMS = {'experts': 'mergekit-moe', 'gate_mode': 'mergekit-moe', 'genome': 'mergekit-evolve'}
+_MOE = 'mergekit-moe', '`fusionbook merge` makes a mixture of it'
+_PROGRAMS = {'experts': _MOE, 'gate_mode': _MOE, 'genome': ('mergekit-evolve', 'it is not here yet')}
 FLOATS = 'float32', 'bfloat16', 'float16', 'float64'
 
 def _check_keys(keys):
     if other := [k for k in _PROGRAMS if k in keys]:
-        raise FusionError(
-            f'expected a merge, got a file of {_PROGRAMS[other[0]]} (`{other[0]}`), which is not here yet'
-        )
+        program, what = _PROGRAMS[other[0]]
+        raise FusionError(f'expected a merge, got a file of {program} (`{other[0]}`); {what}')
     if not keys.get('merge_method') and not keys.get('method'):
         got = ', '.join(map(str, keys)) or 'no keys'
         raise FusionError(f'expected `method` or `merge_method`, got neither among {got}')

@@ -1,0 +1,138 @@
+"Mixtures of dense models as a user has them: files of mergekit-moe and lines of ours, tokenizers, fresh processes, kills, every bad input."
+import json, subprocess, sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fusionbook
+from conftest import run_program
+from fusionbook.core.errors import FusionError
+from test_merge_command import made
+
+ANSWER = """
+import sys, torch, fusionbook
+words = torch.arange(6)[None] + 3
+if sys.argv[2] == 'ours': network = fusionbook.open_model(sys.argv[1])
+else:
+    from transformers import AutoModelForCausalLM
+    network = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.inference_mode(): torch.save(network(words).logits, sys.argv[3])
+"""
+
+
+def elsewhere(folder, who, tmp_path):
+    "Logits of a process that knows nothing of this one."
+    subprocess.run([sys.executable, '-c', ANSWER, folder, who, tmp_path/'y.pt'], check=True, timeout=120)
+    return torch.load(tmp_path/'y.pt')
+
+
+def with_words(folder, count=40):
+    "A tokenizer of single words beside a model."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({f'w{i}': i for i in range(count)} , unk_token='w0'))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token='w0', bos_token='w1', pad_token='w2').save_pretrained(folder)
+
+
+@pytest.mark.parametrize('kind', ('llama', 'llama_tied', 'mistral', 'qwen2', 'qwen3'))
+def test_copies_answer_as_the_model(kind, tmp_path):
+    "An up-scaled model opens in plain transformers, in a process of its own, with the answers of the dense one."
+    (network,), inputs, (place,) = made(kind, tmp_path, 1)
+    out = fusionbook.merge(method='mixtral_moe_upscaling', base=place, num_experts=3, out=tmp_path/'out')
+    with torch.inference_mode(): want = network(**inputs).logits
+    got = elsewhere(out, 'theirs', tmp_path)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert elsewhere(out, 'ours', tmp_path).equal(got)
+
+
+def test_a_file_of_mergekit(tmp_path):
+    "Prompts as texts, the tokenizer of the base, gates by hand; the tokenizer lies beside the result."
+    networks, inputs, (base, a, b) = made('mistral', tmp_path)
+    for place in (base, a, b): with_words(place)
+    file = tmp_path/'moe.yml'
+    file.write_text(f'''base_model: {base}
+gate_mode: hidden
+dtype: float32
+experts:
+  - source_model: {a}
+    positive_prompts: ["w5 w6", "w7"]
+    negative_prompts: ["w9"]
+  - source_model: {b}
+    positive_prompts:
+      - w8 w9 w4
+''')
+    done = run_program('merge', 'moe.yml', 'out', cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert 'MixtralForCausalLM' in done.out and {'tokenizer.json', 'config.json'} <= {f.name for f in (tmp_path/'out').iterdir()}
+    def state(*ids):
+        with torch.no_grad(): return torch.stack(networks[0](torch.tensor([[1, *ids]]), output_hidden_states=True).hidden_states[:-1])[:, 0, -1]
+    first = (state(5, 6) + state(7)) / 2 - state(9)
+    found = load_file(tmp_path/'out'/'model.safetensors')
+    for i in range(2):
+        gate = found[f'model.layers.{i}.block_sparse_moe.gate.weight']
+        assert torch.allclose(gate[0], first[i] / first[i].norm(), atol=1e-5)
+        assert torch.allclose(gate[1], state(8, 9, 4)[i] / state(8, 9, 4)[i].norm(), atol=1e-5)
+        assert found[f'model.layers.{i}.block_sparse_moe.experts.1.w2.weight'].equal(networks[2].state_dict()[f'model.layers.{i}.mlp.down_proj.weight'])
+    dry = run_program('merge', 'moe.yml', '--dry-run', cwd=tmp_path)
+    assert dry.status == 0 and 'of which a token uses' in dry.out
+
+
+def test_a_run_of_the_method(tmp_path):
+    "`fusionbook method=mixtral_moe_merging` on a pool of folders: saved with its recipe, the same bytes of logits in a fresh process."
+    networks, inputs, places = made('llama', tmp_path)
+    models = ', '.join(f'{n}: {p}' for n, p in zip(('_pretrained_', 'a', 'b'), places, strict=True))
+    done = run_program('method=mixtral_moe_merging', 'method.experts_per_token=1', 'modelpool=CausalLMPool/mixtral_moe_merging',
+                       'modelpool.models={' + models + '}', f'++modelpool.tokenizer=null', 'merged_model_save_path=out', cwd=tmp_path)
+    assert done.status == 0, done.err
+    names = {f.name for f in (tmp_path/'out').iterdir()}
+    assert {'config.json', 'fusionbook.json', 'model.safetensors'} <= names
+    ours, theirs = (elsewhere(tmp_path/'out', who, tmp_path) for who in ('ours', 'theirs'))
+    here = fusionbook.open_model(tmp_path/'out')
+    with torch.inference_mode(): assert here(**inputs).logits.equal(ours)
+    assert torch.allclose(ours.float(), theirs.float(), atol=1e-2)
+
+
+def test_goes_on_after_a_kill(tmp_path, monkeypatch):
+    "A write that ended half-way goes on, and gives the bytes of one that did not."
+    _, _, (base, a, b) = made('llama', tmp_path)
+    keys = dict(method='mixtral_moe_merging', base=base, models=[a, b])
+    whole = fusionbook.merge(**keys, out=tmp_path/'whole')
+    from fusionbook.core import resumable
+    put, count = resumable._put, []
+    def stopping(*args):
+        count.append(1)
+        if len(count) > 9: raise KeyboardInterrupt
+        return put(*args)
+    monkeypatch.setattr(resumable, '_put', stopping)
+    with pytest.raises(KeyboardInterrupt): fusionbook.merge(**keys, out=tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+    monkeypatch.setattr(resumable, '_put', put)
+    out = fusionbook.merge(**keys, out=tmp_path/'out')
+    assert (out/'model.safetensors').read_bytes() == (whole/'model.safetensors').read_bytes()
+
+
+def test_bad_input(tmp_path):
+    _, _, (base, a, b) = made('llama', tmp_path)
+    _, _, (other,) = made('qwen2', tmp_path/'q', 1)
+    with_words(base)
+    with_words(a)
+    with_words(b, 39)
+    def experts(*models, **more): return [dict(source_model=m, positive_prompts=[f'w{3 + i}'], **more) for i, m in enumerate(models)]
+    cases = {
+        'got llama and qwen2': dict(base_model=base, experts=experts(a, other)),
+        '2 times: they answer alike': dict(base_model=base, experts=experts(a, a)),
+        'from 1 to 1': dict(base_model=base, experts=experts(a)),
+        'one of hidden, hidden_last': dict(base_model=base, gate_mode='magic', experts=experts(a, base)),
+        'did you mean `experts_per_token`': dict(base_model=base, experts=experts(a, base), expert_per_token=1),
+        '`positive_prompts` for each expert': dict(base_model=base, experts=[a, base]),
+        'does not exist': dict(base_model=str(tmp_path/'none'), experts=experts(a, base)),
+        'KORMo': dict(base_model=base, experts=experts(a, base), architecture='kormo'),
+    }
+    for says, keys in cases.items():
+        with pytest.raises(FusionError) as caught: fusionbook.merge(keys, out=tmp_path/'out')
+        assert says in str(caught.value) and '\n' not in str(caught.value), caught.value
+    assert not (tmp_path/'out').exists()
+    bad = run_program('merge', 'moe.yml', 'out', '--load-in-4bit', cwd=tmp_path)
+    assert bad.status and 'load-in-4bit' in bad.err and len(bad.err.strip().splitlines()) == 1
