@@ -27,7 +27,7 @@ def whole_experts(
     check_finite([m.state_dict() for m in members], pool.model_names)
     return members
 
-# %% ../../../nbs/68_mixing/expert_routing.ipynb #ad2c7139
+# %% ../../../nbs/68_mixing/expert_routing.ipynb #6ad37518
 @dataclass
 class ExpertRouting(BaseAlgorithm):
     "Whole experts, of which the most confident, or one that a gate names, answers each input."
@@ -42,8 +42,8 @@ class ExpertRouting(BaseAlgorithm):
     def __post_init__(self):
         check_fields(self)
         at_least(self, samples=1, batch_size=1, penalty=1e-9)
-        check_known([self.rule], EXPERT_RULES, '`rule`')
-        check_known([self.data], DATA, '`data`')
+        check_known([self.rule], EXPERT_RULES, 'the rules of routing')
+        check_known([self.data], DATA, 'the kinds of data')
         self.uses = ('experts',) if self.rule != 'gate' else ('pretrained', 'experts', self.data)
     def build(self, pool) -> RoutedExperts:
         "The network of all experts."
