@@ -84,7 +84,7 @@ def by_layer(
     for n in names: found.setdefault(layer_name(n), []).append(n)
     return found
 
-# %% ../../nbs/75_analysis/00_base.ipynb #49261dc2
+# %% ../../nbs/75_analysis/00_base.ipynb #e4a43be0
 class BaseAnalysis:
     "An analysis. A dataclass that defines `run(pool, taskpool, merged)`."
     names = ()           # on the command line; the first is its own, others are FusionBench's
@@ -92,6 +92,7 @@ class BaseAnalysis:
     needs_tasks = False  # whether it measures
     needs_merged = False # whether it looks at merged models
     needs_states = True  # whether it reads their tensors, which must be those of the pool
+    merges_pairs = False # whether it is given functions, from the names of experts to their merge
     least = 2            # experts
     def __post_init__(self):
         for name, low in self.bounds().items():

@@ -98,24 +98,26 @@ class _Worker:
         self.at = weights
         return self.net
 
-# %% ../../nbs/75_analysis/05_points.ipynb #eda69490
+# %% ../../nbs/75_analysis/05_points.ipynb #323b3830
 def measure(
     space:Space,
     points:Sequence[Sequence[float]], # weights of each
     *, jobs:int=1,                    # points that are measured side by side
+    tasks:Sequence[Sequence[str]]|None=None, # of each point; all of the space when None
 ) -> list[dict]:                      # for each point: task -> answers
     "What the networks at some points answer."
     if jobs < 1: raise FusionError(f'expected at least 1 job, got {jobs}')
     points, free = [tuple(map(float, p)) for p in points], SimpleQueue()
+    asked = list(zip(points, tasks or [space.tasks] * len(points), strict=True))
     space.facts # before several need it
     for _ in range(jobs): free.put(_Worker(space))
-    def one(p):
-        worker = free.get()
-        try: return {t: _answered(space, worker, p, t) for t in space.tasks}
+    def one(point):
+        (p, names), worker = point, free.get()
+        try: return {t: _answered(space, worker, p, t) for t in names}
         finally: free.put(worker)
     with ThreadPoolExecutor(jobs) as workers:
-        head = [one(p) for p in points[:1]] # data sets and heads are opened once
-        rest = workers.map(_quietly(one), points[1:])
+        head = [one(p) for p in asked[:1]] # data sets and heads are opened once
+        rest = workers.map(_quietly(one), asked[1:])
         return head + list(track(rest, 'points', len(points) - 1))
 
 # %% ../../nbs/75_analysis/05_points.ipynb #56586ed1
