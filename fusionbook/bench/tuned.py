@@ -171,7 +171,8 @@ def scored(self:Benchmark,
     key = self.key(method, taskpool)
     file = self.folder/f'{cell_name(key)}.json'
     if found := read_record(file, kind='board point', key=key): return found['content']
-    model = merged_model(directions.lend(method, self.pool), self.pool.attach(taskpool))
+    pool = self.pool.attach(taskpool) # before a direction is asked for: it may need the heads
+    model = merged_model(directions.lend(method, pool), pool)
     rows = [
         head | r
         for head, found in merged_rows(model, taskpool, device=self.device)
