@@ -13,7 +13,7 @@ from ..core.compose import CONFIG
 from ..core.config import published
 from ..core.errors import FusionError, nearest
 
-# %% ../../nbs/80_bench/13b_merge_methods.ipynb #dd344bc8
+# %% ../../nbs/80_bench/13b_merge_methods.ipynb #08660406
 @dataclass(frozen=True)
 class MergeWay:
     "How a method is done: the class, the settings it may have, the models it takes."
@@ -21,7 +21,7 @@ class MergeWay:
     target: str                              # class of `fusionbook.method`
     each: Mapping = field(default_factory=dict)  # settings of each model -> default; `...` where none
     whole: Mapping = field(default_factory=dict) # settings of the merge -> default; `...` where none
-    base: str = 'required'                   # `required`, `optional`, or `unused`: then it is a model like others
+    base: str = 'required'  # `required`, `optional`, or `unused`: then it is a model like others
     least: int = 1                           # models beside the base
     most: int|None = None                    # likewise; None for any number
     matrices: bool = False                   # whether it holds a whole tensor of every model
@@ -72,11 +72,12 @@ def _shared_weights(each, whole):
     total = sum(w) if whole['normalize'] else 1
     return w if abs(total) < 1e-8 else [x / total for x in w]
 
-# %% ../../nbs/80_bench/13b_merge_methods.ipynb #e316be5b
+# %% ../../nbs/80_bench/13b_merge_methods.ipynb #7bb21c08
 def _dare(each, whole, name):
-    density = _same(each['density'], 'density', name)
+    density = _one(each['density'])
+    dropped = 1 - density if isinstance(density, (int, float)) else [1 - d for d in density]
     return dict(
-        sparsity_ratio=1 - density, rescale=whole['rescale'], rescale_by='l1', scaling_factor=whole['lambda']
+        sparsity_ratio=dropped, rescale=whole['rescale'], rescale_by='l1', scaling_factor=whole['lambda']
     )
 
 def _dare_linear(each, whole):

@@ -47,15 +47,14 @@ def _remembering(sd):
         return last[name]
     return Lazy({k: partial(read, k) for k in sd.meta}, sd.meta, sd.tied)
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #f714d159
+# %% ../../nbs/80_bench/16_merge_run.ipynb #e5c6a3fb
 def _stored(name, head, log):
     "The tensors of a model's files, and what is read of them noted."
     sd = log.watch(name, Checkpoint(head.path))
     info = meta(sd)
-    return Lazy(
-        {n: partial(sd.__getitem__, old) for n, old in head.stored.items()},
-        {n: info[old] for n, old in head.stored.items()},
-    )
+    def kind(n): return info[head.stored[n]].to(torch.bfloat16) if n in head.small else info[head.stored[n]]
+    def read(n): return sd[head.stored[n]].to(kind(n).dtype)
+    return Lazy({n: partial(read, n) for n in head.stored}, {n: kind(n) for n in head.stored})
 
 # %% ../../nbs/80_bench/16_merge_run.ipynb #4957c597
 def _states(plan, log, device):

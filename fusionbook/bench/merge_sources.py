@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TensorKind', 'locate_model', 'ModelHead', 'open_head', 'adapter_notes', 'code_notes']
 
-# %% ../../nbs/80_bench/14_merge_sources.ipynb #2cd60459
-import os
+# %% ../../nbs/80_bench/14_merge_sources.ipynb #16fb03cb
+import os, re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -83,7 +83,7 @@ def _bare(names):
         plain = {n.partition('.')[2]: old for n, old in plain.items()}
     return plain
 
-# %% ../../nbs/80_bench/14_merge_sources.ipynb #92eed8b7
+# %% ../../nbs/80_bench/14_merge_sources.ipynb #88200a9a
 @dataclass(frozen=True)
 class ModelHead:
     "A model as its files describe it; no number has been read."
@@ -96,6 +96,9 @@ class ModelHead:
     under: 'ModelHead|None' = None     # the base of an adapter
     adapter: Adapter|None = None
     parts: Mapping = field(default_factory=dict) # tensor -> what the adapter says of it
+    small: frozenset = (
+        frozenset()
+    )  # tensors that are stored in eight bits and read as bfloat16, which is exact
     @cached_property
     def files(self) -> list[Path]:
         "The files that decide its numbers."
@@ -177,7 +180,15 @@ def _with_adapter(name, head, path):
     kinds |= {a: kinds[o] for a, o in head.tied.items()}
     return ModelHead(name, head.path, kinds, head.stored, head.tied, head.config, head, adapter, parts)
 
-# %% ../../nbs/80_bench/14_merge_sources.ipynb #7a4fb0c1
+# %% ../../nbs/80_bench/14_merge_sources.ipynb #ce7c295c
+_SCALES = re.compile(r'scale|amax|zero_point', re.IGNORECASE)
+
+def _plain_small(kinds):
+    "Tensors of plain float8 numbers; none where anything that scales them lies beside them."
+    small = frozenset(n for n, k in kinds.items() if k.code in ('F8_E4M3', 'F8_E5M2'))
+    return frozenset() if any(_SCALES.search(n) for n in kinds) else small
+
+# %% ../../nbs/80_bench/14_merge_sources.ipynb #27b199b2
 def open_head(
     name:str,                    # as a recipe names it
     mirror:Mapping[str, str]={}, # name -> local folder
@@ -200,9 +211,12 @@ def open_head(
     kinds |= {back.get(a, a): kinds[back.get(o, o)] for a, o in ties.items()}
     tied = {back.get(a, a): back.get(o, o) for a, o in (tied | ties).items()}
     _known(kinds, who)
+    small = _plain_small(kinds)
+    kinds |= {n: TensorKind('BF16', kinds[n].shape) for n in small}
     check_weights(kinds, who)
     config = beside(path)/'config.json'
-    return ModelHead(name, path, kinds, stored, tied, read_json(config) if config.is_file() else {})
+    told = read_json(config) if config.is_file() else {}
+    return ModelHead(name, path, kinds, stored, tied, told, small=small)
 
 # %% ../../nbs/80_bench/14_merge_sources.ipynb #12a03df7
 def adapter_notes(

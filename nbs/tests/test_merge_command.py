@@ -133,6 +133,29 @@ def plain(folder, name, seed, size=64, **config):
     (folder/name/'config.json').write_text(json.dumps({'model_type': 'tiny'} | config))
     return str(folder/name)
 
+def test_a_share_for_each_model(tmp_path):
+    "DARE keeps all of one model and half of another: what is added where the second lost everything is the first's."
+    base, a, b = (plain(tmp_path, n, i) for i, n in enumerate(('base', 'a', 'b')))
+    models = [{'model': m, 'parameters': {'weight': 1, 'density': d}} for m, d in ((a, 1.), (b, .5))]
+    out = fusionbook.merge(merge_method='dare_linear', base_model=base, models=models, parameters={'rescale': False}, out=tmp_path/'out')
+    merged, x, y, z = (load_file(Path(f)/'model.safetensors')['h.0.w'] for f in (out, base, a, b))
+    lost = torch.isclose(merged - x, y - x, atol=1e-5)
+    kept = torch.isclose(merged - x, y - x + (z - x), atol=1e-5)
+    assert (lost | kept).all() and .45 < lost.float().mean() < .55
+
+
+def test_plain_float8_is_read_exactly(tmp_path):
+    "Numbers of eight bits are numbers of bfloat16; with a scale beside them they are refused."
+    folder = Path(plain(tmp_path, 'small', 1))
+    sd = load_file(folder/'model.safetensors')
+    small = {k: t.to(torch.float8_e4m3fn) for k, t in sd.items()}
+    save_file(small, folder/'model.safetensors')
+    out = fusionbook.merge(method='simple_average', models=[str(folder)], out=tmp_path/'out')
+    assert all(t.dtype == torch.bfloat16 and t.equal(small[k].bfloat16()) for k, t in load_file(out/'model.safetensors').items())
+    save_file(small | {'h.0.w_scale': torch.ones(1)}, folder/'model.safetensors')
+    with pytest.raises(FusionError, match='a quantised model .*float8_e4m3'): fusionbook.merge(method='simple_average', models=[str(folder)], out=tmp_path/'never')
+
+
 def bytes_of(folder): return {f.name: f.read_bytes() for f in sorted(Path(folder).iterdir())}
 
 def test_killed_and_started_again(tmp_path):

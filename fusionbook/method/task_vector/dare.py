@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['dropped', 'dare', 'DareSimpleAverage', 'DareTaskArithmetic', 'DareTiesMerging']
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #b4e7f293
+# %% ../../../nbs/63_task_vector/dare.ipynb #d7c78e81
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+import torch
 from torch import Tensor
 from ...core.entries import Entry
 from ...core.errors import FusionError
@@ -18,18 +19,27 @@ from ..pipeline import pool_of_vectors
 from .elect import check_choices, elected_direction
 from .sparsify import kept_share, l1_kept, random_keep, summed_direction
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #2ed89fb3
+# %% ../../../nbs/63_task_vector/dare.ipynb #54bc3236
 def _check_density(density, rescale_by):
-    if not 0 < density <= 1:
-        raise FusionError(f'expected `sparsity_ratio` in [0, 1), got {1 - density:g}; nothing would be left')
+    for kept in [density] if isinstance(density, (int, float)) else density:
+        if not 0 < kept <= 1:
+            raise FusionError(f'expected `sparsity_ratio` in [0, 1), got {1 - kept:g}; nothing would be left')
     if rescale_by not in ('density', 'l1'):
         raise FusionError(f'expected `rescale_by` as density or l1, got `{rescale_by}`')
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #6ea67094
+# %% ../../../nbs/63_task_vector/dare.ipynb #4dd2b81e
+def _one_each(density, count):
+    "A number for each expert."
+    if isinstance(density, (int, float)): return [float(density)] * count
+    if len(density) != count:
+        raise FusionError(f'expected a `sparsity_ratio` for each of {count} experts, got {len(density)}')
+    return [float(d) for d in density]
+
+# %% ../../../nbs/63_task_vector/dare.ipynb #5a8fdca1
 def dropped(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
-    *, density:float,            # 1 - p, probability to be kept, in (0, 1]
+    *, density:float|Sequence[float], # 1 - p, probability to be kept, in (0, 1]; a number, or one for each expert
     seed:int,
     rescale:bool,                # make up for what is dropped
     rescale_by:str,              # by 1 / `density` (the paper), or so that each tensor's `l1` norm stays (mergekit)
@@ -38,10 +48,13 @@ def dropped(
 ) -> Callable[[Entry], Tensor]:  # entry -> sparse task vectors, (T, n)
     "Task vectors of which a random share is kept."
     _check_density(density, rescale_by)
-    linear, factor = Matrices(heads=True), 1 / density if rescale and rescale_by == 'density' else 1.
+    kept, linear = torch.tensor(_one_each(density, len(experts)), dtype=torch.float64), Matrices(heads=True)
+    factor = 1 / kept if rescale and rescale_by == 'density' else torch.ones_like(kept)
     def sparse(e):
-        if density == 1 or only_on_linear_weights and linear(e.name, e.shape) is None: return e.tau
-        return e.tau.mul_(random_keep(e, density=density, seed=seed)).mul_(factor)
+        if bool((kept == 1).all()) or only_on_linear_weights and linear(e.name, e.shape) is None: return e.tau
+        column = (-1, *[1] * e.base.ndim)
+        keep = random_keep(e, density=kept.view(column).to(e.tau), seed=seed)
+        return e.tau.mul_(keep).mul_(factor.view(column).to(e.tau))
     return l1_kept(base, experts, sparse, device=device) if rescale and rescale_by == 'l1' else sparse
 
 # %% ../../../nbs/63_task_vector/dare.ipynb #d989cdfb
@@ -55,24 +68,31 @@ def dare(
     vectors = dropped(base, experts, device=device, **how)
     return summed_direction(base, experts, weights=weights, vectors=vectors, device=device)
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #909292ec
+# %% ../../../nbs/63_task_vector/dare.ipynb #6c421ee7
 @dataclass(kw_only=True)
 class _Dare(BaseAlgorithm):
     uses, symmetric = ('pretrained', 'experts'), False # each expert has a mask of its own
     paper, year = 'arxiv:2311.03099', 2023
-    sparsity_ratio: float = .5 # p, probability of an entry to be dropped, in [0, 1)
+    sparsity_ratio: float | list = (
+        0.5  # p, probability of an entry to be dropped, in [0, 1); or one for each expert
+    )
     only_on_linear_weights: bool = False # keep all entries of everything but the weights of linear layers
     rescale: bool = True       # make up for what is dropped
-    rescale_by: str = 'density' # 1 / (1 - p) (the paper, FusionBench, PEFT), or keep each tensor's l1 norm (mergekit)
+    rescale_by: str = (
+        'density'  # 1 / (1 - p) (the paper, FusionBench, PEFT), or keep each tensor's l1 norm (mergekit)
+    )
     weights: list = None       # w, one number per expert in the order of the pool
     seed: int = 0              # of the masks
     device: str = 'cpu'        # where the arithmetic happens
     def __post_init__(self):
         check_fields(self)
-        _check_density(1 - self.sparsity_ratio, self.rescale_by)
+        _check_density(self.kept(), self.rescale_by)
+    def kept(self): # 1 - p
+        p = self.sparsity_ratio
+        return 1 - p if isinstance(p, (int, float)) else [1 - x for x in p]
     def dropping(self): # the arguments of `dropped`
         names = 'seed', 'rescale', 'rescale_by', 'only_on_linear_weights', 'device'
-        return dict(density=1 - self.sparsity_ratio) | {k: getattr(self, k) for k in names}
+        return dict(density=self.kept()) | {k: getattr(self, k) for k in names}
     def prepare(self, pool): # the pool with sparse experts, for a pipeline
         vectors = dropped(pool.pretrained(), pool.experts(), **self.dropping())
         return pool_of_vectors(pool, vectors, device=self.device)
@@ -96,19 +116,21 @@ class DareTaskArithmetic(_Dare):
     scaling_factor: float = .3 # λ, length of the step along the sum
     def equal(self, count): return 1.
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #2555e366
+# %% ../../../nbs/63_task_vector/dare.ipynb #7681f16f
 @dataclass
 class DareTiesMerging(_Dare):
     "DARE, then TIES merging (Yu et al., 2023)."
     config_names = ('dare/ties_merging',)
     tune = {'scaling_factor': '0.1:1.5:0.1'}
     scaling_factor: float = .5 # λ, length of the merged step
-    threshold: float | None = 20 # K, per cent that trimming keeps of each sparse vector, or a fraction up to 1; null: all
+    threshold: float | None = (
+        20  # K, per cent that trimming keeps of each sparse vector, or a fraction up to 1; null: all
+    )
     remove_keys: list | None = () # names that stay the base's
     merge_func: str = 'sum'    # sum (FusionBench), mean (PEFT), max, weighted_mean (mergekit with normalize)
     trim: str = 'model'        # one threshold for the model, or for each tensor
     elect: str = 'sum'         # sum of entries, weighted_sum (mergekit), count of signs
-    tie: str = 'majority'      # a draw takes the model's majority sign (FusionBench), or plus (mergekit, PEFT)
+    tie: str = 'majority'  # a draw takes the model's majority sign (FusionBench), or plus (mergekit, PEFT)
     def __post_init__(self):
         super().__post_init__()
         self.remove_keys = list(self.remove_keys or ())
