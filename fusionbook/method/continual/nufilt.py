@@ -112,7 +112,7 @@ def _check(method):
     if not method.lr > 0: raise FusionError(f'expected `lr` above 0, got {method.lr}')
     check_known([method.others], ('base', 'mean'), 'the values of `others`')
 
-# %% ../../../nbs/70_continual/nufilt.ipynb #0c5bd679
+# %% ../../../nbs/70_continual/nufilt.ipynb #3dea389d
 def chosen_matrices(
     info,                        # names and shapes of the model
     rule,                        # which tensors are matrices
@@ -123,7 +123,11 @@ def chosen_matrices(
     def chosen(name, shape): return rule(name, shape) if wanted(name) else None
     if not any(chosen(n, t.shape) for n, t in info.items()):
         known = [n for n, t in info.items() if rule(n, t.shape)]
-        given = ', '.join(parts or ['every matrix'])
+        if not known:
+            raise FusionError(
+                'expected a model with matrices, got none; kernels: `matrices: linear_and_convolutions`'
+            )
+        given = ', '.join(parts)
         raise FusionError(
             f'expected `lora_layer` with parts of names of matrices, got {given}; {nearest(given, known)}'
         )

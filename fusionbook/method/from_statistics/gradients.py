@@ -20,7 +20,7 @@ class Headed(nn.Module):
         self.network, self.head = network, head
     def forward(self, x): return self.head(self.network, x).float().log_softmax(-1)
 
-# %% ../../../nbs/65_statistics/03_gradients.ipynb #2376ff14
+# %% ../../../nbs/65_statistics/03_gradients.ipynb #5906749e
 PER_CHUNK = 1 << 25 # numbers of all gradients that are held at one time: 128 MB of float32
 
 def _gradients(headed, parameters, x, choice):
@@ -29,7 +29,20 @@ def _gradients(headed, parameters, x, choice):
         return (functional_call(headed, parameters, (one[None],))[0] * weights).sum()
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='There is a performance drop')
-        return vmap(grad(value), (None, 0, 0))(parameters, x, choice)
+        try: return vmap(grad(value), (None, 0, 0))(parameters, x, choice)
+        except RuntimeError as e:
+            if 'vmap' not in str(e): raise
+            return _one_by_one(headed, parameters, x, choice) # the network looks at its numbers to decide what to do
+
+def _one_by_one(headed, parameters, x, choice):
+    "The same gradients, one example after the other."
+    own, rows = {k: p.clone().requires_grad_() for k, p in parameters.items()}, []
+    for one, weights in zip(x, choice, strict=True):
+        value = (functional_call(headed, own, (one[None],))[0] * weights).sum()
+        rows.append(torch.autograd.grad(value, list(own.values()), allow_unused=True))
+    columns = zip(own.items(), zip(*rows, strict=True), strict=True)
+    def whole(p, g): return torch.zeros_like(p) if g is None else g.detach()
+    return {k: torch.stack([whole(p, g) for g in gs]) for (k, p), gs in columns}
 
 # %% ../../../nbs/65_statistics/03_gradients.ipynb #94b8b07e
 def gradient_sums(
