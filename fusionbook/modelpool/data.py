@@ -61,7 +61,7 @@ def inputs(self:BaseModelPool,
     self.seen.add(kind)
     return self._inputs[key]
 
-# %% ../../nbs/50_modelpool/00b_data.ipynb #fcb0db5c
+# %% ../../nbs/50_modelpool/00b_data.ipynb #c02a6209
 @patch
 def batches(self:BaseModelPool,
     task:str, kind:str,    # as in `inputs`
@@ -72,6 +72,13 @@ def batches(self:BaseModelPool,
     "Batches of inputs in random order, pass after pass."
     rows = self.inputs(task, kind)
     return (rows[at] for at in _order(rows, task, kind, batch_size, seed, start))
+
+@patch
+def row_numbers(self:BaseModelPool,
+    task:str, kind:str, *, batch_size:int, seed:int, start:int=0, # as in `batches`
+) -> Iterator[Tensor]:     # endless; (n,)
+    "The numbers of the rows of the same batches, for what was computed from the inputs once."
+    return _order(self.inputs(task, kind), task, kind, batch_size, seed, start)
 
 def _order(rows, task, kind, batch_size, seed, start):
     return islice(

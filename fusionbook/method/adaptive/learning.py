@@ -75,7 +75,7 @@ def check_loop(self:AdaptiveMethod) -> None:
     if not self.cache_mb >= 0:
         raise FusionError(f'expected `cache_mb` as a number of megabytes of at least 0, got {self.cache_mb}')
 
-# %% ../../../nbs/66_adaptive/03_learning.ipynb #e6c6e03f
+# %% ../../../nbs/66_adaptive/03_learning.ipynb #3745120d
 @patch
 def follow(self:AdaptiveMethod,
     pool,                            # with inputs and heads, see `modelpool.data`
@@ -83,6 +83,7 @@ def follow(self:AdaptiveMethod,
     objective:Callable,              # see `adapt`
     *, tasks:Sequence[str],          # whose inputs are looked at
     labels:bool=False,               # batches are pairs of inputs and classes
+    batches:Callable|None=None,      # number of a step -> what the steps from it on look at; the pool's inputs when None
     checkpoint=None,                 # file of this stage; the method's own when None
     identity:Mapping={},             # what else makes this run this one
     **how,                           # further arguments of `adapt`, instead of the method's own
@@ -94,9 +95,9 @@ def follow(self:AdaptiveMethod,
     own |= dict(label=type(self).__name__) | how
     if self.fast_dev_run: own['steps'] = 1
     facts = run_identity(self, pool, **identity) if file else {}
-    def batches(step): return rounds(pool, tasks, **settings, start=step)
+    def of_pool(step): return rounds(pool, tasks, **settings, start=step)
     with on_threads(self.threads):
-        return adapt(parameters, batches, objective, checkpoint=file, identity=facts, **own)
+        return adapt(parameters, batches or of_pool, objective, checkpoint=file, identity=facts, **own)
 
 # %% ../../../nbs/66_adaptive/03_learning.ipynb #335cc6f1
 def coefficient_range(
