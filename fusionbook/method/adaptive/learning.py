@@ -75,13 +75,16 @@ def check_loop(self:AdaptiveMethod) -> None:
     if not self.cache_mb >= 0:
         raise FusionError(f'expected `cache_mb` as a number of megabytes of at least 0, got {self.cache_mb}')
 
-# %% ../../../nbs/66_adaptive/03_learning.ipynb #3745120d
+# %% ../../../nbs/66_adaptive/03_learning.ipynb #7552dc04
 @patch
 def follow(self:AdaptiveMethod,
     pool,                            # with inputs and heads, see `modelpool.data`
     parameters:Mapping[str, Tensor], # what is learned, leaves, changed in place
     objective:Callable,              # see `adapt`
     *, tasks:Sequence[str],          # whose inputs are looked at
+    data:str|None=None,              # kind of inputs, instead of the method's
+    batch_size:int|None=None,        # inputs of a task in one step, likewise
+    first:int=0,                     # number of the first batch
     labels:bool=False,               # batches are pairs of inputs and classes
     batches:Callable|None=None,      # number of a step -> what the steps from it on look at; the pool's inputs when None
     checkpoint=None,                 # file of this stage; the method's own when None
@@ -89,13 +92,14 @@ def follow(self:AdaptiveMethod,
     **how,                           # further arguments of `adapt`, instead of the method's own
 ) -> list[float]:                    # the curve
     "Learn by the settings of the method."
-    settings = dict(data=self.data, batch_size=self.batch_size, seed=self.seed, labels=labels)
+    settings = dict(data=data or self.data, batch_size=batch_size or self.batch_size)
+    settings |= dict(seed=self.seed, labels=labels)
     file = checkpoint or self.checkpoint
     own = dict(steps=self.max_steps, lr=self.lr, optimizer=self.optimizer, patience=self.patience)
     own |= dict(label=type(self).__name__) | how
     if self.fast_dev_run: own['steps'] = 1
     facts = run_identity(self, pool, **identity) if file else {}
-    def of_pool(step): return rounds(pool, tasks, **settings, start=step)
+    def of_pool(step): return rounds(pool, tasks, **settings, start=first + step)
     with on_threads(self.threads):
         return adapt(parameters, batches or of_pool, objective, checkpoint=file, identity=facts, **own)
 
