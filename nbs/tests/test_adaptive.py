@@ -1,0 +1,106 @@
+"""Methods that learn: interrupted at any step they go on to the same bytes; an objective that is no number stops; frozen parameters and foreign coefficients."""
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import nn
+
+from fusionbook.core.errors import FusionError
+from fusionbook.method.base import fuse
+from fusionbook.method.check import ToyPool, ToyTasks
+from fusionbook.method.map import family_methods
+
+# learning steps of every stage, small batches; what a method does not know is left out
+SMALL = dict(max_steps=4, surgery_steps=3, gossip_max_steps=2, max_iters=3, ada_iters=2, dataset_size=8, batch_size=4, width=2)
+# texts with answers need words: on these inputs it learns by the entropy
+MORE = {'LayerWiseAdaMergingForLlamaSFT': dict(objective='entropy', start_layer_idx=0, average_attntion=False)}
+METHODS = {c.__name__: c for c in family_methods('fusionbook.method.adaptive')}
+KEPT = {n: c for n, c in METHODS.items() if 'checkpoint' in {f.name for f in fields(c)}}
+
+
+class Deep(nn.Module):
+    "Numbers (n, 6) -> logits (n, 6) through two numbered layers and a norm; a scale that is frozen."
+    def __init__(self, seed):
+        super().__init__()
+        self.layers, self.norm, self.head = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), nn.LayerNorm(6), nn.Linear(6, 6)
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for k, p in self.named_parameters(): p.copy_((k in ("norm.weight", "scale")) + .3 * torch.randn(p.shape, generator=g))
+    def forward(self, x):
+        for layer in self.layers: x = x + layer(x).tanh()
+        return self.head(self.norm(x)) * self.scale
+    def recipe(self): return {}
+
+
+class Stop(ToyTasks):
+    "Heads that stop after some calls, as Ctrl-C does; counts them."
+    def __init__(self, after=10 ** 6):
+        super().__init__()
+        self.after, self.calls = after, 0
+    def logits(self, task):
+        def f(model, x):
+            self.calls += 1
+            if self.calls > self.after: raise KeyboardInterrupt
+            return model(x)
+        return f
+
+
+def pool(tasks=None, spoil=1.):
+    g = torch.Generator().manual_seed(9)
+    held = {n: spoil * torch.randn(12, 6, generator=g) for n in 'abc'}
+    data = dict(train_datasets=held, val_datasets=held, test_datasets=held)
+    return ToyPool({n: Deep(i + 1) for i, n in enumerate('abc')}, Deep(0), **data).attach(tasks or ToyTasks())
+
+
+def made(name, **more):
+    cls = METHODS[name]
+    known = {f.name for f in fields(cls)}
+    return cls(**{k: v for k, v in SMALL.items() if k in known} | MORE.get(name, {}) | more)
+
+
+def state(result):
+    return {k: v.clone() for k, v in result.state_dict().items()}
+
+
+@pytest.mark.parametrize('name', KEPT)
+def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(name, tmp_path):
+    whole = Stop()
+    wanted = state(fuse(made(name), pool(whole)))
+    file = str(tmp_path/'state.safetensors')
+    for after in sorted({round(i * (whole.calls - 1) / 4) for i in range(5)}):
+        with pytest.raises(KeyboardInterrupt): fuse(made(name, checkpoint=file), pool(Stop(after)))
+        for left in tmp_path.rglob('*'): assert left.is_dir() or left.suffix == '.safetensors'
+        again = state(fuse(made(name, checkpoint=file), pool()))
+        assert again.keys() == wanted.keys() and all(again[k].equal(v) for k, v in wanted.items()), after
+        for left in tmp_path.rglob('*.safetensors'): left.unlink()
+
+
+@pytest.mark.parametrize('name', KEPT)
+def test_a_checkpoint_of_another_run_is_refused(name, tmp_path):
+    file = str(tmp_path/'state.safetensors')
+    fuse(made(name, checkpoint=file), pool())
+    with pytest.raises(FusionError, match='expected the checkpoint of this run'): fuse(made(name, checkpoint=file, seed=1), pool())
+
+
+@pytest.mark.parametrize('name', KEPT)
+def test_an_objective_that_is_no_number_stops_with_the_step_and_what_to_try(name):
+    with pytest.raises(FusionError) as e: fuse(made(name), pool(spoil=float('nan')))
+    assert 'expected a finite objective, got nan at step 1 of' in str(e.value)
+    assert 'try a smaller lr' in str(e.value) and '\n' not in str(e.value) and '` ' in str(e.value)
+
+
+@pytest.mark.parametrize('name', KEPT)
+def test_a_frozen_parameter_stays_the_bases(name):
+    found, base = state(fuse(made(name), pool())), Deep(0).state_dict()
+    assert any(k.endswith('scale') for k in found)
+    for k, v in found.items():
+        if k.endswith('scale'): assert v.equal(base['scale'])
+    moved = [k for k in base if any(f.endswith(k) and f.count('.') >= k.count('.') and not v.equal(base[k]) for f, v in found.items() if v.shape == base[k].shape)]
+    assert len(moved) > 2
+
+
+@pytest.mark.parametrize('name', [n for n, c in KEPT.items() if 'weights' in {f.name for f in fields(c)}])
+def test_coefficients_of_other_experts_or_another_shape_are_refused(name):
+    for weights, said in (([[.1] * 99] * 3, 'expected coefficients'), ([.1, .2], 'expected coefficients'), (dict(experts=['a', 'c', 'b'], groups=['x'], coefficients=[[.1]] * 3), 'for the experts a, b, c')):
+        with pytest.raises(FusionError, match=said): fuse(made(name, weights=weights), pool())
