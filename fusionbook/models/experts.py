@@ -128,7 +128,7 @@ class Gate(nn.Module):
         self._value = self.weigh(x, place)
         return self._value
 
-# %% ../../nbs/20_models/07c_experts.ipynb #1591e419
+# %% ../../nbs/20_models/07c_experts.ipynb #557d7a3a
 class GivenGate(Gate):
     "Gates that are set from outside, for all inputs (E,) or for each sample (n, E)."
     def set(self, value:Tensor):
@@ -137,7 +137,7 @@ class GivenGate(Gate):
             e = self.experts
             raise FusionError(f'expected gates ({e},) or (n, {e}), got {tuple(value.shape)}')
         if not value.isfinite().all(): raise FusionError('expected finite gates, got NaN or infinity')
-        self._value = value
+        self._value = value.view(value.shape)
 
 # %% ../../nbs/20_models/07c_experts.ipynb #8ef414e0
 class ProjectingGate(Gate):
@@ -158,7 +158,7 @@ class ProjectingGate(Gate):
         most, at = share.topk(self.top, -1)
         return torch.zeros_like(share).scatter(-1, at, most / most.sum(-1, keepdim=True))
 
-# %% ../../nbs/20_models/07c_experts.ipynb #603b9c7c
+# %% ../../nbs/20_models/07c_experts.ipynb #e7f16883
 def _zeros(inputs, outputs, kind):
     "A linear layer of zeros; nothing is drawn."
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs, **kind)
@@ -166,32 +166,39 @@ def _zeros(inputs, outputs, kind):
         for p in layer.parameters(): p.zero_()
     return layer
 
-# %% ../../nbs/20_models/07c_experts.ipynb #c8e40302
+def _soft_top(gates, count):
+    "Gates of which the `count` largest stay and the others fade."
+    if count is None or count >= gates.shape[-1]: return gates
+    border = gates.topk(count + 1, -1).values[..., -2:].mean(-1, keepdim=True).detach()
+    return gates * (100 * (gates - border)).sigmoid()
+
+# %% ../../nbs/20_models/07c_experts.ipynb #cce86167
 class LearnedGate(Gate):
     "A perceptron on every token, averaged over the tokens of a sample (Tang et al., 2024)."
     batch_reduce = False # one gate for the whole batch, the mean; while learning
     def __init__(self,
         experts:int, width:int, # E, d
         depth:int=2,       # layers; 0 learns E constants
+        select:int=None,   # gates that count, by a soft step below the smallest of them; all when None
         position:int=0,    # further inputs that say at which place the gate is asked
         places:int=1,      # where it is asked
         **kind,            # device and type
     ):
         super().__init__(experts)
         if depth not in (0, 1, 2): raise FusionError(f'expected a gate of depth 0, 1 or 2, got {depth}')
-        inputs = width + position
+        self.select, inputs = select, width + position
         self.constant = nn.Parameter(torch.zeros(experts, **kind)) if depth == 0 else None
         self.hidden = _zeros(inputs, width, kind) if depth == 2 else None
         self.out = _zeros(width if depth == 2 else inputs, experts, kind) if depth else None
         self.positions = nn.Parameter(torch.zeros(places, position, **kind)) if position and depth else None
     def weigh(self, x, place):
-        if self.constant is not None: return self.constant
+        if self.constant is not None: return self.constant.view(-1) # what is kept is no parameter
         rows = _tokens(x)
         if self.positions is not None:
             rows = torch.cat([rows, self.positions[place].expand(*rows.shape[:2], -1)], 2)
         if self.hidden is not None: rows = self.hidden(rows).relu()
         found = self.out(rows.mean(1)) # the last layer of a mean is the mean of the last layer
-        return found.mean(0) if self.batch_reduce else found
+        return _soft_top(found.mean(0) if self.batch_reduce else found, self.select)
 
 # %% ../../nbs/20_models/07c_experts.ipynb #41316c42
 @patch
@@ -239,7 +246,7 @@ class RoutedLinear(nn.Module):
         if found is None: _unset(self.gate)
         return found.to(self.weight)
 
-# %% ../../nbs/20_models/07c_experts.ipynb #3ee89db8
+# %% ../../nbs/20_models/07c_experts.ipynb #7a22d24a
 class MixedLinear(RoutedLinear):
     "A linear layer with the weights W₀ + Σ g τ."
     def __init__(self, base, gate):
@@ -252,8 +259,10 @@ class LowRankLinear(RoutedLinear):
     "A linear layer and experts of low rank beside it."
     def __init__(self, base, gate,
         rank:int|None=None, # r of every expert; None: whole matrices
+        biases:bool=True,   # whether experts have biases of their own
     ):
         super().__init__(base, gate)
+        if not biases: self.bias_deltas = None
         count, (m, d) = gate.experts, base.weight.shape
         self.down = _frozen(count, m if rank is None else rank, d, like=base.weight)
         self.up = None if rank is None else _frozen(count, rank, m, like=base.weight)

@@ -105,7 +105,7 @@ def put_task_vectors(
             for e in entries_of(key, base, experts, device): rows[:, e.at] = vectors(e).to(place)
     return net
 
-# %% ../../../nbs/68_mixing/01_mixture.ipynb #399b3f43
+# %% ../../../nbs/68_mixing/01_mixture.ipynb #ae551cc4
 def low_rank_factors(
     tau:Tensor, # (m, d)
     rank:int,   # r, at most min(m, d)
@@ -113,6 +113,9 @@ def low_rank_factors(
     "The leading singular triplets of a task vector as two factors."
     found = leading(tau, rank)
     down, up = (tau.new_zeros(rank, n, dtype=torch.float64) for n in tau.shape[::-1])
-    down[:len(found.values)] = found.right.T
-    up[:len(found.values)] = (found.left * found.values).T
+    if not len(found.values): return down, up
+    # a triplet has two signs: the largest entry of v is positive, wherever this is computed
+    sign = found.right.gather(0, found.right.abs().argmax(0, keepdim=True)).sign()
+    down[:len(found.values)] = (found.right * sign).T
+    up[:len(found.values)] = (found.left * found.values * sign).T
     return down, up
