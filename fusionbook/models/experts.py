@@ -71,7 +71,7 @@ def mixed_linear(
     if bias is not None: y = y + (bias if bias_deltas is None else bias + g @ bias_deltas)
     return y.reshape(*x.shape[:-1], len(weight))
 
-# %% ../../nbs/20_models/07c_experts.ipynb #1951e774
+# %% ../../nbs/20_models/07c_experts.ipynb #f5e74b8c
 def _all_experts(x, down, up, gates, y):
     "Every expert sees every row, (N, m)."
     z = F.linear(x, down.flatten(0, 1)).unflatten(1, down.shape[:2]) * gates[..., None]
@@ -81,9 +81,10 @@ def _own_rows(x, down, up, gates, y):
     "Every expert sees the rows that ask for it."
     expert, row = gates.T.nonzero(as_tuple=True) # sorted by expert
     sizes, share = expert.bincount(minlength=len(down)).tolist(), gates[row, expert, None]
-    parts = [F.linear(some, v) for some, v in zip(x[row].split(sizes), down, strict=True)]
-    if up is not None: parts = [z @ u for z, u in zip(parts, up, strict=True)]
-    return y.index_add(0, row, torch.cat(parts) * share)
+    rows = x.index_select(0, row).split(sizes)
+    z = torch.cat([torch.mm(some, v.T) for some, v in zip(rows, down, strict=True)]) * share
+    if up is not None: z = torch.cat([torch.mm(s, u) for s, u in zip(z.split(sizes), up, strict=True)])
+    return y.index_add_(0, row, z) # `y` is this layer's own
 
 # %% ../../nbs/20_models/07c_experts.ipynb #cfeb7db4
 def low_rank_linear(
@@ -139,7 +140,7 @@ class GivenGate(Gate):
         if not value.isfinite().all(): raise FusionError('expected finite gates, got NaN or infinity')
         self._value = value.view(value.shape)
 
-# %% ../../nbs/20_models/07c_experts.ipynb #8ef414e0
+# %% ../../nbs/20_models/07c_experts.ipynb #56008a5a
 class ProjectingGate(Gate):
     "The largest softmax of ‖Vx‖ over experts, for each token (Tang et al., 2024)."
     def __init__(self,
@@ -153,7 +154,11 @@ class ProjectingGate(Gate):
         self.directions = nn.Parameter(torch.zeros(experts, rank, width, **kind), requires_grad=False)
     def weigh(self, x, place):
         found = F.linear(x, self.directions.flatten(0, 1)).unflatten(-1, self.directions.shape[:2])
-        share = found.norm(dim=-1).softmax(-1)
+        lengths = found.norm(dim=-1)
+        if self.top == 1: # a softmax over one is 1, also where this one is not finite and must be seen
+            most, at = lengths.max(-1, keepdim=True)
+            return torch.zeros_like(lengths).scatter(-1, at, 1 + 0 * most)
+        share = lengths.softmax(-1)
         if self.top >= self.experts: return share
         most, at = share.topk(self.top, -1)
         return torch.zeros_like(share).scatter(-1, at, most / most.sum(-1, keepdim=True))
