@@ -8,13 +8,12 @@ __all__ = ['decoder_layers', 'SmileCausalLMUpscaling', 'SmileQwen2Upscaling', 'S
 # %% ../../../nbs/68_mixing/smile_causal_lm.ipynb #ae53fc32
 import re
 from dataclasses import dataclass
-from pathlib import Path
-import fusionbook
 import torch
 from torch import nn
 from ...core.errors import FusionError, check_known
 from ...core.state_dict import meta
 from ..base import BaseAlgorithm, at_least, check_fields
+from .kept import kept_mixture
 from .mixture import base_network, linear_layers
 from .smile import smile
 
@@ -91,10 +90,7 @@ class SmileMistralUpscaling(SmileCausalLMUpscaling):
     config_names = ('smile_upscaling/smile_mistral_upscaling',)
     rank_of_expert: int = 512     # rank of each expert; below 0: whole task vectors
     model_path: str = None        # folder in which the mixture is kept, and from which it is opened where it is there
-    def build(self, pool) -> nn.Module:
-        if self.model_path and Path(self.model_path).exists():
-            pool.pretrained(), pool.experts()
-            return fusionbook.open_model(self.model_path)
-        net = super().build(pool)
-        if self.model_path: pool.save_model(net, self.model_path, built=True)
-        return net
+    def build(self, pool) -> nn.Module: return kept_mixture(self, pool, lambda: self.mixture(pool))
+    def mixture(self, pool) -> nn.Module:
+        "The network, whether or not a folder keeps it."
+        return super().build(pool)

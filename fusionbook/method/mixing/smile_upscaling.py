@@ -7,11 +7,10 @@ __all__ = ['SmileUpscaling']
 
 # %% ../../../nbs/68_mixing/smile_upscaling.ipynb #0561a09b
 from dataclasses import dataclass
-from pathlib import Path
-import fusionbook
 from torch import nn
 from ...core.state_dict import meta
 from ..base import BaseAlgorithm, at_least, check_fields
+from .kept import kept_mixture
 from .mixture import base_network, linear_layers
 from .smile import smile
 
@@ -33,12 +32,11 @@ class SmileUpscaling(BaseAlgorithm):
     def __post_init__(self):
         check_fields(self)
         at_least(self, gate_k=1, top_k=1)
-    def build(self, pool) -> nn.Module:
-        if self.model_path and Path(self.model_path).exists():
-            pool.pretrained(), pool.experts()
-            return fusionbook.open_model(self.model_path)
+    def build(self, pool) -> nn.Module: return kept_mixture(self, pool, lambda: self.mixture(pool))
+    def mixture(self, pool) -> nn.Module:
+        "The network, whether or not a folder keeps it."
         names = linear_layers(base_network(pool), meta(pool.pretrained()))
-        net = smile(
+        return smile(
             pool,
             names,
             gate_k=self.gate_k,
@@ -48,5 +46,4 @@ class SmileUpscaling(BaseAlgorithm):
             average=self.average_experts,
             device=self.upscaling_accelerator or self.device,
         )
-        if self.model_path: pool.save_model(net, self.model_path, built=True)
-        return net
+
