@@ -10,6 +10,7 @@ __all__ = ['MEASURE_USAGE', 'measure_arguments', 'measured_data', 'measure_model
 import argparse, hashlib, json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from math import isfinite
 from statistics import fmean, stdev
 import torch
 import fusionbook
@@ -234,12 +235,13 @@ def nested(
 # %% ../../nbs/80_bench/10_measure.ipynb #94822cd6
 def _cell(found):
     "Mean over seeds with what is known about its error."
-    values = [r['value'] for r in found]
-    if not values: return ''
+    if not found: return ''
+    values = [r['value'] for r in found if isfinite(r['value'])] # one seed's network may be constant, say
     error = stdev(values) if len(values) > 1 else found[0].get('error')
     return (
-        f'{fmean(values):.4g}'
-        + (f' ± {error:.2g}' if error is not None else '')
+        (f'{fmean(values):.4g}' if values else 'undefined')
+        + (f' ± {error:.2g}' if values and error is not None else '')
+        + (f' ({len(values)} of {len(found)})' if 0 < len(values) < len(found) else '')
         + '*' * any(r.get('saturated') for r in found)
     )
 

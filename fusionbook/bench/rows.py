@@ -140,7 +140,7 @@ def spread(
         values = [v for v in values if v is not None]
         return dict(
             mean=math.fsum(values) / len(values) if values else None,
-            sd=statistics.stdev(values) if len(values) > 1 else None,
+            sd=statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None,
             min=min(values, default=None),
             max=max(values, default=None),
         )
