@@ -15,9 +15,9 @@ import fusionbook
 from ...core.errors import FusionError
 from ...core.files import read_json
 from ...core.state_dict import content_hash
-from ...modelpool.saving import RECIPE
 
 # %% ../../../nbs/68_mixing/01b_kept.ipynb #dcb18bf0
+_RECIPE = 'fusionbook.json'   # the recipe that lies beside the tensors
 _PLACES = 'model_path', 'device', 'upscaling_accelerator', 'threads'   # fields that change no number
 
 def made_of(
@@ -32,7 +32,8 @@ def made_of(
 
 # %% ../../../nbs/68_mixing/01b_kept.ipynb #db516d41
 def _check_same(folder, made):
-    found = (read_json(folder/RECIPE) if (folder/RECIPE).exists() else {}).get('made_of') or {}
+    file = folder/_RECIPE
+    found = (read_json(file) if file.exists() else {}).get('made_of') or {}
     other = [k for k in made if found.get(k) != made[k]]
     if not other: return
     what = dict(method='this method', settings='these hyper-parameters', models='these models')[other[0]]
