@@ -26,7 +26,7 @@ MODELS = {'_pretrained_': 'mini8/pretrained'} | {t: f'mini8/{t}' for t in TASKS}
 
 def methods():
     "Every method with a `device`, and how it is built: few steps, small batches."
-    small = dict(max_steps=2, steps=2, batch_size=8)
+    small = dict(max_steps=2, max_adamerging_steps=2, steps=2, batch_size=8)
     for name in dir(fusionbook.method):
         cls = getattr(fusionbook.method, name)
         if not (isinstance(cls, type) and issubclass(cls, BaseAlgorithm) and is_dataclass(cls) and cls.config_names): continue
