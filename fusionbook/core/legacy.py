@@ -17,11 +17,12 @@ from .foreign_adaptive import adaptive_keys, mask_keys, transductive_keys
 from .foreign_pools import HUB_CLASSES, HUB_TYPES, hub_pool
 from .hub import mirrored
 
-# %% ../../nbs/00_core/07_legacy.ipynb #88ff7774
+# %% ../../nbs/00_core/07_legacy.ipynb #cda799b5
 PARTS = ('method', 'modelpool', 'taskpool')
 _WORDS = {'method': 'method', 'modelpool': 'model pool', 'taskpool': 'task pool'}
 # FusionBench's switches without meaning here:
 _DROP = ('inplace', 'show_pbar', 'strict', 'devices', 'num_workers', 'cache_dir', 'save_merging_weights')
+_DROP += ('quick_evaluation',)
 _DROP += 'model_save_path', 'merged_model_save_path', 'model_save_kwargs', 'save_tokenizer', 'push_to_hub'
 # inputs are never modified, progress is `progress=`, a run's device is `device=`, what a method learned is
 # written to the run's folder, and so is the merged model where a run is asked to save it, tokenizer included
@@ -127,7 +128,7 @@ def _method(cfg):
     named = {'name': name} if name.startswith(_ON_TEST[:2]) and name.endswith('_adamerging') else {}
     return plain(OmegaConf.load(files[name])) | data | {k: v for k, v in cfg.items() if k != 'name'} | named
 
-# %% ../../nbs/00_core/07_legacy.ipynb #9d4d9a21
+# %% ../../nbs/00_core/07_legacy.ipynb #3b135046
 _ABSENT = (
     'clip_fisher_merging',
     'fisher_merging',
@@ -151,7 +152,6 @@ _ABSENT = (
     'model_recombination',
     'smile_upscaling',
     'smile_mistral_upscaling',
-    'pwe_moe_ls_for_clip',
     'pwe_moe_epo_for_clip',
     'clip_finetune',
     'dare',

@@ -136,3 +136,42 @@ def test_bad_input(tmp_path):
     assert not (tmp_path/'out').exists()
     bad = run_program('merge', 'moe.yml', 'out', '--load-in-4bit', cwd=tmp_path)
     assert bad.status and 'load-in-4bit' in bad.err and len(bad.err.strip().splitlines()) == 1
+
+
+KEPT = {
+    'ExpertRouting': dict(rule='gate'),
+    'TwinMerging': dict(rank=2),
+    'PWEMoELinearScalarizationForCLIP': dict(num_steps=3, lr=.01),
+}
+OPEN = """
+import sys, torch, fusionbook
+x = torch.load(sys.argv[1])
+for folder in sys.argv[2:]:
+    with torch.inference_mode(): torch.save(fusionbook.open_model(folder)(x), f'{folder}.pt')
+"""
+
+
+def test_saved_and_opened_elsewhere(tmp_path):
+    "Networks with gates that were fitted or learned: the same bytes of logits in a process of its own; a folder without its recipe, or with another's tensors, is refused."
+    import fusionbook.method
+    from fusionbook.method.base import fuse
+    from fusionbook.method.check import toy_data_pool
+    x, want = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), {}
+    for name, settings in KEPT.items():
+        pool = toy_data_pool()
+        net = fuse(getattr(fusionbook.method, name)(**settings), pool)
+        pool.save_model(net, tmp_path/name, built=True)
+        with torch.inference_mode(): want[name] = net(x)
+    torch.save(x, tmp_path/'x.pt')
+    folders = [str(tmp_path/n) for n in KEPT]
+    subprocess.run([sys.executable, '-c', OPEN, tmp_path/'x.pt', *folders], check=True, timeout=120)
+    for name in KEPT: assert torch.load(f'{tmp_path/name}.pt').equal(want[name]), name
+    first, second = tmp_path/'TwinMerging', tmp_path/'ExpertRouting'
+    (first/'model.safetensors').write_bytes((second/'model.safetensors').read_bytes())
+    with pytest.raises(FusionError, match='expected in .* the tensors of its TwinNetwork, got tensors that'): fusionbook.open_model(first)
+    (second/'fusionbook.json').unlink()
+    (second/'config.json').unlink(missing_ok=True)
+    with pytest.raises(FusionError, match='`fusionbook.json` or `config.json`'): fusionbook.open_model(second)
+    told = json.loads((tmp_path/'PWEMoELinearScalarizationForCLIP'/'fusionbook.json').read_text()) | dict(format=9)
+    (tmp_path/'PWEMoELinearScalarizationForCLIP'/'fusionbook.json').write_text(json.dumps(told))
+    with pytest.raises(FusionError, match='another version of fusionbook'): fusionbook.open_model(tmp_path/'PWEMoELinearScalarizationForCLIP')
