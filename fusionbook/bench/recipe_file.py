@@ -29,7 +29,7 @@ class MergeBlock:
     base: str|None = None                       # the base of this block, where it is not the recipe's
     parameters: Mapping = field(default_factory=dict) # settings of all its models
 
-# %% ../../nbs/80_bench/13_recipe_file.ipynb #89b48de3
+# %% ../../nbs/80_bench/13_recipe_file.ipynb #73b35f13
 @dataclass(frozen=True)
 class MergeRecipe:
     "What is to be merged, and how."
@@ -39,7 +39,9 @@ class MergeRecipe:
     base: str|None = None
     parameters: Mapping = field(default_factory=dict) # settings of the whole merge
     dtype: str|None = None                      # of the output; that of the base when None
-    tokens: Mapping = field(default_factory=dict) # source, tokens, pad_to_multiple_of; empty: rows are taken as they stand
+    tokens: Mapping = field(
+        default_factory=dict
+    )  # source, tokens, pad_to_multiple_of; empty: rows are taken as they stand
     chat_template: str|None = None
     merge_backbone: bool = False                # embeddings and head stay the base's
     names: Mapping = field(default_factory=dict)  # model -> what it is called
@@ -134,14 +136,14 @@ def _source(entry, known):
         model, _layers(entry.get('layer_range'), model), _settings(entry.get('parameters'), model)
     )
 
-# %% ../../nbs/80_bench/13_recipe_file.ipynb #b8e8be35
+# %% ../../nbs/80_bench/13_recipe_file.ipynb #60c368f2
 def _check_block(sources):
     "Refuse sources that cannot be merged with each other."
     names = [s.model for s in sources]
     if twice := [n for n in names if names.count(n) > 1]:
         raise FusionError(
-            f'expected each model once in a block, got `{twice[0]}` {names.count(twice[0])} times; layers of one '
-            f'model that overlap go into blocks of their own'
+            f'expected each model once in a block, got `{twice[0]}` {names.count(twice[0])} times; layers of'
+            ' one model that overlap go into blocks of their own'
         )
     sizes = {s.model: s.layers[1] - s.layers[0] for s in sources if s.layers}
     if len(set(sizes.values())) > 1:
@@ -162,7 +164,7 @@ def _block(entry):
     base = model_name(entry['base_model']) if entry.get('base_model') else None
     return MergeBlock(sources, base, _settings(entry.get('parameters'), 'a slice'))
 
-# %% ../../nbs/80_bench/13_recipe_file.ipynb #c4af5b3f
+# %% ../../nbs/80_bench/13_recipe_file.ipynb #259f184d
 def _listed(models):
     "`models` as sources, and what they are called: a list, or a mapping name -> model."
     if isinstance(models, Mapping):
@@ -172,15 +174,27 @@ def _listed(models):
         raise FusionError(f'expected `models` as a list, such as [a/, b/], got {models!r:.60}')
     return [_source(m, ('model', 'parameters', 'layer_range')) for m in models], {}
 
+# %% ../../nbs/80_bench/13_recipe_file.ipynb #10f6445e
+def _one_module(modules):
+    "The slices of a model that is one stack; several stacks are merged by `models`."
+    if not isinstance(modules, Mapping) or len(modules) != 1:
+        names = ', '.join(map(str, modules)) if isinstance(modules, Mapping) else repr(modules)[:60]
+        raise FusionError(
+            f'expected `modules` with one stack of layers, got {names}; several are merged by `models`'
+        )
+    name, inside = next(iter(modules.items()))
+    if not isinstance(inside, Mapping) or not inside.get('slices'):
+        raise FusionError(f'expected `slices` in the module `{name}`, got {inside!r:.60}')
+    check_known(inside, ('slices',), f'the module `{name}`')
+    return inside
+
 def _blocks(keys):
     "The blocks of a file, and what its models are called."
     given = [k for k in ('models', 'slices', 'modules') if keys.get(k)]
     if len(given) != 1:
         raise FusionError(f'expected one of `models` and `slices`, got {" and ".join(given) or "neither"}')
     if given == ['modules']:
-        raise FusionError(
-            'expected `models` or `slices`, got `modules`: models of several stacks are merged by `models`'
-        )
+        keys, given = _one_module(keys['modules']), ['slices']
     if given == ['slices']: blocks, names = tuple(_block(b) for b in keys['slices']), {}
     else:
         sources, names = _listed(keys['models'])

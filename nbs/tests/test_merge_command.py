@@ -133,6 +133,17 @@ def plain(folder, name, seed, size=64, **config):
     (folder/name/'config.json').write_text(json.dumps({'model_type': 'tiny'} | config))
     return str(folder/name)
 
+def test_a_module_of_slices_is_its_slices(tmp_path):
+    "mergekit's `modules` with the one stack that a language model has: the same bytes as its slices alone."
+    a, b = plain(tmp_path, 'a', 1), plain(tmp_path, 'b', 2)
+    slices = [{'sources': [{'model': a, 'layer_range': [0, 3]}]}, {'sources': [{'model': b, 'layer_range': [1, 4]}]}]
+    told = {'slices': dict(slices=slices), 'modules': dict(modules={'text_decoder': {'slices': slices}})}
+    found = [load_file(fusionbook.merge(merge_method='passthrough', **keys, out=tmp_path/name)/'model.safetensors') for name, keys in told.items()]
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 7 and all(t.equal(found[1][k]) for k, t in found[0].items())
+    with pytest.raises(FusionError, match='got encoder, decoder; several are merged by `models`'):
+        fusionbook.merge(merge_method='passthrough', modules={n: {'slices': slices} for n in ('encoder', 'decoder')}, out=tmp_path/'never')
+
+
 def test_a_share_for_each_model(tmp_path):
     "DARE keeps all of one model and half of another: what is added where the second lost everything is the first's."
     base, a, b = (plain(tmp_path, n, i) for i, n in enumerate(('base', 'a', 'b')))
