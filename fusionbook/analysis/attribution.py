@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['swapped', 'attribute', 'drift', 'tasks_with_experts', 'scattered', 'LayerAttribution']
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #69f56f1c
+# %% ../../nbs/75_analysis/07_attribution.ipynb #0e563bca
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from .base import BaseAnalysis, Findings, Table, by_layer, check_asked, state_of
 from .features import feature_layers, layer_features, layer_similarity
-from .points import heights
+from .points import heights, refilled
 from .similarity import input_batches
 from ..core.errors import FusionError, check_known
 from ..core.plot import figure, heatmap, theme
@@ -37,12 +37,12 @@ def swapped(
     tied = {a: o for a, o in shared(model).items() if (a in taken) == (o in taken)}
     return Lazy({k: partial(read, k) for k in meta(model)}, meta(model), tied)
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #cc5872b5
+# %% ../../nbs/75_analysis/07_attribution.ipynb #5da184a9
 def _answers(network, states, taskpool, task):
     "What several states of one network answer."
     found = []
     for sd in states:
-        with silent(): found.append({task: taskpool.predict(fill(network, sd), task)})
+        with silent(): found.append({task: taskpool.predict(refilled(network, sd), task)})
     return found
 
 def _difference(h, i, j):
@@ -173,7 +173,7 @@ class LayerAttribution(BaseAnalysis):
             drifts += [head | dict(layer=l, cka=v) for l, v in moved.items()]
         return _told(taskpool, rows, totals, drifts, list(merged))
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #82df5d01
+# %% ../../nbs/75_analysis/07_attribution.ipynb #d1807ed5
 def _one(ask, pool, taskpool, model, experts, task):
     "One method on one task."
     state = {k: v.clone() for k, v in state_of(model).items() if k in experts[task]}
@@ -181,10 +181,10 @@ def _one(ask, pool, taskpool, model, experts, task):
     how = dict(metrics=_metrics(taskpool), draws=ask.draws, seed=ask.seed)
     rows, totals = attribute(net, state, experts[task], taskpool, task, **how)
     if not (ask.examples and hasattr(taskpool, 'logits')): return rows, totals, {}
-    other = fill(pool.load_model(task).to(ask.device).eval(), state)
+    other = fill(pool.load_model(task).eval(), state).to(ask.device)
     moved = drift(
         other,
-        fill(net, experts[task]),
+        refilled(net, experts[task]),
         taskpool,
         task,
         count=ask.examples,

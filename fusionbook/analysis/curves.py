@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['filter_normalised', 'coordinates', 'check_independent', 'bezier', 'connect']
 
-# %% ../../nbs/75_analysis/05b_directions.ipynb #929fff09
+# %% ../../nbs/75_analysis/05b_directions.ipynb #17ff75d0
 from collections.abc import Callable, Iterable, Sequence
 import math
 import torch
 from torch import Tensor, nn
-from .points import spanned
+from .points import refilled, spanned
 from .task_vectors import added, compared_names, pair_sums
 from ..core.errors import FusionError
 from ..core.progress import track
 from ..core.state_dict import StateDict, generator
-from ..modelpool.base import fill
 
 # %% ../../nbs/75_analysis/05b_directions.ipynb #3a480220
 def filter_normalised(
@@ -67,7 +66,7 @@ def bezier(
     "A point of a quadratic curve."
     return (1 - t) ** 2, 2 * t * (1 - t), t ** 2
 
-# %% ../../nbs/75_analysis/05b_directions.ipynb #ef92c8f6
+# %% ../../nbs/75_analysis/05b_directions.ipynb #cb3c369b
 def connect(
     network:nn.Module,       # of the ends' architecture; changed
     a:StateDict, b:StateDict,# the ends
@@ -81,13 +80,13 @@ def connect(
     optimizer, draw, curve = torch.optim.Adam(list(trained.values()), lr), generator(seed, 't'), []
     for _, batch in zip(track(range(steps), 'connecting'), batches):
         t = torch.rand((), generator=draw, dtype=torch.float64).item()
-        fill(network, spanned([a, bend | trained, b], bezier(t)))
+        refilled(network, spanned([a, bend | trained, b], bezier(t)))
         network.zero_grad()
         value = loss(network, batch)
         value.backward()
         grads = dict(network.named_parameters())
         for k, p in trained.items():
-            p.grad = None if grads[k].grad is None else 2 * t * (1 - t) * grads[k].grad.to(p)
+            p.grad = None if grads[k].grad is None else 2 * t * (1 - t) * grads[k].grad.cpu().to(p)
         optimizer.step()
         curve.append(float(value.detach()))
         if not math.isfinite(curve[-1]):

@@ -98,7 +98,7 @@ def plane_points(
             found.append(((x, y), (1 - first - second, first, second)))
     return found
 
-# %% ../../nbs/75_analysis/06_landscape.ipynb #d7d7c185
+# %% ../../nbs/75_analysis/06_landscape.ipynb #6309b9f0
 def surface_figure(
     x:Sequence[float], y:Sequence[float], # the two axes
     values,                # (len(y), len(x))
@@ -116,6 +116,7 @@ def surface_figure(
         text = dict(
             textcoords='offset points', fontsize=theme['font'] - 1, color=theme['ink'], parse_math=False
         )
+        text['bbox'] = dict(facecolor='white', alpha=.7, lw=0, pad=1)
         ax.annotate(name, (a, b), (6, 6), **text)
     ax.set_xlim(min(x), max(x)), ax.set_ylim(min(y), max(y))
     ax.set_xlabel(xlabel, fontsize=theme['font'], color=theme['ink'])
