@@ -1,9 +1,10 @@
 """Statistics and continual merging under all names of their configurations, on every kind of pool whose tasks have logits."""
 import errno
+import tempfile
 
 import pytest
 import torch
-from torch import nn
+from datasets import ClassLabel, Dataset, Features, Value
 
 from fusionbook.core.errors import FusionError
 from fusionbook.data import mini8
@@ -11,7 +12,8 @@ from fusionbook.method import RegMean
 from fusionbook.method.base import fuse, load_algorithm_from_config
 from fusionbook.method.check import toy_data_pool, toy_pool, ToyPool, ToyTasks
 from fusionbook.modelpool import CLIPVisionModelPool
-from fusionbook.taskpool import CLIPVisionModelTaskPool
+from fusionbook.models.text import text_encoder, tiny_text
+from fusionbook.taskpool import CLIPVisionModelTaskPool, TextClassificationTaskPool
 
 transformers = pytest.importorskip('transformers')
 FEW = dict(num_regmean_examples=6, num_fisher_examples=4, max_samples=4, proxy_n_samples=6, num_samples=6, batch_size=3, num_steps=2, max_steps=2, evaluations=2)
@@ -78,7 +80,19 @@ def clip():
     return pool.attach(CLIPVisionModelTaskPool(tests, 'mini8/clip'))
 
 
-POOLS = dict(gpt2=gpt2, bert=bert, resnet=resnet, clip=clip)
+def text(folder):
+    "Sentence encoders, classified by the sentences of their classes."
+    kinds = Features(text=Value('string'), label=ClassLabel(names=['sports', 'business']))
+    rows = Dataset.from_dict(dict(text=[*WORDS, 'sports news'], label=[0, 1, 0, 0]), features=kinds)
+    entry = dict(dataset=rows, sentences={'business': 'business news', 'sports': 'sports news'})
+    base = tiny_text(f'{folder}/base', WORDS)
+    experts = {n: text_encoder(tiny_text(f'{folder}/{n}', WORDS, seed=i)) for i, n in enumerate('ab', 1)}
+    data = {k: dict(a=rows, b=rows) for k in ('train_datasets', 'val_datasets')}
+    return ToyPool(experts, text_encoder(base), **data).attach(TextClassificationTaskPool(dict(a=entry, b=entry), str(base)))
+
+
+WORDS = ['sports news', 'business news', 'the match was won today']
+POOLS = dict(gpt2=gpt2, bert=bert, resnet=resnet, clip=clip, text=lambda: text(tempfile.mkdtemp()))
 made = {}
 
 
