@@ -6,11 +6,12 @@
 __all__ = ['chosen_shares', 'FrankWolfe', 'walker', 'FrankWolfeMethod', 'FrankWolfeHard', 'FrankWolfeSoft', 'distinct_choices',
            'mixed_shares']
 
-# %% ../../../nbs/66_adaptive/fw_merging.ipynb #0d903fb8
+# %% ../../../nbs/66_adaptive/fw_merging.ipynb #38de54cb
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fastcore.basics import patch
 from functools import partial
+import math
 import torch
 from torch import Tensor, nn
 from ...core.errors import FusionError, check_known
@@ -194,13 +195,18 @@ def mixed_shares(
     "Shares after a step towards several corners."
     return (1 - w.sum(0)) * u + sum(w_i * c for w_i, c in zip(w, chosen, strict=True))
 
-# %% ../../../nbs/66_adaptive/fw_merging.ipynb #5aefea81
+# %% ../../../nbs/66_adaptive/fw_merging.ipynb #205e2cdc
 def _asked(method, pool, mixture, u, batch):
     "The gradient of each task alone, (T, G)."
     found, heads = [], task_logits(pool, pool.model_names)
     for task, x in batch.items():
         w = u.clone().requires_grad_()
-        coefficient_objective(mixture, w, heads)({task: x})
+        value = coefficient_objective(mixture, w, heads)({task: x})
+        if not math.isfinite(value):
+            raise FusionError(
+                f'expected a finite objective, got {value} of task `{task}` with shares in '
+                f'[{u.min():.4g}, {u.max():.4g}]; try a smaller lr or step_size, or look for NaN in the inputs'
+            )
         found.append(w.grad)
     return found
 
