@@ -15,7 +15,7 @@ from fusionbook.bench.run import fusion
 from fusionbook.core.errors import FusionError
 from fusionbook.data import mini8
 from fusionbook.method.base import BaseAlgorithm, fuse
-from fusionbook.method.check import toy_data_pool
+from fusionbook.method.check import ToyPool, ToyTasks, toy_data_pool
 from fusionbook.metrics.suite import Subject, groups_of, measure_group, metric_names
 from fusionbook.modelpool import CLIPVisionModelPool
 from fusionbook.taskpool import CLIPVisionModelTaskPool
@@ -26,18 +26,32 @@ MODELS = {'_pretrained_': 'mini8/pretrained'} | {t: f'mini8/{t}' for t in TASKS}
 
 def methods():
     "Every method with a `device`, and how it is built: few steps, small batches."
-    small = dict(max_steps=2, max_adamerging_steps=2, steps=2, batch_size=8)
+    small = dict(max_steps=2, max_adamerging_steps=2, steps=2, batch_size=8, max_iters=2, ada_iters=2, dataset_size=8,
+                 surgery_steps=2, gossip_max_steps=2)
     for name in dir(fusionbook.method):
         cls = getattr(fusionbook.method, name)
         if not (isinstance(cls, type) and issubclass(cls, BaseAlgorithm) and is_dataclass(cls) and cls.config_names): continue
         keys = {f.name for f in fields(cls)}
-        if 'device' in keys: yield name, cls, {k: v for k, v in small.items() if k in keys}
+        if 'device' in keys: yield name, cls, {k: v for k, v in small.items() if k in keys} | BLOCKS.get(name, {})
+
+
+# methods of the repeated blocks of a network, and what makes them learn from plain numbers
+BLOCKS = {'LayerWiseAdaMergingForLlamaSFT': dict(objective='entropy', start_layer_idx=0)}
+
+
+def blocks_pool(count):
+    "Networks of two numbered layers."
+    torch.manual_seed(0)
+    nets = {n: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for n in ['_pretrained_', *map(str, range(count))]}
+    held = {str(i): torch.randn(16, 6) for i in range(count)}
+    return ToyPool({n: net for n, net in nets.items() if n != '_pretrained_'}, nets['_pretrained_'], train_datasets=held).attach(ToyTasks())
 
 
 def fused(method):
     "The merge of as many experts as the method takes: three, two or one."
+    pool = blocks_pool if type(method).__name__ in BLOCKS else toy_data_pool
     for count in (3, 2, 1):
-        try: return fuse(method, toy_data_pool(count))
+        try: return fuse(method, pool(count))
         except FusionError as e:
             if count == 1 or 'expert' not in str(e): raise
 
