@@ -30,11 +30,13 @@ def projected(
 @dataclass
 class SingularProjectionMerging(BaseAlgorithm):
     "Task vectors inside or outside their leading singular directions (Tang et al., 2024)."
-    uses, config_names = ('pretrained', 'experts'), ('smile_upscaling/singular_projection_merging',)
+    uses = 'pretrained', 'experts'
+    config_names = 'smile_upscaling/singular_projection_merging', 'singular_projection_merging'
     paper, year, tune = 'arxiv:2408.10174', 2024, {'k': '16,64,128'}
     k: int = 128               # directions
     rank: str = 'low'          # inside the leading directions, or `high`: outside
     full_matrices: bool = False # FusionBench's kind of decomposition; the same directions either way
+    model_path: str = None     # FusionBench's; a run saves its model where it saves all
     device: str = 'cpu'        # where the arithmetic happens
     def __post_init__(self):
         check_fields(self)
