@@ -94,11 +94,16 @@ def _failed(verdict):
     counts = re.fullmatch(r'(\d+) of (\d+)', verdict)
     return int(counts[1]) < int(counts[2]) if counts else verdict in ('no', 'reversed', 'undecided')
 
+def _verdict(row):
+    "A word, or in how many of several comparisons a claim holds."
+    counts = [row.get(k, '') for k in ('holds', 'reversed', 'undecided')]
+    if all(c.isdigit() for c in counts): return f'{counts[0]} of {sum(map(int, counts))}'
+    return list(row.values())[-1]
+
 def _claims(report):
     "The rows of a report's claims: claim, the two numbers where there are any, verdict."
     for row in (r for t in stored_tables(report) if {'claim', 'holds'} & set(t[0]) for r in t):
-        values = list(row.values())
-        yield values[0], row.get('left', ''), row.get('right', ''), values[-1]
+        yield next(iter(row.values())), row.get('left', ''), row.get('right', ''), _verdict(row)
 
 # %% ../../nbs/60_method/06_map.ipynb #71b06646
 def not_held(
