@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fastcore.basics import patch
 from functools import partial
-import math
 import torch
 from torch import Tensor, nn
 from ...core.errors import FusionError, check_known
 from ...core.state_dict import StateDict
-from .adapt import stage_file
+from .adapt import finite_objective, stage_file
 from .coefficients import Mixture, merge_coefficients
 from .learning import AdaptiveMethod
 from fusionbook.method.adaptive.objective import (
@@ -196,17 +195,13 @@ def mixed_shares(
     return (1 - w.sum(0)) * u + sum(w_i * c for w_i, c in zip(w, chosen, strict=True))
 
 # %% ../../../nbs/66_adaptive/fw_merging.ipynb #205e2cdc
-def _asked(method, pool, mixture, u, batch):
+def _gradients(method, pool, mixture, u, batch, number):
     "The gradient of each task alone, (T, G)."
     found, heads = [], task_logits(pool, pool.model_names)
     for task, x in batch.items():
         w = u.clone().requires_grad_()
         value = coefficient_objective(mixture, w, heads)({task: x})
-        if not math.isfinite(value):
-            raise FusionError(
-                f'expected a finite objective, got {value} of task `{task}` with shares in '
-                f'[{u.min():.4g}, {u.max():.4g}]; try a smaller lr or step_size, or look for NaN in the inputs'
-            )
+        finite_objective(value, number, method.max_iters, {f'shares before `{task}`': u}, method.step_size)
         found.append(w.grad)
     return found
 
@@ -249,7 +244,8 @@ def merge(self:FrankWolfeSoft, pool) -> StateDict:
     settings = dict(data=self.data, batch_size=self.dataset_size, seed=self.seed)
     batches = rounds(pool, tasks, **settings, labels=self.loss_fn == 'cross_entropy')
     for k in range(1 if self.fast_dev_run else self.max_iters):
-        chosen = distinct_choices(_asked(self, pool, mixture, u, next(batches)), granularity=self.granularity)
+        found = _gradients(self, pool, mixture, u, next(batches), k + 1)
+        chosen = distinct_choices(found, granularity=self.granularity)
         if self.merge_fn == 'adamerging':
             u, more = self.learned_round(pool, mixture, u, chosen, k)
             curve += more
