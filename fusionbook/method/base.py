@@ -114,6 +114,8 @@ def _device(name):
         ) from None
 
 # %% ../../nbs/60_method/00_base.ipynb #eead58cb
+_MOST = 2 ** 53 # beyond it numbers that were typed with a point are not exact
+
 def check_fields(
     method, # a dataclass; whole numbers that came as 3.0 become 3
 ) -> None:  # raises `FusionError` naming the field
@@ -132,6 +134,8 @@ def check_fields(
                 f'expected `{f.name}` as a list of texts{", at least one" * bool(f.default)}, got '
                 f'{value!r:.60}'
             )
+        if kind == 'int' and _is(Real)(value) and abs(value) > _MOST: # infinity too
+            raise FusionError(f'expected `{f.name}` as a whole number of at most 2^53, got {value!r:.60}')
         if kind == 'int' and isinstance(value, float): setattr(method, f.name, int(value))
         if f.name == 'device': _device(value)
 

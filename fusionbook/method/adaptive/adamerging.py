@@ -9,6 +9,7 @@ __all__ = ['AdaMerging', 'CLIPTaskWiseAdaMerging', 'CLIPLayerWiseAdaMerging']
 from dataclasses import dataclass
 from ...core.errors import FusionError, nearest
 from .learning import CoefficientMethod
+from ..base import check_fields
 
 # %% ../../../nbs/66_adaptive/adamerging.ipynb #b13f1ed4
 _NAMES = {'clip_task_wise_adamerging': 'task', 'clip_layer_wise_adamerging': 'tensor'}
@@ -31,6 +32,7 @@ class AdaMerging(CoefficientMethod):
     tune = {'lr': '0.001,0.01'}
     name: str = None # FusionBench's switch: clip_task_wise_adamerging or clip_layer_wise_adamerging; wins over `granularity`
     def __post_init__(self):
+        check_fields(self)
         if self.name is not None: self.granularity = _by_name(self)
         self.check_coefficients()
 

@@ -85,6 +85,10 @@ class RouterMethod(AdaptiveMethod):
     checkpoint: object = None      # `.safetensors` file from which an interrupted run goes on
     save_checkpoint: object = None # where that file is written when `checkpoint` names none
     def __post_init__(self):
+        for key in ('checkpoint', 'save_checkpoint'):
+            value = getattr(self, key)
+            if value and not isinstance(value, str):
+                raise FusionError(f'expected `{key}` as a file, null or false, got {value!r:.60}')
         self.checkpoint = self.checkpoint or self.save_checkpoint or None
         self.save_checkpoint = None
         self.check_loop()
