@@ -106,11 +106,11 @@ _TYPES = {
 }
 
 # %% ../../nbs/60_method/00_base.ipynb #4654f5b7
-def _device(name):
+def _device(name, field):
     try: torch.device(name)
     except RuntimeError:
         raise FusionError(
-            f'expected `device` as a name such as cpu, cuda, cuda:1 or mps, got `{name}`'
+            f'expected `{field}` as a name such as cpu, cuda, cuda:1 or mps, got `{name}`'
         ) from None
 
 # %% ../../nbs/60_method/00_base.ipynb #eead58cb
@@ -137,7 +137,7 @@ def check_fields(
         if kind == 'int' and _is(Real)(value) and abs(value) > _MOST: # infinity too
             raise FusionError(f'expected `{f.name}` as a whole number of at most 2^53, got {value!r:.60}')
         if kind == 'int' and isinstance(value, float): setattr(method, f.name, int(value))
-        if f.name == 'device': _device(value)
+        if f.name == 'device' or f.name.endswith('accelerator'): _device(value, f.name)
 
 # %% ../../nbs/60_method/00_base.ipynb #791b651d
 def at_least(

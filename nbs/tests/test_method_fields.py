@@ -9,7 +9,8 @@ from fusionbook.method.check import toy_data_pool
 
 ODD = ('abc', [.1], -1, 0, float('nan'), [], {}, {'a': 1}, True, None, 1e30, [1, 2], '3')
 CLASSES = [c for c in (getattr(methods, n) for n in dir(methods)) if isinstance(c, type) and issubclass(c, BaseAlgorithm) and c.config_names]
-QUICK = dict(max_steps=1, steps=1, iter_num=1, samples=8, batch_size=4, rounds=0, sweeps=0)
+QUICK = dict(max_steps=1, steps=1, iter_num=1, samples=8, batch_size=4, rounds=0, sweeps=0, num_steps=1, max_iters=1, ada_iters=1,
+             surgery_steps=1, gossip_max_steps=1, max_adamerging_steps=1, evaluations=2)
 
 def refused(make):
     "What `make` returns, or the one line that it is refused with."
@@ -19,8 +20,9 @@ def refused(make):
         return str(e)
 
 @pytest.mark.parametrize('cls', CLASSES, ids=lambda c: c.__name__)
-def test_odd_values(cls):
+def test_odd_values(cls, tmp_path, monkeypatch):
     "No raw exception while a method is made, and none while it runs; what runs gives finite numbers or says why not."
+    monkeypatch.chdir(tmp_path) # for fields that name a file
     quick = {k: v for k, v in QUICK.items() if k in {f.name for f in fields(cls)}}
     for f in fields(cls):
         for value in ODD:

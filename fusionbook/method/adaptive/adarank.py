@@ -124,6 +124,8 @@ class AdaRank(AdaptiveMethod):
         self.check_loop()
         check_known([self.origin], ('base', 'mean'), 'the origins')
         at_least(self, initial_rank_ratio=0, mask_temp=1e-6)
+        if self.initial_rank_ratio > 1:
+            raise FusionError(f'expected `initial_rank_ratio` of at most 1, got {self.initial_rank_ratio}')
         matrix_rule(self.matrices)
 
 # %% ../../../nbs/66_adaptive/adarank.ipynb #9cee8dfb

@@ -108,7 +108,9 @@ class NUFILT(ContinualMethod):
 def _check(method):
     "Refuse hyper-parameters without a meaning."
     matrix_rule(method.matrices)
-    at_least(method, null_r=0, grad_r=0, lora_r=0, max_steps=0)
+    at_least(method, null_r=0, grad_r=1, lora_r=0, max_steps=0)
+    if any(not isinstance(part, str) for part in method.lora_layer or ()):
+        raise FusionError(f'expected `lora_layer` as a list of texts, got {method.lora_layer!r:.60}')
     if not method.lr > 0: raise FusionError(f'expected `lr` above 0, got {method.lr}')
     check_known([method.others], ('base', 'mean'), 'the values of `others`')
 

@@ -205,6 +205,7 @@ class EvolutionarySearch(BaseAlgorithm):
     device: str = 'cpu'       # where networks and merges compute
     def __post_init__(self):
         check_fields(self)
+        _check_kinds(self)
         _check(self)
         self.inner = _with(self, {})
         self.uses = tuple(dict.fromkeys((*self.inner.uses, self.data, 'labels')))
@@ -219,6 +220,14 @@ class EvolutionarySearch(BaseAlgorithm):
         point, lowest, curve = evolved(lambda p: value(settings(p)), start, history=history, **how)
         self.adaptation = dict(best=settings(point), objective=lowest, curve=curve, evaluations=len(curve))
         return _with(self, settings(point)).merge(pool)
+
+# %% ../../../nbs/65_statistics/evolve.ipynb #e7a1c0d2
+def _check_kinds(method):
+    "Refuse what is no method and no file."
+    if not method.method or not hasattr(method.method, 'keys') and not isinstance(method.method, str):
+        raise FusionError(f'expected `method` as a name or a mapping, got {method.method!r:.60}')
+    if method.checkpoint and not method.checkpoint.endswith('.json'):
+        raise FusionError(f'expected `checkpoint` as a `.json` file, got `{method.checkpoint}`')
 
 # %% ../../../nbs/65_statistics/evolve.ipynb #ee3fd62b
 def _check(method):
