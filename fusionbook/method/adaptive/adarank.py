@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from ...core.engine import direction_of
-from ...core.errors import check_known
+from ...core.errors import FusionError, check_known
 from ...core.matrices import matrix_rule
 from ...core.state_dict import StateDict, shared
 from .coefficients import Mixture
