@@ -110,6 +110,19 @@ def esm_direction(
     names = [n for n, t in meta(base).items() if f'gram/{n}' in grams[0] and chosen(n, t.shape)]
     return by_kind(found, names, power=how['norm_power']) if layers else found
 
+# %% ../../../nbs/65_statistics/esm.ipynb #e5a1c0d4
+def _check_texts(method):
+    "Parts of names are texts."
+    if any(not isinstance(part, str) for part in method.routed or ()):
+        raise FusionError(f'expected `routed` as a list of texts, got {method.routed!r:.60}')
+
+# %% ../../../nbs/65_statistics/esm.ipynb #e5a1c0d3
+def _check_powers(method):
+    "Powers beyond which float64 overflows are refused."
+    for key in ('eigen_power', 'norm_power'):
+        if getattr(method, key) > 32:
+            raise FusionError(f'expected `{key}` of at most 32, got {getattr(method, key)}')
+
 # %% ../../../nbs/65_statistics/esm.ipynb #fc182976
 @dataclass
 class ESM(StatisticsMethod):
@@ -130,6 +143,7 @@ class ESM(StatisticsMethod):
         super().__post_init__()
         matrix_rule(self.matrices)
         at_least(self, proxy_n_samples=1, eigen_power=0, norm_power=0, gram_mb=0)
+        _check_powers(self)
     @property
     def uses(self): return 'pretrained', 'experts', *self.reads
     def direction(self, pool) -> StateDict: return essential_direction(self, pool)[0]
@@ -168,6 +182,7 @@ class ESMPlusPlus(ESM):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, lora_rank=1)
+        _check_texts(self)
     def merge(self, pool): raise FusionError('expected a method that gives one model, got one that builds')
     def build(self, pool) -> nn.Module:
         v, sums = essential_direction(self, pool)
