@@ -13,7 +13,6 @@ from pathlib import Path
 from .recipe_file import FLOATS, model_name
 from ..core.errors import FusionError, check_known
 from ..core.files import SHORT, check_yaml, read_text, read_yaml
-from ..method.mixing.prompt_gates import WITHOUT_PROMPTS
 
 # %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #ca6260a5
 @dataclass(frozen=True)
@@ -49,16 +48,17 @@ def _number(value, key, least):
 def _expert(entry):
     if not isinstance(entry, Mapping): entry = {'source_model': entry}
     check_known(entry, _EXPERT, 'an expert')
-    told = dict(noise=entry.get('noise_scale'), scale=entry.get('residual_scale'))
-    source = {k: _number(v, f'{k} of an expert', 0) for k, v in told.items() if v is not None}
+    settings = dict(noise=entry.get('noise_scale'), scale=entry.get('residual_scale'))
+    source = {k: _number(v, f'{k} of an expert', 0) for k, v in settings.items() if v is not None}
     prompts = [tuple(entry.get(f'{k}_prompts') or ()) for k in ('positive', 'negative')]
     return MixtureExpert(model_name(entry.get('source_model'), '`source_model`'), source, *prompts)
 
 # %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #bb8c909f
-def _top(told): return int(_number(told.get('experts_per_token', 2), 'experts_per_token', 1))
+def _top(settings): return int(_number(settings.get('experts_per_token', 2), 'experts_per_token', 1))
 
 def _differ(experts, mode):
     "Refuse copies of one model with gates that were made with care."
+    from fusionbook.method.mixing.prompt_gates import WITHOUT_PROMPTS # brings torch along
     others = {(e.model, str(e.source)) for e in experts}
     if mode in WITHOUT_PROMPTS or len(others) > 1 or len(experts) < 2: return
     raise FusionError(
@@ -72,21 +72,21 @@ def _listed(value, key):
 
 # %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #dfbb9c98
 def mixture_from(
-    told:Mapping, # keys of a file of mergekit-moe
+    settings:Mapping, # keys of a file of mergekit-moe
     text:str='',  # as it was written
 ) -> MixtureRecipe:
     "The recipe that keys describe."
-    check_known(told, _KEYS, 'a mixture')
-    experts = tuple(_expert(e) for e in _listed(told.get('experts'), 'experts'))
-    shared = [_expert(e) for e in told.get('shared_experts') or ()]
+    check_known(settings, _KEYS, 'a mixture')
+    experts = tuple(_expert(e) for e in _listed(settings.get('experts'), 'experts'))
+    shared = [_expert(e) for e in settings.get('shared_experts') or ()]
     if len(shared) > 1: raise FusionError(f'expected at most one of `shared_experts`, got {len(shared)}')
-    if (dtype := told.get('dtype')) not in (None, *FLOATS):
+    if (dtype := settings.get('dtype')) not in (None, *FLOATS):
         raise FusionError(f'expected `dtype` as one of {", ".join(FLOATS)}, got `{dtype}`')
-    mode = told.get('gate_mode', 'hidden')
+    mode = settings.get('gate_mode', 'hidden')
     _differ(experts, mode)
     return MixtureRecipe(
-        model_name(told.get('base_model'), '`base_model`'), experts, shared[0] if shared else None, mode,
-        top=_top(told), dtype=dtype, architecture=told.get('architecture'), text=text,
+        model_name(settings.get('base_model'), '`base_model`'), experts, shared[0] if shared else None, mode,
+        top=_top(settings), dtype=dtype, architecture=settings.get('architecture'), text=text,
     )
 
 # %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #d582dbe8
@@ -99,38 +99,38 @@ _ONLY = dict(
     mixtral_moe_upscaling=('num_experts', 'noise_scale'),
 )
 
-def _merged(told, names):
+def _merged(settings, names):
     "Experts, and the shared one, of a line of ours."
-    yes, no = (told.get(f'{k}_prompts') or {} for k in ('positive', 'negative'))
-    shared = told.get('shared_expert')
+    yes, no = (settings.get(f'{k}_prompts') or {} for k in ('positive', 'negative'))
+    shared = settings.get('shared_expert')
     def expert(n, **source):
         return MixtureExpert(names[n], source, tuple(yes.get(n) or ()), tuple(no.get(n) or ()))
     if shared is not None and shared not in names:
         raise FusionError(f'expected `shared_expert` among the models, got `{shared}`')
     routed = tuple(expert(n) for n in names if n != shared)
-    return routed, None if shared is None else expert(shared, scale=told.get('residual_scale', 1.))
+    return routed, None if shared is None else expert(shared, scale=settings.get('residual_scale', 1.))
 
 # %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #7f2f4597
 def mixture_of_method(
-    told:Mapping, # keys with `method`, one of `MIXTURES`
+    settings:Mapping, # keys with `method`, one of `MIXTURES`
     text:str='',  # as it was written
 ) -> MixtureRecipe:
     "The recipe of a line or of a file of ours."
-    method = str(told['method'])
-    check_known(told, (*_OURS, *_ONLY[method]), f'`{method}`')
-    models = told.get('models') or []
+    method = str(settings['method'])
+    check_known(settings, (*_OURS, *_ONLY[method]), f'`{method}`')
+    models = settings.get('models') or []
     pairs = models.items() if isinstance(models, Mapping) else [(m, m) for m in models]
     names = {str(k): model_name(v) for k, v in pairs}
-    base = told.get('base') or next(iter(names.values()), None)
-    if method == 'mixtral_moe_merging': experts, shared = _merged(told, names)
+    base = settings.get('base') or next(iter(names.values()), None)
+    if method == 'mixtral_moe_merging': experts, shared = _merged(settings, names)
     else:
-        copy = MixtureExpert(model_name(base, '`base`'), dict(noise=told.get('noise_scale', 0.)))
-        experts, shared = (copy,) * int(_number(told.get('num_experts', 4), 'num_experts', 1)), None
+        copy = MixtureExpert(model_name(base, '`base`'), dict(noise=settings.get('noise_scale', 0.)))
+        experts, shared = (copy,) * int(_number(settings.get('num_experts', 4), 'num_experts', 1)), None
     if not experts: raise FusionError('expected `models` as a list of experts, got none')
-    gates = told.get('gate_mode', 'random'), told.get('gate_std', .02)
+    gates = settings.get('gate_mode', 'random'), settings.get('gate_std', .02)
     return MixtureRecipe(
-        model_name(base, '`base`'), experts, shared, *gates, _top(told), told.get('dtype'),
-        told.get('architecture'), int(told.get('seed', 0)), text,
+        model_name(base, '`base`'), experts, shared, *gates, _top(settings), settings.get('dtype'),
+        settings.get('architecture'), int(settings.get('seed', 0)), text,
     )
 
 # %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #a48d9240
@@ -147,14 +147,14 @@ def read_mixture(
 ) -> MixtureRecipe|None: # None for another kind of merge
     "The recipe of a mixture, wherever it stands."
     if recipe is None or isinstance(recipe, Mapping):
-        told, text = {**(recipe or {}), **{k: _value(k, v) for k, v in keys.items()}}, ''
+        settings, text = {**(recipe or {}), **{k: _value(k, v) for k, v in keys.items()}}, ''
     elif not isinstance(recipe, (str, Path)) or not Path(recipe).is_file(): return None
     else:
         text = read_text(recipe, limit=SHORT)
         signs = 'experts:', 'gate_mode:', *(f'method: {m}' for m in MIXTURES)
         if not any(l.startswith(signs) for l in text.splitlines()): return None
         from omegaconf import OmegaConf
-        told = OmegaConf.to_container(read_yaml(recipe))
-    text = text or json.dumps(told, indent=1, default=str)
-    if str(told.get('method')) in MIXTURES: return mixture_of_method(told, text)
-    return mixture_from(told, text) if {'experts', 'gate_mode'} & told.keys() else None
+        settings = OmegaConf.to_container(read_yaml(recipe))
+    text = text or json.dumps(settings, indent=1, default=str)
+    if str(settings.get('method')) in MIXTURES: return mixture_of_method(settings, text)
+    return mixture_from(settings, text) if {'experts', 'gate_mode'} & settings.keys() else None
