@@ -69,6 +69,7 @@ def mathml(tex, **how):
     "One formula; a command that would stand on the page as it was typed is refused."
     from latex2mathml.converter import convert
     known = re.sub(r'\\(arg|lVert|rVert)(?![a-zA-Z])', lambda m: SAME[m[0]], tex)
+    known = re.sub(r'\\[bB]igg?[lrm]?(?=\\[lr]angle)', '', known) # angles grow by themselves
     found = convert(known, **how)
     if left := re.search(r'\\[a-zA-Z]+', found): raise SystemExit(f'expected a formula without `{left[0]}`, got `{tex}`')
     return found
