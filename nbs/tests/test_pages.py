@@ -36,8 +36,8 @@ def test_commands_in_prose_work_as_typed(here, line, monkeypatch):
         import fusionbook.bench.train as train
         monkeypatch.setattr(train, 'check_device', lambda name: name)
         assert train.train_arguments(words[1:]).experiment_name
-    elif words[:1] == ['merge']: # files of the reader's; its flags are known
-        told = here('merge', '--help')
+    elif words[:1] and words[0] in ('merge', 'merge-adapters', 'extract-lora'): # files of the reader's; its flags are known
+        told = here(words[0], '--help')
         assert told.status == 0 and all(w.partition('=')[0] in told.out for w in words if w.startswith('--'))
     elif words[:1] == ['board']:
         from fusionbook.bench.board import board_arguments
@@ -48,7 +48,7 @@ def test_commands_in_prose_work_as_typed(here, line, monkeypatch):
     elif words[:1] == ['compare']:
         done = here(*words)
         assert done.status == 2 and 'A/report.json' in done.line # the reader's own reports
-    elif words == ['sweep']: assert here('sweep', '--help').status == 0 # named, not typed
+    elif words in (['sweep'], ['analyse']): assert here(*words, '--help').status == 0 # named, not typed
     elif words[:1] == ['sweep']:
         done = here(*words, '--cfg', 'job')
         assert done.status == 0, done.err
