@@ -266,7 +266,7 @@ def experiment_arguments(
     argv:Sequence[str], # what the user typed after `fusionbook experiment`
 ) -> dict:              # name, fixed, grid, output, report
     "Read the command line of an experiment."
-    config = ('expected `fusionbook experiment NAME [-p KEY VALUE …] [--grid KEY=VALUE,… …] [-o OUTPUT] '
+    usage = ('expected `fusionbook experiment NAME [-p KEY VALUE …] [--grid KEY=VALUE,… …] [-o OUTPUT] '
             '[--report]`, got')
     names, fixed, grid, output, report = [], {}, {}, None, False
     rest = [w for a in argv for w in (a.split('=', 1) if a.startswith(_JOINED) else [a])]
@@ -280,10 +280,10 @@ def experiment_arguments(
         elif word in ('-o', '--output') and left: output = rest.pop(0)
         elif word == '--report': report = True
         elif '=' in word or word.startswith('-') and word not in _TAKING:
-            raise FusionError(f'{config} `{word}`; ' + _meant(word, rest))
-        elif word.startswith('-'): raise FusionError(f'{config} `{word}` without a value')
+            raise FusionError(f'{usage} `{word}`; ' + _meant(word, rest))
+        elif word.startswith('-'): raise FusionError(f'{usage} `{word}` without a value')
         else: names.append(word)
-    if len(names) != 1: raise FusionError(f'{config} {len(names)} names')
+    if len(names) != 1: raise FusionError(f'{usage} {len(names)} names')
     return dict(name=names[0], fixed=fixed, grid=grid, output=output, report=report)
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #4505cb98

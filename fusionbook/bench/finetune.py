@@ -210,10 +210,10 @@ def _entry(args, kind, names, where):
     columns = dict(label=args.label, clusters=args.clusters) | (
         dict(text=args.text and args.text.split(',')) if kind == 'text' else dict(image=args.image)
     )
-    message = (
+    sentences = (
         dict(template=args.template) if kind == 'text' else dict(templates=args.template and [args.template])
     )
-    return {k: v for k, v in {'dataset': where, 'classnames': names, **columns, **message}.items() if v}
+    return {k: v for k, v in {'dataset': where, 'classnames': names, **columns, **sentences}.items() if v}
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #40bb22b8
 def _pool_config(kind, base, clip, max_length, entries):

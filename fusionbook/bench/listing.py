@@ -40,10 +40,10 @@ def _files(group, folders):
 
 def _target(name, lines, group, files):
     "The name that a file only points to; its own where it says more."
-    message = [l.strip() for l in lines if l.strip() and not l.startswith('#')]
+    entries = [l.strip() for l in lines if l.strip() and not l.startswith('#')]
     points = (
-        re.fullmatch(rf'- /?{group}/(.+)@_here_', message[1])
-        if len(message) == 2 and message[0] == 'defaults:'
+        re.fullmatch(rf'- /?{group}/(.+)@_here_', entries[1])
+        if len(entries) == 2 and entries[0] == 'defaults:'
         else None
     )
     if points and points[1] in files: return _target(points[1], files[points[1]], group, files)
@@ -65,8 +65,8 @@ def entries(
     for name, lines in files.items(): names.setdefault(_target(name, lines, group, files), []).append(name)
     def entry(full, all_names):
         first, *rest = sorted(all_names, key=lambda n: (n.count('/'), len(n), n))
-        text, message = _comments(files[full])
-        return Listed(first, text, message.get('sees', ''), rest, message.get('paper', ''))
+        text, facts = _comments(files[full])
+        return Listed(first, text, facts.get('sees', ''), rest, facts.get('paper', ''))
     return sorted((entry(*item) for item in names.items()), key=lambda e: e.name)
 
 # %% ../../nbs/80_bench/98_list.ipynb #30c364ae
@@ -94,8 +94,8 @@ def gathered(
         folder, slash, _ = e.name.partition('/')
         if not slash or folder not in many: out.append(e)
         elif not any(o.name == f'{folder}/...' for o in out):
-            settings = f'{where[folder]} {group}, such as {e.name}'
-            out.append(Listed(f'{folder}/...', f'{settings}; `fusionbook list {group} {folder}` shows them.'))
+            line = f'{where[folder]} {group}, such as {e.name}'
+            out.append(Listed(f'{folder}/...', f'{line}; `fusionbook list {group} {folder}` shows them.'))
     return out
 
 # %% ../../nbs/80_bench/98_list.ipynb #72dca82d

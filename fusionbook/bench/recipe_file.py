@@ -147,8 +147,8 @@ def _check_block(sources):
         )
     sizes = {s.model: s.layers[1] - s.layers[0] for s in sources if s.layers}
     if len(set(sizes.values())) > 1:
-        keys = ', '.join(f'{n} of `{m}`' for m, n in sizes.items())
-        raise FusionError(f'expected as many layers from each source of a block, got {keys}')
+        counts = ', '.join(f'{n} of `{m}`' for m, n in sizes.items())
+        raise FusionError(f'expected as many layers from each source of a block, got {counts}')
 
 def _block(entry):
     "One entry of `slices`."

@@ -241,8 +241,8 @@ def _turned(adapter, target, part, shape, shapes, name):
     straight, turned = (b[0], *a[1:]) == shape, (*a[1:], b[0]) == shape and len(shape) == 2
     if 'lora_embedding' in part.inputs: return True if turned else None
     if straight and turned:
-        settings = _biased(shapes, name)
-        return bool(adapter.config.get('fan_in_fan_out')) if settings is None else settings
+        inputs_first = _biased(shapes, name)
+        return bool(adapter.config.get('fan_in_fan_out')) if inputs_first is None else inputs_first
     return turned if straight or turned else None
 
 # %% ../../nbs/00_core/01e_adapters.ipynb #efc5c6c2

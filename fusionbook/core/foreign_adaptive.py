@@ -22,18 +22,18 @@ _OFF |= dict(merging_weights_load_path=(None,))
 _LOADER = 'batch_size', 'num_workers', 'shuffle', 'pin_memory'
 
 # %% ../../nbs/00_core/06e_foreign_adaptive.ipynb #95303b59
-def _optimizer(told):
+def _optimizer(given):
     "Name and settings of an optimizer that is named by path."
-    if not isinstance(told, Mapping): return dict(optimizer=told)
-    name = str(told.get('_target_', '')).rpartition('.')[2]
+    if not isinstance(given, Mapping): return dict(optimizer=given)
+    name = str(given.get('_target_', '')).rpartition('.')[2]
     if name not in _OPTIMIZERS:
         raise FusionError(
             f'expected an optimizer torch.optim.{", torch.optim.".join(_OPTIMIZERS)}, got '
-            f'`{told.get("_target_")}`'
+            f'`{given.get("_target_")}`'
         )
-    if more := [k for k in told if k not in ('_target_', '_partial_', 'lr')]:
+    if more := [k for k in given if k not in ('_target_', '_partial_', 'lr')]:
         raise FusionError(f'expected an optimizer with `lr` alone, got `{more[0]}`, which is not read here')
-    return dict(optimizer=_OPTIMIZERS[name]) | {k: told[k] for k in ('lr',) if k in told}
+    return dict(optimizer=_OPTIMIZERS[name]) | {k: given[k] for k in ('lr',) if k in given}
 
 # %% ../../nbs/00_core/06e_foreign_adaptive.ipynb #29727204
 def adaptive_keys(
@@ -62,9 +62,9 @@ def mask_keys(
     cfg:Mapping, # of a method that learns a mask
 ) -> dict:
     "The same, with the decay of the logits; merges compute in float32."
-    kept, told = {k: cfg[k] for k in _KEPT if k in cfg}, cfg.get('optimizer')
+    kept, given = {k: cfg[k] for k in _KEPT if k in cfg}, cfg.get('optimizer')
     rest = {k: v for k, v in cfg.items() if k not in (*_KEPT, 'merge_dtype')}
-    if isinstance(told, Mapping):
-        kept |= {k: told[k] for k in ('weight_decay',) if k in told}
-        rest['optimizer'] = {k: v for k, v in told.items() if k not in ('weight_decay', 'fused')}
+    if isinstance(given, Mapping):
+        kept |= {k: given[k] for k in ('weight_decay',) if k in given}
+        rest['optimizer'] = {k: v for k, v in given.items() if k not in ('weight_decay', 'fused')}
     return transductive_keys(rest) | kept

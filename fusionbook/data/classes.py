@@ -97,12 +97,12 @@ def warn_of_order(
 ) -> bool:                      # whether they are numbers in the order of text
     "Warn of classes that are called by numbers and do not stand in their order."
     numbers = _numbered(brought or ())
-    if config := bool(numbers) and numbers != sorted(numbers):
+    if unordered := bool(numbers) and numbers != sorted(numbers):
         _word(
             f'{task}: the classes of the data set are called by numbers and stand in the order '
             f'{", ".join(brought[:4])}, …: class 2 is `{brought[2]}`'
         )
-    return config
+    return unordered
 
 # %% ../../nbs/10_data/01c_classes.ipynb #d3304706
 _CODE = re.compile(r'n\d{8}|[0-9a-f]{12,}|(class|label|category|cls|id)?[\W_]*\d+', re.I)

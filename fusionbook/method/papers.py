@@ -21,10 +21,10 @@ def cited(
 def _entry(cls):
     "A paper as BibTeX, with the sentence of the method as its note."
     kind, _, number = cls.paper.partition(':')
-    settings = dict(eprint=number, archivePrefix='arXiv') if kind == 'arxiv' else dict(doi=number)
-    settings |= dict(year=cls.year, url=paper_url(cls.paper), note=cls.__doc__.splitlines()[0])
+    entry = dict(eprint=number, archivePrefix='arXiv') if kind == 'arxiv' else dict(doi=number)
+    entry |= dict(year=cls.year, url=paper_url(cls.paper), note=cls.__doc__.splitlines()[0])
     key = cls.config_names[0].replace('/', '_') if cls.config_names else cls.__name__
-    return '\n'.join([f'@misc{{{key},', *(f'  {k} = {{{v}}},' for k, v in settings.items()), '}', ''])
+    return '\n'.join([f'@misc{{{key},', *(f'  {k} = {{{v}}},' for k, v in entry.items()), '}', ''])
 
 # %% ../../nbs/60_method/07_papers.ipynb #202775fc
 def bibliography(

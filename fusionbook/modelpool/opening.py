@@ -24,17 +24,17 @@ from ..models.recipe import adopt, check_config, network_class, network_from
 # %% ../../nbs/50_modelpool/05_opening.ipynb #cf48de40
 def _recipe(file):
     "What a `fusionbook.json` says."
-    settings = read_json(file)
-    if not isinstance(settings, Mapping) or 'format' not in settings:
+    recipe = read_json(file)
+    if not isinstance(recipe, Mapping) or 'format' not in recipe:
         raise FusionError(f'expected the recipe of a network in `{file}`, got one without `format`')
-    if settings['format'] != FORMAT:
+    if recipe['format'] != FORMAT:
         raise FusionError(
-            f'expected a recipe of format {FORMAT} in `{file}`, got {settings["format"]!r:.20}: another version '
+            f'expected a recipe of format {FORMAT} in `{file}`, got {recipe["format"]!r:.20}: another version '
             f'of fusionbook wrote it'
         )
-    if lost := [k for k in ('network', 'tensors') if k not in settings]:
-        raise FusionError(f'expected `{lost[0]}` in `{file}`, got {", ".join(map(str, settings)):.80}')
-    return settings
+    if lost := [k for k in ('network', 'tensors') if k not in recipe]:
+        raise FusionError(f'expected `{lost[0]}` in `{file}`, got {", ".join(map(str, recipe)):.80}')
+    return recipe
 
 # %% ../../nbs/50_modelpool/05_opening.ipynb #d293d142
 def from_recipe(
@@ -43,14 +43,14 @@ def from_recipe(
     "The network of a folder with a recipe."
     file = Path(folder)/RECIPE
     if not file.is_file(): raise FusionError(f'expected `{RECIPE}` in `{folder}`, got a folder without it')
-    settings, sd = _recipe(file), Checkpoint(folder)
-    try: network = network_from(settings['network'], sd, f'`{folder}`')
+    recipe, sd = _recipe(file), Checkpoint(folder)
+    try: network = network_from(recipe['network'], sd, f'`{folder}`')
     except RecursionError:
         raise FusionError(
             f'expected the recipe of a network in `{file}`, got one that is nested too deeply'
         ) from None
     except FusionError as e: raise FusionError(f'{e} (`{file}`)') from None
-    if content_hash(network.state_dict()) != settings['tensors']:
+    if content_hash(network.state_dict()) != recipe['tensors']:
         raise FusionError(f'expected the tensors that `{file}` was written with, got others')
     return network
 

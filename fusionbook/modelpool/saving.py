@@ -156,14 +156,14 @@ def recipe_file(
     versions = dict(fusionbook=fusionbook.__version__, torch=str(torch.__version__)) | dict(
         lineage.pop('versions', {})
     )
-    settings = dict(
+    recipe = dict(
         format=FORMAT,
         network=recipe_of(network),
         tensors=content_hash(network.state_dict()),
         **lineage,
         versions=versions,
     )
-    return {RECIPE: json_text(settings)}
+    return {RECIPE: json_text(recipe)}
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #0e3c3dcd
 def _around(pool, network, sd, whole, notes, built):

@@ -37,13 +37,13 @@ class Answers:
 # %% ../../../nbs/66_adaptive/04c_masked_merges.ipynb #a905082e
 def masked_value(
     mixture:MaskedMixture, w:Tensor,      # with the mask of this step; coefficients, (T, G)
-    asked:Answers,                        # the objective
+    answers:Answers,                        # the objective
     looks:Sequence[Mapping[str, Tensor]], # its batches
     *, temperature:float,                 # of the mask
 ) -> float:                               # of the objective; the gradient is in the logits
     "The objective at the masked weights, with the gradient of the logits."
     mixture.fill(w)
-    value = asked(looks)
+    value = answers(looks)
     mixture.logits.grad = mixture.mask_gradient(w, temperature=temperature)
     return value
 
@@ -71,7 +71,7 @@ class MaskedDirection(MaskMethod):
     def learns(self) -> bool: return not self.skip_training and self.mask_checkpoint is None
     def tasks(self, pool) -> list[str]: return pool.model_names       # those whose inputs it looks at
     def step(self, pool) -> StateDict: raise NotImplementedError('a method defines the direction')
-    def asked(self, pool, mixture, heads) -> Answers: return Answers(mixture.network, heads, self.device)
+    def answers(self, pool, mixture, heads) -> Answers: return Answers(mixture.network, heads, self.device)
 
 # %% ../../../nbs/66_adaptive/04c_masked_merges.ipynb #3117f305
 @patch
@@ -84,9 +84,9 @@ def merge(self:MaskedDirection, pool) -> StateDict:
     experts, w, curve = [as_expert(base, self.step(pool))], torch.ones(1, 1, dtype=torch.float64), []
     how = dict(granularity='task', device=self.device, cache_mb=self.cache_mb)
     mixture = MaskedMixture(network, base, experts, initial=self.initial_logits, **how)
-    asked = self.asked(pool, mixture, task_logits(pool, tasks)) if self.learns else None
-    def objective(looks): return masked_value(mixture, w, asked, looks, temperature=self.temperature)
-    more = dict(looks=asked.looks, inner=asked.inner) if asked else {}
+    answers = self.answers(pool, mixture, task_logits(pool, tasks)) if self.learns else None
+    def objective(looks): return masked_value(mixture, w, answers, looks, temperature=self.temperature)
+    more = dict(looks=answers.looks, inner=answers.inner) if answers else {}
     if not self.skip_training: curve = self.learn_mask(pool, tasks, mixture, objective, **more)
     masks = self.final_masks(mixture)
     seen = self.data if self.learns else None
@@ -138,24 +138,24 @@ class MaskedCoefficients(MaskMethod):
     @property
     def uses(self): return 'pretrained', 'experts', self.data
     def tasks(self, pool) -> list[str]: return pool.model_names
-    def asked(self, pool, mixture, heads) -> Answers: return Answers(mixture.network, heads, self.device)
+    def answers(self, pool, mixture, heads) -> Answers: return Answers(mixture.network, heads, self.device)
     def clamped(self, w:Tensor) -> Tensor: return w.clamp_(0, 1) if self.clamp_weights else w
 
 # %% ../../../nbs/66_adaptive/04c_masked_merges.ipynb #0d19b7e5
 @patch
 def mask_objective(self:MaskedCoefficients,
-    mixture:MaskedMixture, asked:Answers, start:Tensor, # start: w₀, (T, G)
+    mixture:MaskedMixture, answers:Answers, start:Tensor, # start: w₀, (T, G)
 ) -> tuple:                                             # batches -> value; the inner steps
     "One step: coefficients from w₀, then the gradient of the logits."
     inner = InnerSteps('coefficients', start.clone(), lr=self.base_lr, optimizer=self.base_optimizer)
-    first = Answers(mixture.network, asked.heads, self.device)
+    first = Answers(mixture.network, answers.heads, self.device)
     def objective(looks):
         inner.value.copy_(start)
         mixture.fill(inner.value)
         first(looks[:1])
         inner.step(mixture.gradient())
         w = self.clamped(inner.value)
-        return masked_value(mixture, w, asked, looks[1:], temperature=self.temperature)
+        return masked_value(mixture, w, answers, looks[1:], temperature=self.temperature)
     return objective, inner
 
 # %% ../../../nbs/66_adaptive/04c_masked_merges.ipynb #aab1eef1
@@ -189,9 +189,9 @@ def merge(self:MaskedCoefficients, pool) -> StateDict:
     network = adapted_network(pool, models[0])
     mixture = MaskedMixture(network, *models, initial=self.initial_logits, **how)
     start = torch.full((len(pool), len(mixture.names)), self.scaling_factor, dtype=torch.float64)
-    asked = self.asked(pool, mixture, heads)
-    objective, inner = self.mask_objective(mixture, asked, self.clamped(start))
-    more = dict(looks=1 + asked.looks, inner=[inner, *asked.inner])
+    answers = self.answers(pool, mixture, heads)
+    objective, inner = self.mask_objective(mixture, answers, self.clamped(start))
+    more = dict(looks=1 + answers.looks, inner=[inner, *answers.inner])
     curve = self.learn_mask(pool, tasks, mixture, objective, **more)
     masks = self.final_masks(mixture)
     w, after = self.learn_coefficients(pool, mixture, heads, start)

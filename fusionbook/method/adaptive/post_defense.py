@@ -57,16 +57,16 @@ class Shared(Triggered):
     ):
         super().__init__(network, heads, device, **more)
         self.other = other.to(device).eval().requires_grad_(False)
-    def said(self, task, x): return self.heads[task](self.other, x)
+    def other_logits(self, task, x): return self.heads[task](self.other, x)
     def harm(self, task, x, clean, moved, leaf) -> Tensor:
-        theirs = self.said(task, perturbed(x, leaf, self.how.within))
-        with torch.no_grad(): alike = fooled_together(clean, moved, self.said(task, x), theirs)
+        theirs = self.other_logits(task, perturbed(x, leaf, self.how.within))
+        with torch.no_grad(): alike = fooled_together(clean, moved, self.other_logits(task, x), theirs)
         apart = (js_rows(moved.float(), theirs.float()) * ~alike).sum() / len(x)
         return self.how.beta1 * super().harm(task, x, clean, moved, leaf) + self.how.beta2 * apart
     def regular(self, task, x, clean, moved) -> Tensor:
         with torch.no_grad():
-            theirs = self.said(task, perturbed(x, self.triggers[task].value, self.how.within)).argmax(1)
-            suspect = (theirs != clean.argmax(1)) & (theirs != self.said(task, x).argmax(1))
+            theirs = self.other_logits(task, perturbed(x, self.triggers[task].value, self.how.within)).argmax(1)
+            suspect = (theirs != clean.argmax(1)) & (theirs != self.other_logits(task, x).argmax(1))
         shared = unlearning(moved.float(), theirs, suspect)
         return super().regular(task, x, clean, moved) + self.how.shared_weight * shared
 
@@ -105,7 +105,7 @@ class PostDefenseSAUForCLIP(PostDefenseAWMForCLIP):
 
 # %% ../../../nbs/66_adaptive/post_defense.ipynb #2a77fc91
 @patch
-def asked(self:PostDefenseSAUForCLIP, pool, mixture, heads) -> Shared:
+def answers(self:PostDefenseSAUForCLIP, pool, mixture, heads) -> Shared:
     "Answers of the masked model, and of the model as it came."
     base = pool.pretrained()
     merged, other = as_expert(base, self.step(pool)), adapted_network(pool, base)

@@ -118,6 +118,6 @@ class TriggerSettings:
             raise FusionError(f'expected `within` as [low, high] with low < high, got {self.within}')
         if self.trigger_norm is not None and not self.trigger_norm > 0:
             raise FusionError(f'expected `trigger_norm` above 0 or null, got {self.trigger_norm}')
-    def asked(self, pool, mixture, heads) -> Triggered:
+    def answers(self, pool, mixture, heads) -> Triggered:
         shapes = input_shapes(pool, list(heads), self.data)
         return Triggered(mixture.network, heads, self.device, shapes=shapes, how=self)

@@ -94,22 +94,22 @@ def share_statistics(
     folder:str,      # created where it is missing
     task:str,        # name of an expert and its task
     found:StateDict, # its numbers
-    said,            # what they were collected from, a mapping of JSON values
+    stated,            # what they were collected from, a mapping of JSON values
 ) -> Path:           # FOLDER/TASK.safetensors
     "Write the numbers of one expert for others to use."
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return save_statistics(found, Path(folder)/f'{task.replace("/", "_")}.safetensors', **said)
+    return save_statistics(found, Path(folder)/f'{task.replace("/", "_")}.safetensors', **stated)
 
 def shared_statistics(
     folder:str, # that `share_statistics` wrote
     task:str,   # name of an expert and its task
-    said,       # what they must have been collected from
+    stated,       # what they must have been collected from
 ) -> Checkpoint: # lazy
     "The numbers of one expert, refused where they are of something else."
     path = Path(folder)/f'{task.replace("/", "_")}.safetensors'
     if not path.exists():
         raise FusionError(f'expected statistics of `{task}` as `{path}`, got no such file; `share` writes it')
-    return open_statistics(path, **said)
+    return open_statistics(path, **stated)
 
 # %% ../../../nbs/65_statistics/01_collected.ipynb #17901bf6
 def _provenance(method, pool, task, kind, model, settings):
@@ -131,11 +131,11 @@ def expert_statistics(
     **settings,          # further numbers that decide, as JSON values
 ) -> StateDict:           # name -> tensor, read from the cache when it is asked for
     "Numbers that one expert's network gives on inputs of its task."
-    said = _provenance(method, pool, task, kind, model, dict(settings, samples=samples))
-    if method.statistics: return shared_statistics(method.statistics, task, said)
+    stated = _provenance(method, pool, task, kind, model, dict(settings, samples=samples))
+    if method.statistics: return shared_statistics(method.statistics, task, stated)
     def batches(): return task_batches(method, pool, task, samples, labels)
     key = dict(
-        model=said['model'],
+        model=stated['model'],
         inputs=_rows_hash(batches()),
         code=text_hash('fusionbook.method.statistics', *code),
         settings=settings,
@@ -147,5 +147,5 @@ def expert_statistics(
         return compute(network, map(moved, batches()))
     path = cache_folder()/'statistics'/f'{name}.safetensors'
     found = _from_disk(path, remembered(path, run, kind=kind, key=key))
-    if method.share: share_statistics(method.share, task, found, said | dict(inputs=key['inputs']))
+    if method.share: share_statistics(method.share, task, found, stated | dict(inputs=key['inputs']))
     return found

@@ -89,6 +89,6 @@ def expert_grams(
     if len(groups) == 1: return _in_one_pass(method, pool, task, samples)
     found = _grouped(method, pool, task, groups, samples)
     if method.share:
-        said = dict(kind='gram', task=task, model=pool.hash(task), data=method.data, seed=method.seed)
-        share_statistics(method.share, task, found, said | dict(settings=dict(samples=samples)))
+        provenance = dict(kind='gram', task=task, model=pool.hash(task), data=method.data, seed=method.seed)
+        share_statistics(method.share, task, found, provenance | dict(settings=dict(samples=samples)))
     return found

@@ -133,11 +133,11 @@ class ExPOAlgorithmForLlama(BaseAlgorithm):
         check_layers(self)
     def factors(self, base:StateDict) -> dict[str, float]:
         "Name of a tensor -> how far it is extrapolated."
-        requested = dict(weight=self.on_linear_weights, bias=self.on_linear_bias, embedding=self.on_embedding)
-        requested['head'] = not self.only_on_backbone
+        wanted = dict(weight=self.on_linear_weights, bias=self.on_linear_bias, embedding=self.on_embedding)
+        wanted['head'] = not self.only_on_backbone
         return layer_factors(
             base, factor=self.extrapolation_factor, attention=self.attention_scaling_factor,
-            kinds=[k for k, yes in requested.items() if yes],
+            kinds=[k for k, yes in wanted.items() if yes],
             first=self.fix_first_n_layers, last=self.fix_last_n_layers,
         )
     def aligned(self, e:Entry) -> Tensor:
