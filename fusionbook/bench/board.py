@@ -127,8 +127,8 @@ def _shared_out(plan, jobs, folder) -> Iterator[dict]:
     "Rows from several processes, as they come."
     how = dict(mp_context=get_context('spawn'), initializer=_begin, initargs=(plan, folder))
     with ProcessPoolExecutor(min(jobs, len(plan.methods)), **how) as pool:
-        jobs = {pool.submit(_work, name): name for name in plan.methods}
-        for done in track(as_completed(jobs), 'board', len(jobs)):
+        pending = {pool.submit(_work, name): name for name in plan.methods}
+        for done in track(as_completed(pending), 'board', len(pending)):
             try: yield done.result()
             except BrokenProcessPool:
                 raise FusionError('a process of the board ended; the same call goes on') from None

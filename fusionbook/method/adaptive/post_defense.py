@@ -65,7 +65,8 @@ class Shared(Triggered):
         return self.how.beta1 * super().harm(task, x, clean, moved, leaf) + self.how.beta2 * apart
     def regular(self, task, x, clean, moved) -> Tensor:
         with torch.no_grad():
-            theirs = self.other_logits(task, perturbed(x, self.triggers[task].value, self.how.within)).argmax(1)
+            marked = perturbed(x, self.triggers[task].value, self.how.within)
+            theirs = self.other_logits(task, marked).argmax(1)
             suspect = (theirs != clean.argmax(1)) & (theirs != self.other_logits(task, x).argmax(1))
         shared = unlearning(moved.float(), theirs, suspect)
         return super().regular(task, x, clean, moved) + self.how.shared_weight * shared
