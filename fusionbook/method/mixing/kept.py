@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['made_of', 'kept_mixture']
 
-# %% ../../../nbs/68_mixing/01b_kept.ipynb #9d4c9f43
+# %% ../../../nbs/68_mixing/01b_kept.ipynb #8272f92a
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,29 +14,32 @@ from torch import nn
 import fusionbook
 from ...core.errors import FusionError
 from ...core.files import read_json
-from ...core.state_dict import content_hash
 
-# %% ../../../nbs/68_mixing/01b_kept.ipynb #dcb18bf0
+# %% ../../../nbs/68_mixing/01b_kept.ipynb #ce5eae73
 _RECIPE = 'fusionbook.json'   # the recipe that lies beside the tensors
-_PLACES = 'model_path', 'device', 'upscaling_accelerator', 'threads'   # fields that change no number
+_PLACES = ( # fields that change no number
+    'model_path', 'model_save_path', 'device', 'accelerator', 'upscaling_accelerator', 'threads',
+    'full_matrices',
+)
 
 def made_of(
     method, # a method with `model_path`
     pool,   # of the models that it mixes
-) -> dict:  # class, settings, and the content hashes of the models; what JSON can hold
+) -> dict:  # class, version, settings, and names with identities of the models in their order; what JSON can hold
     "What decides the numbers of a mixture."
     settings = {k: v for k, v in asdict(method).items() if k not in _PLACES}
-    experts = zip(pool.model_names, pool.experts(), strict=True)
-    models = {'_pretrained_': content_hash(pool.pretrained())} | {n: content_hash(e) for n, e in experts}
-    return json.loads(json.dumps(dict(method=type(method).__name__, settings=settings, models=models)))
+    models = [[n, pool.hash(n)] for n in pool.all_model_names]
+    own = dict(method=type(method).__name__, version=fusionbook.__version__)
+    return json.loads(json.dumps(own | dict(settings=settings, models=models)))
 
-# %% ../../../nbs/68_mixing/01b_kept.ipynb #db516d41
+# %% ../../../nbs/68_mixing/01b_kept.ipynb #412981f4
 def _check_same(folder, made):
     file = folder/_RECIPE
     found = (read_json(file) if file.exists() else {}).get('made_of') or {}
     other = [k for k in made if found.get(k) != made[k]]
     if not other: return
-    what = dict(method='this method', settings='these hyper-parameters', models='these models')[other[0]]
+    what = dict(method='this method', version='this version of fusionbook',
+                settings='these hyper-parameters', models='these models')[other[0]]
     raise FusionError(
         f'expected `{folder}` to hold a mixture of {what}, got another one or none; name another folder'
     )

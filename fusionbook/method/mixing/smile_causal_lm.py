@@ -5,17 +5,14 @@
 # %% auto #0
 __all__ = ['decoder_layers', 'SmileCausalLMUpscaling', 'SmileQwen2Upscaling', 'SmileMistralUpscaling']
 
-# %% ../../../nbs/68_mixing/smile_causal_lm.ipynb #ae53fc32
+# %% ../../../nbs/68_mixing/smile_causal_lm.ipynb #8b84b551
 import re
 from dataclasses import dataclass
 import torch
 from torch import nn
 from ...core.errors import FusionError, check_known
-from ...core.state_dict import meta
-from ..base import BaseAlgorithm, at_least, check_fields
-from .kept import kept_mixture
-from .mixture import base_network, linear_layers
-from .smile import smile
+from ..base import at_least, check_fields
+from .smile import SmileMethod
 
 # %% ../../../nbs/68_mixing/smile_causal_lm.ipynb #90dfb7d6
 def decoder_layers(
@@ -41,9 +38,9 @@ def _in_type(net, name):
         raise FusionError(f'expected `model_dtype` such as float16 or bfloat16, got `{name}`')
     return net.to(kind)
 
-# %% ../../../nbs/68_mixing/smile_causal_lm.ipynb #4f314f7a
+# %% ../../../nbs/68_mixing/smile_causal_lm.ipynb #db5adf7a
 @dataclass
-class SmileCausalLMUpscaling(BaseAlgorithm):
+class SmileCausalLMUpscaling(SmileMethod):
     "SMILE for causal language models: a mixture of low-rank experts in every block (Tang et al., 2024)."
     uses, config_names = ('pretrained', 'experts'), ('smile_upscaling/causal_lm_upscaling',)
     paper, year, tune = 'arxiv:2408.10174', 2024, {'rank_of_router': '1,8', 'rank_of_expert': '16,64'}
@@ -54,19 +51,17 @@ class SmileCausalLMUpscaling(BaseAlgorithm):
     rank_of_expert: int = 64      # rank of each expert; below 0: whole task vectors
     model_save_path: str = None   # folder in which the mixture is saved
     model_dtype: str = None       # number type of the result, such as bfloat16
-    save_with_remote_code: bool = True # FusionBench's; no code is saved, `fusionbook.open_model` opens the folder
     model_type: str = None        # qwen2, llama or mistral, which the base must then be
     def __post_init__(self):
         check_fields(self)
         at_least(self, num_experts_per_tok=1, rank_of_router=1)
         if self.model_type is not None: check_known([self.model_type], _TYPES, '`model_type`')
         _in_type(nn.Module(), self.model_dtype)
-    def build(self, pool) -> nn.Module:
-        network = base_network(pool)
-        _check_type(network, self.model_type)
-        net = smile(
-            pool,
-            decoder_layers(linear_layers(network, meta(pool.pretrained()))),
+    def check_base(self, network): _check_type(network, self.model_type)
+    def layers(self, names): return decoder_layers(names)
+    def finished(self, net): return _in_type(net, self.model_dtype)
+    def choices(self):
+        return dict(
             gate_k=self.rank_of_router,
             k=self.rank_of_expert if self.rank_of_expert > 0 else None,
             top_k=self.num_experts_per_tok,
@@ -74,11 +69,8 @@ class SmileCausalLMUpscaling(BaseAlgorithm):
             average=False,
             device=self.accelerator or self.device,
         )
-        net = _in_type(net, self.model_dtype)
-        if self.model_save_path: pool.save_model(net, self.model_save_path, built=True)
-        return net
 
-# %% ../../../nbs/68_mixing/smile_causal_lm.ipynb #a4f6c7f4
+# %% ../../../nbs/68_mixing/smile_causal_lm.ipynb #26dba2e8
 @dataclass
 class SmileQwen2Upscaling(SmileCausalLMUpscaling):
     "SMILE for Qwen2 (Tang et al., 2024)."
@@ -90,7 +82,3 @@ class SmileMistralUpscaling(SmileCausalLMUpscaling):
     config_names = ('smile_upscaling/smile_mistral_upscaling',)
     rank_of_expert: int = 512     # rank of each expert; below 0: whole task vectors
     model_path: str = None        # folder in which the mixture is kept, and from which it is opened where it is there
-    def build(self, pool) -> nn.Module: return kept_mixture(self, pool, lambda: self.mixture(pool))
-    def mixture(self, pool) -> nn.Module:
-        "The network, whether or not a folder keeps it."
-        return super().build(pool)

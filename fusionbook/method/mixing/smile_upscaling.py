@@ -5,18 +5,14 @@
 # %% auto #0
 __all__ = ['SmileUpscaling']
 
-# %% ../../../nbs/68_mixing/smile_upscaling.ipynb #0561a09b
+# %% ../../../nbs/68_mixing/smile_upscaling.ipynb #08bbc187
 from dataclasses import dataclass
-from torch import nn
-from ...core.state_dict import meta
-from ..base import BaseAlgorithm, at_least, check_fields
-from .kept import kept_mixture
-from .mixture import base_network, linear_layers
-from .smile import smile
+from ..base import at_least, check_fields
+from .smile import SmileMethod
 
-# %% ../../../nbs/68_mixing/smile_upscaling.ipynb #492181b2
+# %% ../../../nbs/68_mixing/smile_upscaling.ipynb #d16fb412
 @dataclass
-class SmileUpscaling(BaseAlgorithm):
+class SmileUpscaling(SmileMethod):
     "SMILE: a sparse mixture of low-rank experts without training (Tang et al., 2024)."
     uses, config_names = ('pretrained', 'experts'), ('smile_upscaling/smile_upscaling',)
     paper, year, tune = 'arxiv:2408.10174', 2024, {'gate_k': '1,4,16', 'k': '16,64'}
@@ -32,13 +28,8 @@ class SmileUpscaling(BaseAlgorithm):
     def __post_init__(self):
         check_fields(self)
         at_least(self, gate_k=1, top_k=1)
-    def build(self, pool) -> nn.Module: return kept_mixture(self, pool, lambda: self.mixture(pool))
-    def mixture(self, pool) -> nn.Module:
-        "The network, whether or not a folder keeps it."
-        names = linear_layers(base_network(pool), meta(pool.pretrained()))
-        return smile(
-            pool,
-            names,
+    def choices(self):
+        return dict(
             gate_k=self.gate_k,
             k=self.k if self.k > 0 else None,
             top_k=self.top_k,
@@ -46,4 +37,3 @@ class SmileUpscaling(BaseAlgorithm):
             average=self.average_experts,
             device=self.upscaling_accelerator or self.device,
         )
-
