@@ -17,15 +17,17 @@ from .foreign_adaptive import adaptive_keys, mask_keys, transductive_keys
 from .foreign_pools import HUB_CLASSES, HUB_TYPES, hub_pool
 from .hub import mirrored
 
-# %% ../../nbs/00_core/07_legacy.ipynb #cda799b5
+# %% ../../nbs/00_core/07_legacy.ipynb #f64310b8
 PARTS = ('method', 'modelpool', 'taskpool')
 _WORDS = {'method': 'method', 'modelpool': 'model pool', 'taskpool': 'task pool'}
 # FusionBench's switches without meaning here:
 _DROP = ('inplace', 'show_pbar', 'strict', 'devices', 'num_workers', 'cache_dir', 'save_merging_weights')
 _DROP += ('quick_evaluation',)
 _DROP += 'model_save_path', 'merged_model_save_path', 'model_save_kwargs', 'save_tokenizer', 'push_to_hub'
+_DROP += ('save_with_remote_code',)
 # inputs are never modified, progress is `progress=`, a run's device is `device=`, what a method learned is
-# written to the run's folder, and so is the merged model where a run is asked to save it, tokenizer included
+# written to the run's folder, and so is the merged model where a run is asked to save it, tokenizer included;
+# code is never saved beside it
 
 # %% ../../nbs/00_core/07_legacy.ipynb #35061a42
 def of_fusionbench(
@@ -82,7 +84,7 @@ def our_target(
         if name in names: return f'fusionbook.{kind}.{name}'
     raise FusionError(f'expected a {_WORDS[kind]} that exists here, got `{target}`: {_analysis(cls, kind)}')
 
-# %% ../../nbs/00_core/07_legacy.ipynb #5faba17e
+# %% ../../nbs/00_core/07_legacy.ipynb #f7d81ad8
 _OLDER = {
     'ensemble': 'ensemble/simple_ensemble',
     'max_predictor': 'ensemble/max_model_predictor',
@@ -91,6 +93,11 @@ _OLDER = {
     'clip_layer_wise_adamerging_surgery': 'surgery/adamerging_surgery',
     'mixtral_for_causal_lm_moe_upscaling': 'mixtral_moe_upscaling',
     'mixtral_for_causal_lm_merging': 'mixtral_moe_merging',
+    'flan_t5_layer_wise_gossip': 'gossip/layer_wise_flan_t5',
+    'trust_region': 'trust_region/clip_task_arithmetic',
+    'simple_average_for_llama': 'linear/simple_average_for_causallm',
+    'task_arithmetic_for_llama': 'linear/task_arithmetic_for_causallm',
+    'ties_merging_for_llama': 'linear/ties_merging_for_causallm',
 }
 
 @lru_cache
@@ -104,11 +111,12 @@ def _files():
     stems = sorted(reversed(found.values()), key=lambda p: p.stem in p.parent.name)
     return {p.stem: p for p in stems} | {k: found[v] for k, v in _OLDER.items() if v in found} | found
 
-# %% ../../nbs/00_core/07_legacy.ipynb #e9d6db6c
+# %% ../../nbs/00_core/07_legacy.ipynb #0f6c41be
 def _hint(name, files):
     "What to say of an unknown name: a slip of the keys is mended, another method is never proposed."
     if name.startswith('analysis/'): return f'it is an analysis: `fusionbook analyse {name}`'
     if name in _ABSENT: return 'a method of FusionBench that is not here yet'
+    if inside := [n for n in files if n.startswith(f'{name}/')]: return f'name one of {", ".join(inside)}'
     slip = [n for n in get_close_matches(name, files, n=3, cutoff=.85) if abs(len(n) - len(name)) < 3]
     return nearest(name, slip) if slip else '`fusionbook list methods` shows what there is'
 
@@ -128,52 +136,14 @@ def _method(cfg):
     named = {'name': name} if name.startswith(_ON_TEST[:2]) and name.endswith('_adamerging') else {}
     return plain(OmegaConf.load(files[name])) | data | {k: v for k, v in cfg.items() if k != 'name'} | named
 
-# %% ../../nbs/00_core/07_legacy.ipynb #3b135046
+# %% ../../nbs/00_core/07_legacy.ipynb #6472c206
 _ABSENT = (
-    'clip_fisher_merging',
-    'fisher_merging',
-    'gpt2_fisher_merging',
-    'clip_regmean',
-    'gpt2_regmean',
-    'regmean',
-    'clip_weight_ensembling_moe',
-    'sparse_clip_weight_ensembling_moe',
-    'weight_ensembling_moe',
-    'clip_layer_wise_adamerging_surgery',
-    'singular_projection_merging',
-    'clip_post_defense_AWM',
-    'clip_post_defense_SAU',
-    'clip_safe_concrete_layer_wise_adamerging',
-    'clip_safe_concrete_task_arithmetic',
-    'clip_layer_wise_gossip',
-    'flan_t5_layer_wise_gossip',
-    'rankone_moe',
-    'depth_upscaling',
-    'model_recombination',
-    'smile_upscaling',
-    'smile_mistral_upscaling',
     'pwe_moe_epo_for_clip',
     'clip_finetune',
-    'dare',
-    'emr_merging',
-    'model_stock',
-    'slerp',
-    'linear_interpolation',
-    'magnitude_diff_pruning',
     'magnitude_pruning_for_llama',
     'random_pruning_for_llama',
     'wanda_pruning_for_llama',
     'clip_task_wise_ties',
-    'weighted_average_for_llama',
-    'simple_average_for_llama',
-    'task_arithmetic_for_llama',
-    'ties_merging_for_llama',
-    'trust_region',
-    'tall_mask',
-    # names of FusionBench's files
-    'superposed_task_arithmetic',
-    'superposed_model_soup',
-    'superposed_task_arithmetic_lora',
 )
 
 # %% ../../nbs/00_core/07_legacy.ipynb #d9ab7ec1

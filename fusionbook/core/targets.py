@@ -27,16 +27,15 @@ _ALLOWED = [
     r'torch\.optim\.(lr_scheduler\.)?[A-Z]\w*',
 ]
 
-# %% ../../nbs/00_core/02c_targets.ipynb #13e1b972
+# %% ../../nbs/00_core/02c_targets.ipynb #db45f4e8
 # keys that ask for code of a checkpoint, however they are spelt
 _REMOTE = re.compile(r'trust.?remote|remote.?code|code.?revision', re.I)
-_SAVING = 'save_with_remote_code' # FusionBench's switch for what is written; nothing is read or run for it
 _VOUCH = 'allow_target', 'allow_env'
 
 def _check_node(node):
     "Refuse keys by which a file would open doors for itself."
     for key, value in node.items():
-        if _REMOTE.search(str(key)) and key != _SAVING and value not in (False, None):
+        if _REMOTE.search(str(key)) and value not in (False, None):
             raise FusionError(f'expected no `{key}`: code that comes with a checkpoint is never run')
         if value and (key in _VOUCH or key == 'allow' and '_target_' in node):
             raise FusionError(
