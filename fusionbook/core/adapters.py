@@ -78,11 +78,16 @@ def adapter_scale(
 
 _COSTLY = re.compile(r'\)[*+{]|([*+].*){7}') # what may take for ever on a name made for it
 
-# %% ../../nbs/00_core/01e_adapters.ipynb #6b0166e2
+# %% ../../nbs/00_core/01e_adapters.ipynb #430755a6
 def _fits(pattern, module, key):
     "Whether a pattern fits the end of a module's name."
     if f'.{module}'.endswith(f'.{pattern}'): return True
-    try: return not _COSTLY.search(pattern) and re.match(rf'(.*\.)?({pattern})$', module) is not None
+    if _COSTLY.search(pattern):
+        raise FusionError(
+            f'expected patterns in `{key}` without repeated groups and with at most 6 repetitions, got'
+            f' {pattern!r:.60}, which may take for ever'
+        )
+    try: return re.match(rf'(.*\.)?({pattern})$', module) is not None
     except re.error: pass
     raise FusionError(f'expected regular expressions in `{key}`, got {pattern!r:.60}')
 
@@ -191,30 +196,52 @@ def _located(target, shapes):
     packed = f'{target.removesuffix(".weight")}.in_proj_weight'
     return packed if target.endswith('.weight') and packed in shapes else None
 
-# %% ../../nbs/00_core/01e_adapters.ipynb #43c4925c
+# %% ../../nbs/00_core/01e_adapters.ipynb #e891fdf6
 def _shifts(targets, shapes):
     "Ways to write the targets under the base's names: as they are, without a prefix, with one."
     first = min(targets, key=len)
-    yield targets[0][:0], 0
+    yield '', 0
     for cut in range(1, min(4, first.count('.'))): yield '', cut
     ends = {n[:-len(first)] for n in shapes if n.endswith(f'.{first}')}
     for prefix in sorted(ends, key=len): yield prefix, 0
 
-# %% ../../nbs/00_core/01e_adapters.ipynb #568c0a65
+# %% ../../nbs/00_core/01e_adapters.ipynb #b779c1a8
 def _moves(needed, names):
-    "What puts all needed targets among names; None where nothing does."
+    "What puts all needed targets among names: as they are where that does, else every way that does."
+    found = {}
     for prefix, cut in _shifts(needed, names):
-        def moved(t): return prefix + '.'.join(t.split('.')[cut:])
-        if all(_located(moved(t), names) for t in needed): return moved
+        def moved(t, prefix=prefix, cut=cut): return prefix + '.'.join(t.split('.')[cut:])
+        if not all(_located(moved(t), names) for t in needed): continue
+        found[tuple(map(moved, needed))] = moved
+        if not prefix and not cut: break
+    return list(found.values())
+
+def _has_shapes(adapter, needed, moved, table, shapes, who):
+    "Whether tensors of a base have the shapes that an adapter needs."
+    try:
+        for t in needed: _checked(adapter, t, adapter.parts[t], table[_located(moved(t), table)], shapes, who)
+    except FusionError: return False
+    return True
+
+def _only(moves, adapter, needed, table, shapes, who):
+    "The one way that fits; two are refused, since nothing tells which was meant."
+    def fits(m): return _has_shapes(adapter, needed, m, table, shapes, who)
+    if len(moves) > 1: moves = list(filter(fits, moves)) or moves
+    if len(moves) < 2: return moves[0] if moves else None
+    raise FusionError(
+        f'expected an adapter whose names fit one place of {who}, got one that fits'
+        f' `{moves[0](needed[0])}` and `{moves[1](needed[0])}`'
+    )
 
 def _names(adapter, shapes, who, modules):
     "Target -> name in the base, None for whole tensors that it lacks, and the name it would have."
     needed = [t for t, p in adapter.parts.items() if p.inputs and not is_head(t)] or list(adapter.parts)
     table = {n: n for n in shapes}
-    moved = _moves(needed, table)
-    if moved is None and modules is not None:
+    moves = _moves(needed, table)
+    if not moves and modules is not None:
         table = modules(shapes)
-        moved = _moves(needed, table)
+        moves = _moves(needed, table)
+    moved = _only(moves, adapter, needed, table, shapes, who)
     if moved is not None: return {t: (table.get(_located(moved(t), table)), moved(t)) for t in adapter.parts}
     lost = next((t for t in needed if not _located(t, table)), needed[0])
     raise FusionError(
