@@ -205,7 +205,7 @@ def _shifts(targets, shapes):
     ends = {n[:-len(first)] for n in shapes if n.endswith(f'.{first}')}
     for prefix in sorted(ends, key=len): yield prefix, 0
 
-# %% ../../nbs/00_core/01e_adapters.ipynb #b779c1a8
+# %% ../../nbs/00_core/01e_adapters.ipynb #e3d70545
 def _moves(needed, names):
     "What puts all needed targets among names: as they are where that does, else every way that does."
     found = {}
@@ -216,6 +216,7 @@ def _moves(needed, names):
         if not prefix and not cut: break
     return list(found.values())
 
+# %% ../../nbs/00_core/01e_adapters.ipynb #bad986d1
 def _has_shapes(adapter, needed, moved, table, shapes, who):
     "Whether tensors of a base have the shapes that an adapter needs."
     try:
@@ -233,6 +234,7 @@ def _only(moves, adapter, needed, table, shapes, who):
         f' `{moves[0](needed[0])}` and `{moves[1](needed[0])}`'
     )
 
+# %% ../../nbs/00_core/01e_adapters.ipynb #8ec95a51
 def _names(adapter, shapes, who, modules):
     "Target -> name in the base, None for whole tensors that it lacks, and the name it would have."
     needed = [t for t, p in adapter.parts.items() if p.inputs and not is_head(t)] or list(adapter.parts)

@@ -17,7 +17,7 @@ from .mixture import base_network, linear_layers, low_rank_factors, moved_layers
 from .mixture import put_task_vectors, shared_network
 from ...models.routed import RoutedNetwork
 
-# %% ../../../nbs/68_mixing/02_smile.ipynb #4f21f31d
+# %% ../../../nbs/68_mixing/02_smile.ipynb #d4da09c2
 def _plan(network, names, gate_k, k, top_k):
     "Layers and gates; experts are whole matrices where k is none or no less than the full rank."
     layers, gates = {}, {}
@@ -27,6 +27,7 @@ def _plan(network, names, gate_k, k, top_k):
         gates[name] = dict(kind='projecting', at=[name], width=d, rank=min(gate_k, m, d), top=top_k)
     return layers, gates
 
+# %% ../../../nbs/68_mixing/02_smile.ipynb #c325a472
 def _put_layer(layer, e, use_diff):
     "Directions and experts of one layer from its entry."
     directions, rank = layer.gate.directions, None if layer.up is None else layer.down.shape[1]
