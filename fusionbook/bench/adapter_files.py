@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Factors', 'read_factors', 'factor_tensors', 'adapter_settings', 'check_adapter_place', 'write_adapter']
 
-# %% ../../nbs/80_bench/17_adapter_files.ipynb #ea9a79f1
+# %% ../../nbs/80_bench/17_adapter_files.ipynb #dc975cf2
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ from ..core.adapters import Adapter
 from ..core.atomic import atomic
 from ..core.checkpoint import save
 from ..core.errors import FusionError
+from ..core.mergeable import is_finite, not_finite, rounded
 from ..core.state_dict import Lazy
 
 # %% ../../nbs/80_bench/17_adapter_files.ipynb #d588b9dc
@@ -47,7 +48,16 @@ def _check_factors_alone(adapter):
                 f' `{adapter.path}`{way}'
             )
 
-# %% ../../nbs/80_bench/17_adapter_files.ipynb #b354626e
+# %% ../../nbs/80_bench/17_adapter_files.ipynb #7d9fc427
+def _number(adapter, saved, name):
+    "A tensor of an adapter in float32; one that is not finite would spoil whatever it is merged with."
+    if is_finite(t := saved[name].float()): return t
+    raise FusionError(
+        f'expected finite numbers in every adapter, got NaN or infinity in tensor `{name}` of'
+        f' `{adapter.path}`'
+    )
+
+# %% ../../nbs/80_bench/17_adapter_files.ipynb #c9a6e7c2
 def read_factors(
     adapter:Adapter,
     saved:Mapping[str, Tensor], # its file
@@ -55,27 +65,27 @@ def read_factors(
     "The changes of an adapter."
     _check_factors_alone(adapter)
     def read(target, part):
-        a, b = (saved[n].float() for n in (part.inputs, part.outputs))
+        a, b = (_number(adapter, saved, n) for n in (part.inputs, part.outputs))
         bias = adapter.parts.get(f'{target.rpartition(".")[0]}.bias')
-        added = saved[bias.added].float() if bias and bias.added else None
+        added = _number(adapter, saved, bias.added) if bias and bias.added else None
         stem, _, role = part.inputs.partition('.lora_')
         kernel = tuple(a.shape[1:]) if a.ndim > 2 else ()
         return Factors(b.flatten(1), a.flatten(1), stem, 'embedding' in role, kernel, added, part.scale)
     return {t: partial(read, t, p) for t, p in adapter.parts.items() if p.inputs}
 
-# %% ../../nbs/80_bench/17_adapter_files.ipynb #71b72117
+# %% ../../nbs/80_bench/17_adapter_files.ipynb #d2f137e3
 def factor_tensors(
     factors:Factors,
     dtype:torch.dtype,
 ) -> dict[str, Tensor]: # name in a file -> tensor
-    "Factors as PEFT stores them, with the scale inside B."
+    "Factors as PEFT stores them, with the scale inside B; numbers that the type cannot hold are refused."
     f, ones = factors, (1,) * (len(factors.kernel) - 1)
     a = f.inputs.reshape(-1, *f.kernel) if f.kernel else f.inputs
     b = f.scale * f.outputs.reshape(*f.outputs.shape, *ones)
     names = ('lora_embedding_A', 'lora_embedding_B') if f.embedding else ('lora_A.weight', 'lora_B.weight')
     found = {f'{f.stem}.{n}': t for n, t in zip(names, (a, b), strict=True)}
     if f.bias is not None: found[f'{f.stem}.lora_B.bias'] = f.scale * f.bias
-    return {n: t.to(dtype).contiguous() for n, t in found.items()}
+    return {n: rounded(t, dtype, n).contiguous() for n, t in found.items()}
 
 # %% ../../nbs/80_bench/17_adapter_files.ipynb #5c92b9c9
 _KEPT = (
@@ -133,7 +143,13 @@ def check_adapter_place(
             )
     return path
 
-# %% ../../nbs/80_bench/17_adapter_files.ipynb #39f44f8f
+# %% ../../nbs/80_bench/17_adapter_files.ipynb #2d499940
+def _checked(name, read):
+    "A tensor that is written; NaN or infinity is refused."
+    if is_finite(t := read()): return t
+    raise not_finite(name, t, t.dtype)
+
+# %% ../../nbs/80_bench/17_adapter_files.ipynb #a217afa1
 def write_adapter(
     out:Path,                  # a folder; its name is taken when all is written
     tensors:Mapping[str, Callable[[], Tensor]], # name in the file -> what gives it
@@ -141,10 +157,11 @@ def write_adapter(
     settings:Mapping,          # of `adapter_config.json`
     card:str,                  # of `README.md`
 ) -> Path:
-    "A folder that PEFT opens."
+    "A folder that PEFT opens, all of its numbers finite."
+    table = {n: partial(_checked, n, read) for n, read in tensors.items()}
     with atomic(out) as new:
         new.mkdir()
-        save(Lazy(tensors, info), new/'adapter_model.safetensors')
+        save(Lazy(table, info), new/'adapter_model.safetensors')
         (new/'adapter_config.json').write_text(json.dumps(settings, indent=2) + '\n')
         (new/'README.md').write_text(card)
     return out

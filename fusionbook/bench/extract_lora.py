@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRACT_HELP', 'Cut', 'cut_change', 'rank_of', 'Extraction', 'extract_lora', 'extract_lora_command']
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #cf18ecf7
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #51e82968
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -21,6 +21,7 @@ from .merge_sources import ModelHead, open_head
 from ..core.adapters import ties_head
 from ..core.checkpoint import Checkpoint
 from ..core.errors import check_known, FusionError
+from ..core.mergeable import is_finite
 from ..core.matrices import is_embedding, is_head
 from ..core.per_tensor import layer_of
 from ..core.progress import track
@@ -136,11 +137,15 @@ def _names_in_network(head):
         else: stuck.add(back[owner])
     return _Names(called, heads, stuck)
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #8a74613c
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #b8dabcab
 def _extracted(name, how, model, base, kinds, rank, energy):
     "One matrix: its factors and what they keep; None where nothing was changed."
     now, before = (read(name).to(torch.float64) for read in (model, base))
     change = now - before
+    if not is_finite(change):
+        raise FusionError(
+            f'expected finite numbers in both models, got NaN or infinity in the change of `{name}`'
+        )
     if not change.any(): return None
     turned = how == 'embedding' or _turned(name, kinds)
     found = cut_change(change.T if turned else change, rank=rank, energy=energy)

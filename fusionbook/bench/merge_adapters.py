@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ADAPTER_SPACES', 'ADAPTER_COMBINATIONS', 'ADAPTERS_HELP', 'keep_largest', 'drop_random', 'elected_mean',
-           'split_change', 'combined', 'combined_inside', 'merge_adapters', 'words_of', 'merge_adapters_command']
+           'split_change', 'combined', 'combined_inside', 'base_notes', 'merge_adapters', 'words_of',
+           'merge_adapters_command']
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #7a907dd6
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #c586a478
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 from .adapter_files import adapter_settings, check_adapter_place, factor_tensors, Factors
 from .adapter_files import read_factors, write_adapter
 from .merge_sources import locate_model
-from ..core.adapters import is_adapter_folder, open_adapter
+from ..core.adapters import Adapter, is_adapter_folder, open_adapter
 from ..core.checkpoint import Checkpoint
 from ..core.errors import check_known, FusionError
 from ..core.state_dict import generator
@@ -246,6 +247,17 @@ def _check_one_base(adapters):
                     f' `{name}` for `{target}`'
                 )
 
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #8220431e
+def base_notes(
+    adapters:Mapping[str, Adapter], # name -> adapter
+) -> list[str]: # one line where two settings name different models; a path and a hub name may be one model
+    "What to say of adapters that were trained on models of different names, though their shapes agree."
+    said = {n: str(a.config.get('base_model_name_or_path') or '').rstrip('/') for n, a in adapters.items()}
+    told = {n: base for n, base in said.items() if base}
+    if len({Path(base).name.lower() for base in told.values()}) < 2: return []
+    rows = ', '.join(f'`{n}` on `{base}`' for n, base in told.items())
+    return [f'these adapters may be of different bases, on which their sum means nothing: {rows}']
+
 # %% ../../nbs/80_bench/17b_merge_adapters.ipynb #c7155b63
 def _changes(adapters):
     "Adapter -> weight -> what reads its change."
@@ -267,7 +279,7 @@ def _merged(kind, changes, weights, how, then, options):
         found[target] = combined(kind, *zip(*every, strict=True), how, target)
     return found
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #a69e2f01
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #e5eb2ab0
 def _card(adapters, recipe, count):
     "What a merged adapter is made of."
     base = next((b for a in adapters.values() if (b := a.config.get('base_model_name_or_path'))), None)
@@ -278,7 +290,8 @@ def _card(adapters, recipe, count):
         *([f'base_model: {base}'] if base else []),
         '---',
     ]
-    rows = [f'| `{n}` | {a.config.get("r")} | {a.config.get("lora_alpha")} |' for n, a in adapters.items()]
+    def told_of(a): return [a.config.get(k) for k in ('r', 'lora_alpha', 'base_model_name_or_path')]
+    rows = ['| ' + ' | '.join(map(str, [f'`{n}`', *told_of(a)])) + ' |' for n, a in adapters.items()]
     told = [f'{k}: {json.dumps(v)}' for k, v in recipe.items() if v is not None]
     return '\n'.join([
         *head,
@@ -287,8 +300,8 @@ def _card(adapters, recipe, count):
         '',
         f'{count} matrices, computed in float32.',
         '',
-        '| adapter | r | lora_alpha |',
-        '|---|---|---|',
+        '| adapter | r | lora_alpha | trained on |',
+        '|---|---|---|---|',
         *rows,
         '',
         '```yaml',
@@ -297,7 +310,7 @@ def _card(adapters, recipe, count):
         '',
     ])
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #69d171b2
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #5a6ada04
 def merge_adapters(
     adapters:Sequence[str],     # folders or hub names of LoRA adapters of one base
     out:str|Path,               # the folder of the new one
@@ -310,14 +323,17 @@ def merge_adapters(
     then:str='ties_merging',    # method inside core_space and knots
     options:Mapping|None=None,  # its hyper-parameters
     seed:int=0,                 # of dare
+    dtype:str|None=None,        # of the file; that of the first adapter when None
     hub_mirror:Mapping[str, str]={}, # hub name -> local folder
 ) -> Path:                      # a folder that PEFT opens
     "Merge LoRA adapters into one adapter, without their base."
     opened = _opened(adapters, hub_mirror)
+    if dtype is not None: check_known([dtype], ('float32', 'bfloat16', 'float16'), '`dtype`')
     weights = _checked(
         combination_type, len(opened), weights, density, majority_sign_method, svd_rank, svd_clamp, options
     )
     _check_one_base(opened)
+    for note in base_notes(opened): print(f'note: {note}')
     path, changes = check_adapter_place(out, {n: a.path for n, a in opened.items()}), _changes(opened)
     ranks = [a.shape(p.inputs)[0] for a in opened.values() for p in a.parts.values() if p.inputs]
     how = dict(density=density, majority_sign_method=majority_sign_method, seed=seed)
@@ -326,13 +342,14 @@ def merge_adapters(
     recipe = dict(adapters=list(opened), combination_type=combination_type, weights=weights, density=density)
     recipe |= dict(svd_rank=svd_rank, svd_clamp=svd_clamp, seed=seed if 'dare' in combination_type else None)
     if combination_type in ADAPTER_SPACES: recipe |= dict(weights=None, then=then, options=options)
-    return _written(path, merged, opened, recipe)
+    return _written(path, merged, opened, recipe | dict(dtype=dtype))
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #d88f4c05
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #3b41892b
 def _written(path, merged, opened, recipe):
     "Write a merged adapter."
     first = next(iter(opened.values()))
-    dtype = next(t.dtype for n, t in Checkpoint(first.file).meta.items() if t.is_floating_point())
+    own = next(t.dtype for n, t in Checkpoint(first.file).meta.items() if t.is_floating_point())
+    dtype = getattr(torch, recipe['dtype'] or str(own)[6:])
     tensors = {n: t for f in merged.values() for n, t in factor_tensors(f, dtype).items()}
     ranks = {t.rpartition('.')[0]: f.inputs.shape[0] for t, f in merged.items()}
     biased = any(f.bias is not None for f in merged.values())
@@ -346,7 +363,7 @@ def _written(path, merged, opened, recipe):
         _card(opened, recipe, len(merged)),
     )
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #ee4a72ec
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #cd41fd34
 ADAPTERS_HELP = '''fusionbook merge-adapters adapters='[a/,b/]' [combination_type=svd] [weights='[1,1]'] [key=value ...] OUT/
 
   Merge LoRA adapters of one base into one adapter, which PEFT opens. The base is not needed. To merge them into a whole model:
@@ -361,6 +378,7 @@ ADAPTERS_HELP = '''fusionbook merge-adapters adapters='[a/,b/]' [combination_typ
   svd_rank           of the result; the largest of the adapters when left out            svd_clamp   quantile, such as 0.99
   density            fraction kept, for ties, dare and magnitude_prune                   majority_sign_method   total, frequency
   seed               of dare                                                             hub_mirror={name: folder}
+  dtype              of the file: float32, bfloat16, float16; that of the first adapter when left out
 
   fusionbook merge-adapters adapters='[cats/,dogs/]' combination_type=ties_svd density=0.3 both/
 '''
@@ -386,7 +404,7 @@ def words_of(
                 raise FusionError(f'expected `{head}` as YAML, got {value!r:.60}') from None
     return keys, places
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #90b2a243
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #e209b1cf
 _KEYS = (
     'adapters',
     'combination_type',
@@ -398,6 +416,7 @@ _KEYS = (
     'then',
     'options',
     'seed',
+    'dtype',
     'hub_mirror',
 )
 
