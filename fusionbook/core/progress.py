@@ -12,65 +12,71 @@ from contextlib import contextmanager
 from tqdm.std import tqdm
 from .errors import FusionError, nearest
 
-# %% ../../nbs/00_core/05_progress.ipynb #6d3353e9
-class _Bar(tqdm):
-    "Redraws itself in a terminal; inner bars vanish, the outermost stays."
-    quiet, every, monitor_interval = 1., .1, 0
-    def __init__(self, iterable, desc, total):
-        super().__init__(
-            iterable,
-            desc=desc,
-            total=total,
-            delay=self.quiet,
-            mininterval=self.every,
-            miniters=1,
-            leave=None,
-            dynamic_ncols=True,
-            file=sys.stderr,
-        )
+# %% ../../nbs/00_core/05_progress.ipynb #4e98d133
+class _Loop:
+    "A loop that is being run; `step` after every item."
+    quiet, every = 1., .1 # seconds: before anything is shown, between two states
+    running = []          # the outermost first
+    def __init__(self, label, total):
+        self.label, self.total, self.done = label, total, 0
+        self.start = self.last = time.monotonic()
+    def __enter__(self):
+        self.running.append(self)
+        return self
+    def __exit__(self, *error):
+        self.running.remove(self)
+        self.close()
+    def elapsed(self): return time.monotonic() - self.start
+    def meter(self, **form):
+        "The state as a line."
+        return tqdm.format_meter(self.done, self.total, self.elapsed(), prefix=self.label, **form)
+    def due(self):
+        "Whether a state is to be shown now."
+        return self.elapsed() >= self.quiet and time.monotonic() - self.last >= self.every
+    def step(self, label):
+        self.label, self.done = label, self.done + 1
+        if self.due():
+            self.last = time.monotonic()
+            self.show()
 
-# %% ../../nbs/00_core/05_progress.ipynb #4a34583d
-class _Log(_Bar):
-    "Writes whole lines: one every ten seconds, whoever it comes from, and the outermost loop one at its end."
-    every, last = 10., -1e9
-    def display(self, msg=None, pos=None):
-        if time.monotonic() - _Log.last >= self.every: self.line()
-    def line(self):
-        "Write the state now."
-        _Log.last = time.monotonic()
-        state = self.format_dict | dict(
-            ncols=None,
-            bar_format='{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]'
-            if self.total
-            else '{desc}: {n_fmt} [{elapsed}]',
-        )
-        print(self.format_meter(**state).replace(': :', ':'), file=self.fp, flush=True)
+# %% ../../nbs/00_core/05_progress.ipynb #6417837d
+class _Quiet(tqdm): monitor_interval = 0 # no thread that watches
+
+class _Bar(_Loop):
+    def __init__(self, label, total):
+        super().__init__(label, total)
+        how = dict(delay=self.quiet, mininterval=self.every, miniters=1, leave=None, dynamic_ncols=True)
+        self.bar = _Quiet(desc=label, total=total, file=sys.stderr, **how)
+    def step(self, label):
+        self.bar.set_description(label, refresh=False)
+        self.bar.update()
+    def close(self): self.bar.close()
+
+# %% ../../nbs/00_core/05_progress.ipynb #eb4a4e50
+class _Log(_Loop):
+    every, written = 10., -1e9
+    def due(self): return self.elapsed() >= self.quiet and time.monotonic() - _Log.written >= self.every
+    def show(self):
+        _Log.written = time.monotonic()
+        count = '{n_fmt}/{total_fmt} [{elapsed}<{remaining}]' if self.total else '{n_fmt} [{elapsed}]'
+        line = self.meter(ncols=None, bar_format=f'{{desc}}: {count}').replace(': :', ':')
+        print(line, file=sys.stderr, flush=True)
     def close(self):
-        if self.disable: return
-        outermost, self.disable = self.pos == 0, True
-        self._decr_instances(self)
-        if outermost and self._time() - self.start_t >= self.quiet: self.line()
+        if not self.running and self.elapsed() >= self.quiet: self.show()
 
-# %% ../../nbs/00_core/05_progress.ipynb #fad9f5e9
-class _Cell(_Bar):
-    "Lives in one output of a notebook cell, a line for each open loop; the output is empty afterwards."
-    lines, handle = {}, None
-    def display(self, msg=None, pos=None):
-        _Cell.lines[id(self)] = self.format_meter(**self.format_dict | dict(ncols=80))
-        _Cell.show()
-    @classmethod
-    def show(cls):
-        "Bring the notebook up to date."
+# %% ../../nbs/00_core/05_progress.ipynb #72c6932f
+class _Cell(_Loop):
+    output, shown = None, False
+    def show(self):
         from IPython.display import display
-        data = {'text/plain': '\n'.join(cls.lines.values())} if cls.lines else {}
-        if cls.handle: cls.handle.update(data, raw=True)
-        else: _Cell.handle = display(data, raw=True, display_id=True)
+        self.shown = True
+        lines = [loop.meter(ncols=80) for loop in self.running if loop.shown]
+        data = {'text/plain': '\n'.join(lines)} if lines else {}
+        if _Cell.output: _Cell.output.update(data, raw=True)
+        else: _Cell.output = display(data, raw=True, display_id=True)
     def close(self):
-        if self.disable: return
-        self.disable = True
-        self._decr_instances(self)
-        if _Cell.lines.pop(id(self), None): self.show()
-        if self.pos == 0: _Cell.handle = None
+        if self.shown: self.show()
+        if not self.running: _Cell.output = None
 
 # %% ../../nbs/00_core/05_progress.ipynb #ea6f1740
 _modes = 'auto', 'bar', 'log', 'none'
@@ -94,7 +100,7 @@ def _kind():
     if _in_jupyter(): return _Cell
     return _Bar if mode == 'bar' or sys.stderr.isatty() else _Log
 
-# %% ../../nbs/00_core/05_progress.ipynb #91808f0b
+# %% ../../nbs/00_core/05_progress.ipynb #634d4fb6
 def track(
     iterable:Iterable, # what to loop over; a generator without length is fine
     label:str,         # what is being done, in a few words
@@ -105,10 +111,11 @@ def track(
     if (kind := _kind()) is None:
         yield from iterable
         return
-    with kind(iterable, label, total) as bar:
-        for item in bar:
+    total = len(iterable) if total is None and hasattr(iterable, '__len__') else total
+    with kind(label, total) as loop:
+        for item in iterable:
             yield item
-            if note: bar.set_description(f'{label}, {note()}', refresh=False)
+            loop.step(f'{label}, {note()}' if note else label)
 
 # %% ../../nbs/00_core/05_progress.ipynb #fee6427a
 @contextmanager
