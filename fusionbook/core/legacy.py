@@ -36,7 +36,7 @@ def of_fusionbench(
     "Whether a target is one of FusionBench's; one of its files names the class alone."
     return target.startswith('fusion_bench.') or '.' not in target and target.endswith('Algorithm')
 
-# %% ../../nbs/00_core/07_legacy.ipynb #f5286e64
+# %% ../../nbs/00_core/07_legacy.ipynb #419929e5
 _SAME = HUB_CLASSES | {
     'EnsembleAlgorithm': 'SimpleEnsemble',
     'DOGE_TA_Algorithm': 'DOGE_TA',
@@ -49,6 +49,9 @@ _SAME = HUB_CLASSES | {
     'ContinualTaskArithmeticForCLIP': 'ContinualTaskArithmetic',
     'ContinualTiesMergingForCLIP': 'ContinualTiesMerging',
     'ContinualWeightAverageForCLIP': 'ContinualWeightAverage',
+    'ContinualDOPForCLIP': 'ContinualDOP',
+    'DOPMerging': 'ContinualDOP',
+    'AdaSVDMergingForCLIPVisionModel': 'AdaSVDMerging',
     'FisherMergingForCLIPVisionModel': 'FisherMerging',
     'FisherMergingAlgorithmForGPT2': 'FisherMerging',
     'RegMeanAlgorithmForCLIP': 'RegMean',

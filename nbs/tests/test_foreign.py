@@ -1,5 +1,6 @@
 """FusionBench's files and calls: every kind of thing they hold, in small files written for this test."""
 import copy, json
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,3 +263,16 @@ def test_models_and_what_was_found_beside_them(tmp_path, monkeypatch):
     report = fusion(Both(), BaseModelPool([Network(1.), Network(2.)]))
     assert report['returned'] == {'coefficient': .25} and report['model_info']['all_params'] == 6
     with pytest.raises(FusionError, match='expected one model to be saved, got 2'): fusion(Both(), BaseModelPool([Network(1.), Network(2.)]), save_path=str(tmp_path/'m'))
+
+
+FILES = Path(__file__).resolve().parents[3]/'shared/reference/foreign_yaml/fusion_bench/method'
+
+
+@pytest.mark.skipif(not FILES.is_dir(), reason='FusionBench\'s own files are not beside this clone')
+def test_every_file_of_theirs_that_has_our_name_has_our_class():
+    from fusionbook.core.config import CONFIG, published
+    from fusionbook.core.legacy import our_target
+    both = [f for f in sorted(FILES.rglob('*.yaml')) if (CONFIG/'method'/f.relative_to(FILES)).exists()]
+    targets = [yaml.safe_load(f.read_text()).get('_target_', '???') for f in both]
+    assert len(both) > 80
+    for target in targets: assert target == '???' or our_target(target, 'method').rpartition('.')[2] in published('fusionbook.method')
