@@ -312,7 +312,7 @@ def openclip_pools():
         pool_of('OpenCLIPVisionModelPool', f'{about}; FUSIONBOOK_OPENCLIP names their folder', models, path=f'OpenCLIPVisionModelPool/{name}', defaults=data, more=heads)
 
 for make in (image_data, validation_data, text_data, clip_models, clip_pools, further_clip_pools, language_pools, flan_models, flan_pools, classifier_pools, image_pools, openclip_pools): make()
-OWN = {f'modelpool/{n}' for n in ('experiment', 'folders', 'mini8', 'text8')}   # pools of this book
+OWN = {f'modelpool/{n}' for n in ('experiment', 'folders', 'mini8', 'saved', 'text8')}   # pools of this book
 OTHER = ('dataset/mini8/', 'dataset/text8/', 'dataset/image_classification/corrupted/')
 
 def unwanted():

@@ -5,24 +5,26 @@
 # %% auto #0
 __all__ = ['HELP', 'COMMANDS', 'TEXTS', 'main']
 
-# %% ../../nbs/80_bench/99_cli.ipynb #7a09de62
+# %% ../../nbs/80_bench/99_cli.ipynb #a7e4b5ec
 import os, re, sys
 from collections.abc import Sequence
 from importlib import import_module
 from .arguments import TAKES, search_folders, split_words, allowed_by_words, with_hydra
 from .listing import listing
 from .mistakes import check_words, own_models, own_tasks
+from .saved import run_saved, saved_words
 from .signals import terminable
 from ..core.errors import FusionError
 from ..core.resolve import allowing
 
-# %% ../../nbs/80_bench/99_cli.ipynb #da5c69cf
+# %% ../../nbs/80_bench/99_cli.ipynb #e06c2a1c
 _USAGE = '''fusionbook: merge trained networks and measure the result.
 
   fusionbook                                    eight experts of mini8, merged by task arithmetic and measured
   fusionbook method=ties_merging                another method on the same models
   fusionbook method=simple_average modelpool=clip-vit-base-patch32_TA8 taskpool=clip-vit-base-patch32_TA8 device=cuda
   fusionbook run.yaml [key=value ...]           a run from a file, ours or FusionBench's (either schema)
+  fusionbook path/to/model taskpool=mini8       a saved model, a mixture too, opened and measured as it is
   fusionbook list [methods|modelpools|taskpools|experiments]                               what there is, and what a method looks at
   fusionbook experiment NAME [-p key value ...] [--grid key=a,b,c ...] [-o OUTPUT] [--report]
   fusionbook sweep method.scaling_factor=0:1:0.1 [key=a,b,c ...] [validation=TASKPOOL]     choose on validation, report on test
@@ -178,7 +180,7 @@ def _list(rest):
         raise FusionError(f'expected one list, got {" ".join(words)}; `fusionbook list` shows all')
     print(listing(next(iter(words), None), search_folders(rest), word=words[1] if len(words) > 1 else None))
 
-# %% ../../nbs/80_bench/99_cli.ipynb #63339b3c
+# %% ../../nbs/80_bench/99_cli.ipynb #e696e751
 def _command(argv):
     "The first word that is neither an option nor its value, and the rest of the line."
     at = 0
@@ -194,7 +196,9 @@ def _dispatch(argv):
         return print(f'fusionbook {__version__}')
     if word == 'list': return _list(rest)
     _prepare(argv)
-    if word not in COMMANDS: return with_hydra(_check(word, argv), _run)
+    if word not in COMMANDS:
+        saved = saved_words(argv)
+        return with_hydra(_check(word, saved or argv), run_saved if saved else _run)
     module, function = COMMANDS[word]
     getattr(import_module(module), function)(_check(word, rest) if word == 'sweep' else rest)
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['from_recipe', 'from_config', 'from_tower', 'open_model']
 
-# %% ../../nbs/50_modelpool/05_opening.ipynb #c55b515a
+# %% ../../nbs/50_modelpool/05_opening.ipynb #716c8f85
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import nn
@@ -62,7 +63,18 @@ def _named_class(config, file):
         raise FusionError(f'expected one class under `architectures` in `{file}`, got {names!r:.60}')
     return network_class(f'transformers.{names[0]}')
 
-# %% ../../nbs/50_modelpool/05_opening.ipynb #593e71fb
+# %% ../../nbs/50_modelpool/05_opening.ipynb #d752e271
+@contextmanager
+def _quiet():
+    "Weights of this machine are read without a bar."
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
+# %% ../../nbs/50_modelpool/05_opening.ipynb #fd20f982
 def from_config(
     path:str|Path, # folder with `config.json` and safetensors
     dtype:str='float32', # type of its numbers, `auto` for that of the file
@@ -75,7 +87,8 @@ def from_config(
     kind = _named_class(config, file)
     how = dict(local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
     Checkpoint(folder) # a damaged file is refused in our words
-    network, found = described(lambda _: kind.from_pretrained(folder, dtype=dtype, **how), config, file)
+    with _quiet():
+        network, found = described(lambda _: kind.from_pretrained(folder, dtype=dtype, **how), config, file)
     if wrong := sorted(map(str, [*found['missing_keys'], *found['mismatched_keys']])):
         raise FusionError(
             f'expected all tensors of {kind.__name__} in `{folder}`, got none for {", ".join(wrong[:3])}'
