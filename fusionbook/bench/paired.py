@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['mcnemar', 'bootstrap', 'seed_part', 'paired', 'verdict', 'in_points']
 
-# %% ../../nbs/80_bench/06b_paired.ipynb #e1c4d46b
+# %% ../../nbs/80_bench/06b_paired.ipynb #f5aac55a
 from collections.abc import Mapping
 import numpy as np
 from ..core.errors import FusionError
-from ..metrics.classification import FEW
 from ..metrics.metric import Metric
+from ..metrics.resampled import few_sources, portions, resampled_values
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #662aaa99
 def mcnemar(
@@ -27,35 +27,21 @@ def mcnemar(
         p=float(binomtest(first, first + second).pvalue) if first + second else 1.0,
     )
 
-# %% ../../nbs/80_bench/06b_paired.ipynb #e99ae191
-def _wider(count):
-    "By how much an interval from few numbers is wider than the normal one."
-    from scipy.special import stdtrit
-    return (count / (count - 1))**.5 * stdtrit(count - 1, .975) / stdtrit(np.inf, .975)
-
-# %% ../../nbs/80_bench/06b_paired.ipynb #ae21cb00
-def _parts(draws):
-    "Sizes of the portions in which resamples are made, so that memory stays small."
-    return [min(1000, draws - i) for i in range(0, draws, 1000)]
-
+# %% ../../nbs/80_bench/06b_paired.ipynb #5990467a
 def _by_example(d, draws, rng):
     "Resampled means of differences (N,): (draws,)."
     values, counts = np.unique(d, return_counts=True)
     share = counts / len(d)
-    return np.concatenate([rng.multinomial(len(d), share, size=k) @ values / len(d) for k in _parts(draws)])
+    return np.concatenate([rng.multinomial(len(d), share, size=k) @ values / len(d) for k in portions(draws)])
 
-# %% ../../nbs/80_bench/06b_paired.ipynb #84db4394
+# %% ../../nbs/80_bench/06b_paired.ipynb #68ccd7cb
 def _by_source(d, clusters, draws, rng):
     "The same where the sources are drawn."
-    _, at = np.unique(clusters, return_inverse=True)
-    sums, sizes = np.bincount(at, d), np.bincount(at)
-    if len(sizes) == len(d): return _by_example(d, draws, rng)
-    equal = np.full(len(sizes), 1 / len(sizes))
-    parts = [rng.multinomial(len(sizes), equal, size=k) for k in _parts(draws)]
-    means = np.concatenate([(part @ sums) / (part @ sizes) for part in parts])
-    return d.mean() + (means - d.mean()) * _wider(len(sizes))
+    if len(np.unique(clusters)) == len(d): return _by_example(d, draws, rng)
+    how = dict(clusters=clusters, draws=draws, rng=rng)
+    return resampled_values(d[None], lambda means: means[..., 0], **how)[1]
 
-# %% ../../nbs/80_bench/06b_paired.ipynb #78265c89
+# %% ../../nbs/80_bench/06b_paired.ipynb #964ac468
 def _intervals(centres, samples, few, seeds, level):
     "Each task, and their mean: difference, low, high, which are None for tasks of too few sources."
     def of(centre, sample, task):
@@ -66,7 +52,7 @@ def _intervals(centres, samples, few, seeds, level):
     mean = np.mean([f['difference'] for f in found.values()])
     return found | {'average': of(mean, np.mean(list(samples.values()), axis=0), 'average')}
 
-def _few(clusters, tasks): return {t for t in tasks if t in clusters and len(np.unique(clusters[t])) < FEW}
+def _few(clusters, tasks): return {t for t in tasks if few_sources(clusters.get(t))}
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #646ec841
 def bootstrap(
@@ -103,21 +89,14 @@ def seed_part(
     whole = [np.mean(m, axis=0) for m in zip(*means.values())]
     return {t: of(*m) for t, m in means.items()} | {'average': of(*whole)}
 
-# %% ../../nbs/80_bench/06b_paired.ipynb #4146d8dc
+# %% ../../nbs/80_bench/06b_paired.ipynb #097f1efa
 def _behind_link(first, second, clusters, metric, draws, rng):
     "The difference of two values, and resampled ones (draws,)."
-    both, count = np.concatenate([first, second]), first.shape[1]
-    if clusters is None: at = np.arange(count)
-    else: _, at = np.unique(clusters, return_inverse=True)
-    sizes = np.bincount(at)
-    sums, equal = np.stack([np.bincount(at, x) for x in both], 1), np.full(len(sizes), 1 / len(sizes))
     def difference(means):
         values = metric.through_link(means)
         return values[..., len(first):].mean(-1) - values[..., :len(first)].mean(-1)
-    parts = [rng.multinomial(len(sizes), equal, size=k) for k in _parts(draws)]
-    sample = np.concatenate([difference((p @ sums) / (p @ sizes)[:, None]) for p in parts])
-    centre = difference(both.mean(1))
-    return centre, sample if clusters is None else centre + (sample - centre) * _wider(len(sizes))
+    both = np.concatenate([first, second])
+    return resampled_values(both, difference, clusters=clusters, draws=draws, rng=rng)
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #0f194367
 def paired(
