@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['swapped', 'attribute', 'drift', 'tasks_with_experts', 'scattered', 'LayerAttribution']
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #0e563bca
-from collections.abc import Iterable, Mapping, Sequence
+# %% ../../nbs/75_analysis/07_attribution.ipynb #d2c9c69d
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 import math
@@ -14,8 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 from .base import BaseAnalysis, Findings, Table, by_layer, check_asked, state_of
-from .features import feature_layers, layer_features, layer_similarity
-from .points import heights, refilled
+from fusionbook.analysis.features import (
+    check_features,
+    feature_layers,
+    layer_features,
+    layer_similarity,
+)
+from .points import KeptAnswers, example_metrics, heights, refilled
 from .similarity import input_batches
 from ..core.errors import FusionError, check_known
 from ..core.plot import figure, heatmap, theme
@@ -37,33 +42,34 @@ def swapped(
     tied = {a: o for a, o in shared(model).items() if (a in taken) == (o in taken)}
     return Lazy({k: partial(read, k) for k in meta(model)}, meta(model), tied)
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #5da184a9
-def _answers(network, states, taskpool, task):
-    "What several states of one network answer."
-    found = []
-    for sd in states:
-        with silent(): found.append({task: taskpool.predict(refilled(network, sd), task)})
-    return found
+# %% ../../nbs/75_analysis/07_attribution.ipynb #e7b59ea5
+def _measured(network, taskpool, task):
+    "State -> answers, measured now."
+    def answer(sd):
+        with silent(): return taskpool.predict(refilled(network, sd), task)
+    return answer
 
 def _difference(h, i, j):
     "Score of point i less that of point j, better is positive, with its interval."
     gap = h.metric.sign * (h.draws[:, i] - h.draws[:, j])
     return h.metric.sign * (h.values[i] - h.values[j]), *np.quantile(gap, [.025, .975])
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #c8c9af99
+# %% ../../nbs/75_analysis/07_attribution.ipynb #c62e3ef5
 def attribute(
     network:nn.Module,    # of the models' architecture; its weights are replaced
     merged:StateDict, expert:StateDict,
     taskpool, task:str,   # what is measured
     *, metrics:Sequence,  # means over examples
     draws:int, seed:int,  # of the intervals
+    answer:Callable|None=None, # state -> its answers to the task; measured with the network when None
 ) -> tuple[list[dict], dict]: # a row for each layer and metric; metric -> merged, expert, gap, sum of what is recovered, interaction
     "A task's loss between expert and merge, layer by layer."
     layers = by_layer(list(meta(merged)))
     ways = [swapped(merged, expert, ks) for ks in layers.values()] + [
         swapped(expert, merged, ks) for ks in layers.values()
     ]
-    answers, rows, totals = _answers(network, [merged, expert, *ways], taskpool, task), [], {}
+    answer, rows, totals = answer or _measured(network, taskpool, task), [], {}
+    answers = [{task: answer(sd)} for sd in (merged, expert, *ways)]
     for m in metrics:
         h, found = heights(answers, m, draws=draws, seed=seed), []
         for i, layer in enumerate(layers):
@@ -106,10 +112,6 @@ def drift(
         *(layer_features(net, call, batches, layers, token=token) for net in (merged, expert))
     )
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #1c49214e
-def _metrics(taskpool):
-    return [m for m in taskpool.metrics if m.scores is not None and m.name in ('loss', taskpool.primary.name)]
-
 # %% ../../nbs/75_analysis/07_attribution.ipynb #a4526595
 def tasks_with_experts(
     text:str,       # names between commas; all when empty
@@ -146,7 +148,7 @@ def _strip(rows, metric, key, method):
     at = {(r['layer'], r['task']): metric.scale * r[key] for r in own}
     return heatmap([[at[l, t] for t in tasks] for l in layers], layers, tasks)
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #29445d00
+# %% ../../nbs/75_analysis/07_attribution.ipynb #0b28afb7
 @dataclass
 class LayerAttribution(BaseAnalysis):
     "Which layers of a merged model lose a task: swapped one by one with the expert's, both ways; drift of features."
@@ -159,60 +161,73 @@ class LayerAttribution(BaseAnalysis):
     names = 'attribution', 'layer_attribution'
     needs_base, needs_tasks, needs_merged, least = False, True, True, 1
     def bounds(self): return dict(draws=1, examples=0)
+    def check(self, pool, taskpool=None, merged=()):
+        tasks_with_experts(self.tasks, pool, taskpool)
+        check_features(self.examples, self.token)
+        example_metrics(taskpool)
     def run(self, pool, taskpool=None, merged={}):
         check_asked(self, pool, taskpool, merged)
-        tasks, experts = tasks_with_experts(self.tasks, pool, taskpool), dict(
-            zip(pool.model_names, pool.experts(), strict=True)
-        )
+        tasks = tasks_with_experts(self.tasks, pool, taskpool)
+        experts, found = dict(zip(pool.model_names, pool.experts(), strict=True)), {}
+        for task in track(tasks, 'swapping layers'):
+            for method, each in _of_task(self, pool, taskpool, merged, experts[task], task).items():
+                found[method, task] = each
         rows, totals, drifts = [], [], []
-        for method, task in track([(m, t) for m in merged for t in tasks], 'swapping layers'):
-            head = dict(method=method, task=task)
-            found, whole, moved = _one(self, pool, taskpool, merged[method], experts, task)
-            rows += [head | r for r in found]
+        for method, task in [(m, t) for m in merged for t in tasks]:
+            head, (layers, whole, moved) = dict(method=method, task=task), found[method, task]
+            rows += [head | r for r in layers]
             totals += [head | dict(metric=m) | r for m, r in whole.items()]
             drifts += [head | dict(layer=l, cka=v) for l, v in moved.items()]
         return _told(taskpool, rows, totals, drifts, list(merged))
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #d1807ed5
-def _one(ask, pool, taskpool, model, experts, task):
-    "One method on one task."
-    state = {k: v.clone() for k, v in state_of(model).items() if k in experts[task]}
+# %% ../../nbs/75_analysis/07_attribution.ipynb #3c3f68d0
+def _of_task(ask, pool, taskpool, merged, expert, task):
+    "Method -> rows, totals, drift of one task; what the expert says is asked once."
     net = pool.load_model(task).to(ask.device).eval()
-    how = dict(metrics=_metrics(taskpool), draws=ask.draws, seed=ask.seed)
-    rows, totals = attribute(net, state, experts[task], taskpool, task, **how)
-    if not (ask.examples and hasattr(taskpool, 'logits')): return rows, totals, {}
-    other = fill(pool.load_model(task).eval(), state).to(ask.device)
-    moved = drift(
-        other,
-        refilled(net, experts[task]),
-        taskpool,
-        task,
-        count=ask.examples,
-        token=ask.token,
-        device=ask.device,
-    )
-    return rows, totals, moved
+    ask_network, seen = KeptAnswers(net, taskpool), {}
+    def answer(sd):
+        if sd is not expert: return ask_network(task, sd)
+        if task not in seen: seen[task] = ask_network(task, sd)
+        return seen[task]
+    how = dict(metrics=example_metrics(taskpool), draws=ask.draws, seed=ask.seed, answer=answer)
+    features = _features_of(ask, taskpool, task)
+    own, found = features and features(refilled(net, expert)), {}
+    for method, model in merged.items():
+        state = {k: v.clone() for k, v in state_of(model).items() if k in expert}
+        rows, totals = attribute(net, state, expert, taskpool, task, **how)
+        moved = layer_similarity(features(refilled(net, state)), own) if features else {}
+        found[method] = rows, totals, moved
+    return found
 
+# %% ../../nbs/75_analysis/07_attribution.ipynb #9682d820
+def _features_of(ask, taskpool, task):
+    "Network -> features of every layer on the task's inputs; None where none are asked for."
+    if not (ask.examples and hasattr(taskpool, 'logits')): return None
+    batches = input_batches(taskpool, task, ask.examples, device=ask.device)
+    call = taskpool.logits(task)
+    def features(net): return layer_features(net, call, batches, feature_layers(net), token=ask.token)
+    return features
+
+# %% ../../nbs/75_analysis/07_attribution.ipynb #e0f6ecf4
 def _tabled(rows): return Table(list(rows[0]), [list(r.values()) for r in rows])
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #9fa0a0dc
+# %% ../../nbs/75_analysis/07_attribution.ipynb #5e74b9b2
 def _of_drift(taskpool, totals, drifts, methods):
     "Drift in the last layer against the score lost, a point for each task."
-    lost = {(r['method'], r['task']): r['gap'] for r in totals if r['metric'] == taskpool.primary.name}
+    metric = max(example_metrics(taskpool), key=lambda m: m.name == taskpool.primary.name)
+    lost = {(r['method'], r['task']): r['gap'] for r in totals if r['metric'] == metric.name}
     last = {(r['method'], r['task']): 1 - r['cka'] for r in drifts} # the last layer stands last
-    scale = taskpool.primary.scale
-    points = {m: [(v, scale * lost[k]) for k, v in last.items() if k[0] == m and v == v] for m in methods}
+    known = {k: v for k, v in last.items() if v == v}
+    points = {m: [(v, metric.scale * lost[k]) for k, v in known.items() if k[0] == m] for m in methods}
     points = {m: p for m, p in points.items() if p}
-    label = f'{taskpool.primary.words} lost' + (
-        f' in {taskpool.primary.unit}' if taskpool.primary.unit else ''
-    )
+    label = f'{metric.words} lost' + (f' in {metric.unit}' if metric.unit else '')
     return scattered(points, '1 − CKA in the last layer', label) if points else None
 
 def _told(taskpool, rows, totals, drifts, methods):
     "The findings."
     tables, figures = dict(layers=_tabled(rows), totals=_tabled(totals)), {}
     for i, method in enumerate(methods):
-        for m in _metrics(taskpool):
+        for m in example_metrics(taskpool):
             for key in ('recovered', 'harm'):
                 figures[f'{key}_{m.name}_{i + 1}'] = _strip(rows, m, key, method)
     if drifts:

@@ -84,7 +84,7 @@ def by_layer(
     for n in names: found.setdefault(layer_name(n), []).append(n)
     return found
 
-# %% ../../nbs/75_analysis/00_base.ipynb #e4a43be0
+# %% ../../nbs/75_analysis/00_base.ipynb #092ccfa9
 class BaseAnalysis:
     "An analysis. A dataclass that defines `run(pool, taskpool, merged)`."
     names = ()           # on the command line; the first is its own, others are FusionBench's
@@ -93,14 +93,18 @@ class BaseAnalysis:
     needs_merged = False # whether it looks at merged models
     needs_states = True  # whether it reads their tensors, which must be those of the pool
     merges_pairs = False # whether it is given functions, from the names of experts to their merge
+    needs_built = False  # merged models of another architecture, with routed layers
     least = 2            # experts
     def __post_init__(self):
         for name, low in self.bounds().items():
-            if not getattr(self, name) >= low:
-                raise FusionError(f'expected `{name}` of at least {low}, got {getattr(self, name)}')
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise FusionError(f'expected `{name}` of at least {low}, got {value}')
     def bounds(self) -> dict[str, float]:
-        "Field -> the smallest value that has a meaning."
+        "Field -> the smallest value that has a meaning, beside None."
         return {}
+    def check(self, pool, taskpool=None, merged:Sequence[str]=()) -> None:
+        "Refuse fields that these models, tasks and names of merged models can not answer; called before any merge."
     def run(self, pool, taskpool=None, merged:Mapping={}) -> Findings:
         "Look at the models."
         raise NotImplementedError(f'{type(self).__name__} does not define `run`')
@@ -112,14 +116,14 @@ def state_of(
     "The tensors of a merged model."
     return module_state(model) if isinstance(model, nn.Module) else model
 
-# %% ../../nbs/75_analysis/00_base.ipynb #60255736
+# %% ../../nbs/75_analysis/00_base.ipynb #cb93aa71
 def check_asked(
     analysis:BaseAnalysis,
     pool,                # a model pool
     taskpool=None,       # its tasks
     merged:Mapping={},   # name -> merged network or state dict
 ) -> None:               # raises `FusionError`
-    "Refuse an analysis that this pool cannot answer."
+    "Refuse an analysis that this pool cannot answer, or a field of it."
     what = f'the analysis `{analysis.names[0]}`'
     if len(pool) < analysis.least:
         raise FusionError(f'expected at least {analysis.least} experts for {what}, got {len(pool)}')
@@ -131,6 +135,7 @@ def check_asked(
         )
     if analysis.needs_merged and not merged:
         raise FusionError(f'expected merged models for {what}, got none; add --methods task_arithmetic')
+    analysis.check(pool, taskpool, list(merged))
     for name, model in merged.items() if analysis.needs_states else ():
         if lost := [k for k in meta(pool.reference()) if k not in meta(state_of(model))]:
             raise FusionError(

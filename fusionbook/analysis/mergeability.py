@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank_correlation', 'pair_outcomes', 'Mergeability']
 
-# %% ../../nbs/75_analysis/08_mergeability.ipynb #f294e961
+# %% ../../nbs/75_analysis/08_mergeability.ipynb #130610af
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,9 +13,11 @@ import math
 import numpy as np
 from .attribution import scattered, tasks_with_experts
 from .base import BaseAnalysis, Findings, Table, check_asked
-from .points import Space, measure
+from .features import check_features
+from .points import KeptAnswers, Space, measure
 from .similarity import layer_similarities, pair_features
 from ..core.errors import FusionError
+from ..core.matrices import matrix_rule
 from ..core.plot import heatmap
 from ..metrics.correlation import statistic
 
@@ -55,7 +57,7 @@ def _outcome(taskpool, tasks, answers, own):
     rise = [value(loss, answers[t]) - value(loss, own[t]) for t in tasks] if loss else [math.nan]
     return (math.nan if None in kept else float(np.mean(kept))), float(np.mean(rise))
 
-# %% ../../nbs/75_analysis/08_mergeability.ipynb #db57dd25
+# %% ../../nbs/75_analysis/08_mergeability.ipynb #79fdc3dd
 def pair_outcomes(
     pool, taskpool,         # models and tasks called alike
     tasks:Sequence[str],    # T tasks, each with an expert
@@ -81,11 +83,11 @@ def pair_outcomes(
             put(f'task arithmetic, λ = {scale:g}', p, _outcome(taskpool, two, answers, ends))
     for name, merge in merges.items():
         for p, two in zip(pairs, named, strict=True):
-            net = merge(two).to(device).eval()
-            put(name, p, _outcome(taskpool, two, {t: taskpool.predict(net, t) for t in two}, ends))
+            ask = KeptAnswers(merge(two).to(device).eval(), taskpool)
+            put(name, p, _outcome(taskpool, two, {t: ask(t) for t in two}, ends))
     return found
 
-# %% ../../nbs/75_analysis/08_mergeability.ipynb #7bc1373f
+# %% ../../nbs/75_analysis/08_mergeability.ipynb #bb8ba65d
 def _scales(text):
     "The numbers between commas."
     try: found = [float(x) for x in text.split(',') if x.strip()]
@@ -94,9 +96,7 @@ def _scales(text):
         raise FusionError(f'expected `scales` as numbers between commas, got `{text}`')
     return found
 
-def _symmetric(z): return np.asarray(z, float)
-
-# %% ../../nbs/75_analysis/08_mergeability.ipynb #7ae4dc8c
+# %% ../../nbs/75_analysis/08_mergeability.ipynb #1232618d
 @dataclass
 class Mergeability(BaseAnalysis):
     "How well measures that are taken before a merge order pairs by what they keep after it."
@@ -104,7 +104,7 @@ class Mergeability(BaseAnalysis):
     scales: str = '0.5'      # λ of task arithmetic on every pair, between commas; --methods adds others
     matrices: str = 'linear' # which tensors are matrices: linear, linear_and_convolutions, fusion_bench, all
     rank: int = 0            # directions of each expert; the shorter side divided by two when 0
-    examples: int = 100      # inputs of each task whose features are compared; 0 leaves features out
+    examples: int = 100      # inputs of each task whose features are compared, at least 4; 0 leaves features out
     token: str = 'first'     # what stands for a sequence: first or mean
     draws: int = 300         # resamples of experts behind an interval
     jobs: int = 1            # points that are measured side by side
@@ -113,29 +113,34 @@ class Mergeability(BaseAnalysis):
     names = 'mergeability',
     needs_tasks, needs_states, merges_pairs, least = True, False, True, 4
     def bounds(self): return dict(rank=0, examples=0, draws=1, jobs=1)
-    def run(self, pool, taskpool=None, merged={}):
-        check_asked(self, pool, taskpool)
-        tasks, scales = tasks_with_experts(self.tasks, pool, taskpool), _scales(self.scales)
+    def check(self, pool, taskpool=None, merged=()):
+        tasks = tasks_with_experts(self.tasks, pool, taskpool)
         if len(tasks) < self.least:
             raise FusionError(f'expected at least {self.least} tasks with experts, got {len(tasks)}')
-        if not scales and not merged:
+        if not _scales(self.scales) and not merged:
             raise FusionError('expected a λ or a method that merges pairs, got none')
+        matrix_rule(self.matrices)
+        check_features(self.examples, self.token)
+    def run(self, pool, taskpool=None, merged={}):
+        check_asked(self, pool, taskpool, merged)
+        tasks, scales = tasks_with_experts(self.tasks, pool, taskpool), _scales(self.scales)
         before = _before(self, pool, taskpool, tasks)
         after = pair_outcomes(pool, taskpool, tasks, merged, scales, jobs=self.jobs, device=self.device)
         return _told(self, tasks, before, after)
 
-# %% ../../nbs/75_analysis/08_mergeability.ipynb #1d4124b0
+# %% ../../nbs/75_analysis/08_mergeability.ipynb #7f5c2ba1
 def _before(ask, pool, taskpool, tasks):
     "Measure -> (T, T)."
-    at = [pool.model_names.index(t) for t in tasks]
-    experts = pool.experts()
-    rank = dict(matrices=ask.matrices, rank=ask.rank, device=ask.device)
-    found = dict(layer_similarities(pool.pretrained(), [experts[i] for i in at], **rank)[1])
+    experts = dict(zip(pool.model_names, pool.experts(), strict=True))
+    how = dict(matrices=ask.matrices, rank=ask.rank, parts=2, device=ask.device) # of a pair, whoever else is there
+    found = dict(layer_similarities(pool.pretrained(), [experts[t] for t in tasks], **how)[1])
     if ask.examples and hasattr(taskpool, 'logits'):
-        alike = pair_features(pool, taskpool, count=ask.examples, token=ask.token, device=ask.device)
-        found['cka'] = np.nanmean([np.asarray(z) for z in alike.values()], 0)[np.ix_(at, at)]
-    return {k: _symmetric(z) for k, z in found.items()}
+        own = dict(count=ask.examples, token=ask.token, names=tasks, own_tasks=True, device=ask.device)
+        alike = pair_features(pool, taskpool, **own)
+        found['cka'] = np.nanmean([np.asarray(z) for z in alike.values()], 0)
+    return {k: np.asarray(z, float) for k, z in found.items()}
 
+# %% ../../nbs/75_analysis/08_mergeability.ipynb #78e7e19c
 def _told(ask, tasks, before, after):
     "The findings."
     pairs = list(combinations(range(len(tasks)), 2))

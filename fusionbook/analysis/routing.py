@@ -73,7 +73,7 @@ def confusion(
         right[t] = dict(share=hits / len(g), low=low, high=high)
     return matrix, right
 
-# %% ../../nbs/75_analysis/09_routing.ipynb #cf3bede9
+# %% ../../nbs/75_analysis/09_routing.ipynb #8609005f
 def _depth(gates):
     "The mean over places that have a gate for every sample and expert."
     found = [g for g in gates.values() if g.shape == next(iter(gates.values())).shape]
@@ -99,6 +99,9 @@ def _sample_rows(method, task, gates, experts):
         rows.append(head | dict(zip(experts, row.tolist(), strict=True)))
     return rows
 
+def _named_tasks(text): return [t.strip() for t in text.split(',') if t.strip()]
+
+# %% ../../nbs/75_analysis/09_routing.ipynb #49059e0f
 def _check_routed(merged):
     "Refuse networks without gates, and say which method has some."
     for name, net in merged.items():
@@ -106,7 +109,7 @@ def _check_routed(merged):
         except FusionError as e:
             raise FusionError(f'{name}: {e}; --methods smile_upscaling/smile_upscaling has some') from None
 
-# %% ../../nbs/75_analysis/09_routing.ipynb #c8a0babe
+# %% ../../nbs/75_analysis/09_routing.ipynb #0b4d60f4
 @dataclass
 class RoutingAnalysis(BaseAnalysis):
     "Which experts routed networks take for which task: matrix, entropy, load, samples, confusion with the true task."
@@ -114,13 +117,15 @@ class RoutingAnalysis(BaseAnalysis):
     examples: int = 100  # inputs of each task, the first ones
     device: str = 'cpu'  # where networks run
     names = 'routing', 'routing_analysis'
-    needs_base, needs_tasks, needs_merged, needs_states, least = False, True, True, False, 1
+    needs_base, needs_tasks, needs_merged, least = False, True, True, 1
+    needs_states, needs_built = False, True
     def bounds(self): return dict(examples=1)
+    def check(self, pool, taskpool=None, merged=()):
+        check_known(_named_tasks(self.tasks), taskpool.task_names, 'the tasks')
     def run(self, pool, taskpool=None, merged={}):
         check_asked(self, pool, taskpool, merged)
         _check_routed(merged)
-        tasks = [t.strip() for t in self.tasks.split(',') if t.strip()]
-        check_known(tasks, taskpool.task_names, 'the tasks')
+        tasks = _named_tasks(self.tasks)
         places, samples, confused, figures, facts = [], [], [], {}, {}
         for i, (name, net) in enumerate(merged.items(), 1):
             experts = expert_names(net)

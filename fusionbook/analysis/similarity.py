@@ -6,7 +6,7 @@
 __all__ = ['pair_directions', 'layer_similarities', 'dendrogram', 'violins', 'TaskVectorCosSimilarity', 'TaskVectorViolinPlot',
            'input_batches', 'pair_features', 'TaskSimilarity']
 
-# %% ../../nbs/75_analysis/04_similarity.ipynb #d757abbe
+# %% ../../nbs/75_analysis/04_similarity.ipynb #623f3f65
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from .base import BaseAnalysis, Findings, Table, by_layer, check_asked
-from .features import feature_layers, layer_features, layer_similarity
+from fusionbook.analysis.features import (
+    check_features,
+    feature_layers,
+    layer_features,
+    layer_similarity,
+)
 from fusionbook.analysis.subspaces import (
     MatrixDirections,
     leading_directions,
@@ -41,19 +46,21 @@ from ..core.plot import figure, heatmap, theme
 from ..core.progress import track
 from ..core.state_dict import StateDict, meta
 
-# %% ../../nbs/75_analysis/04_similarity.ipynb #194ed83d
+# %% ../../nbs/75_analysis/04_similarity.ipynb #5f896a93
 def pair_directions(
     base:StateDict,              # θ₀
     experts:Sequence[StateDict], # T models
     *, matrices:str,             # which tensors are matrices, a name of `core.matrices.PRESETS`
-    rank:int,                    # directions of each expert; the shorter side divided by T when 0
+    rank:int,                    # directions of each expert; the shorter side divided by `parts` when 0
+    parts:int|None=None,         # T when None
     device:str='cpu',
 ) -> dict[str, list[MatrixDirections]]: # matrix -> directions of each expert, one matrix at a time
     "Leading directions of all experts, matrix by matrix."
     rule, info = matrix_rule(matrices), meta(base)
     shapes = {k: rule(k, info[k].shape) for k in compared_names(base, trainable_only=True)}
     for k, shape in track([(k, s) for k, s in shapes.items() if s], 'directions of matrices'):
-        b, size = base[k].reshape(shape).to(device).double(), rank or max(1, min(shape) // len(experts))
+        b = base[k].reshape(shape).to(device).double()
+        size = rank or max(1, min(shape) // (parts or len(experts)))
         def moved(e): return e[k].reshape(shape).to(device).double() - b
         yield k, [leading_directions(moved(e), min(size, min(shape))) for e in experts]
 
@@ -87,16 +94,17 @@ def _mean(tables):
     "Mean of matrices, gaps left out."
     return {n: torch.stack([t[n] for t in tables]).nanmean(0) for n in tables[0]} if tables else {}
 
-# %% ../../nbs/75_analysis/04_similarity.ipynb #7ae7d83f
+# %% ../../nbs/75_analysis/04_similarity.ipynb #d3850b35
 def layer_similarities(
     base:StateDict,              # θ₀
     experts:Sequence[StateDict], # T models
-    *, matrices:str, rank:int, device:str='cpu', # as in `pair_directions`
+    *, matrices:str, rank:int, parts:int|None=None, device:str='cpu', # as in `pair_directions`
 ) -> tuple[dict, dict, PairSums]: # layer -> {measure: (T, T)}; the same with all tensors together; their sums
     "How alike experts are, layer by layer and in all."
     sums = pair_sums(base, experts, compared_names(base, trainable_only=True), device=device)
     if not sums: raise FusionError('expected models with floating-point tensors, got none')
-    directions = pair_directions(base, experts, matrices=matrices, rank=rank, device=device)
+    how = dict(matrices=matrices, rank=rank, parts=parts, device=device)
+    directions = pair_directions(base, experts, **how)
     shared = {k: _of_directions(d) for k, d in directions}
     def of(names):
         return _of_sums(added(sums[k] for k in names)) | _mean([shared[k] for k in names if k in shared])
@@ -164,17 +172,18 @@ def _vectors(pool, trainable_only, points, seed=0):
     names = compared_names(base, trainable_only=trainable_only)
     return base, experts, names, None if points is None else sample_places(base, names, points, seed=seed)
 
-# %% ../../nbs/75_analysis/04_similarity.ipynb #13ee9e6a
+# %% ../../nbs/75_analysis/04_similarity.ipynb #7f5f16df
 @dataclass
 class TaskVectorCosSimilarity(BaseAnalysis):
     "Cosine of every pair of task vectors."
     plot_heatmap: bool = True               # draw the matrix too
     trainable_only: bool = True             # without running statistics
-    max_points_per_model: int | None = None # entries, the same of every model; all when left out
+    max_points_per_model: int | None = None # entries, the same of every model; all when none
     output_path: str | None = None          # write there too
     device: str = 'cpu'                     # where the sums are made
     names = 'task_vector_cos_similarity', 'analysis/task_vector_cos_similarity'
     least = 1
+    def bounds(self): return dict(max_points_per_model=1)
     def run(self, pool, taskpool=None, merged={}):
         check_asked(self, pool)
         base, experts, names, places = _vectors(pool, self.trainable_only, self.max_points_per_model)
@@ -191,37 +200,39 @@ class TaskVectorCosSimilarity(BaseAnalysis):
             Findings(dict(cosine=Table(['', *pool.model_names], rows)), figures), self.output_path
         )
 
-# %% ../../nbs/75_analysis/04_similarity.ipynb #869483bd
+# %% ../../nbs/75_analysis/04_similarity.ipynb #55367ecf
+_MOST = 1_000_000 # entries of a model whose distribution is drawn
+
+def _quartiles(values):
+    "Least, quarter, median, three quarters, largest of every row; of any size, which `torch.quantile` is not."
+    return np.quantile(values.numpy(), [0, .25, .5, .75, 1], axis=1).T.tolist()
+
+# %% ../../nbs/75_analysis/04_similarity.ipynb #97806043
 @dataclass
 class TaskVectorViolinPlot(BaseAnalysis):
     "Distributions of the entries of task vectors, and of their absolute values."
     trainable_only: bool = True             # without running statistics
-    max_points_per_model: int | None = 1000 # entries, the same places of every model; all when none
+    max_points_per_model: int | None = 1000 # entries, the same places of every model; none for all, up to a million
     fig_kwargs: dict | None = None          # known, and of no effect: figures have the book's theme
     output_path: str | None = None          # write there too
     seed: int = 0                           # of the places
     names = 'task_vector_violin_plot', 'analysis/task_vector_violin_plot'
     least = 1
+    def bounds(self): return dict(max_points_per_model=1)
     def run(self, pool, taskpool=None, merged={}):
         check_asked(self, pool)
-        total = sum(t.numel() for t in meta(pool.pretrained()).values())
-        base, experts, _, places = _vectors(
-            pool, self.trainable_only, self.max_points_per_model or total, self.seed
-        )
+        count = min(_MOST, self.max_points_per_model or _MOST)
+        base, experts, _, places = _vectors(pool, self.trainable_only, count, self.seed)
         values, names = sampled(base, experts, places), pool.model_names
-        rows = [
-            [n, *v]
-            for n, v in zip(
-                names,
-                values.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double(), 1).T.tolist(),
-                strict=True,
-            )
-        ]
+        rows = [[n, *v] for n, v in zip(names, _quartiles(values), strict=True)]
         figures = dict(values=violins(values, names, 'τ'), absolute=violins(values.abs(), names, '|τ|'))
         table = Table(['expert', 'least', 'quarter', 'median', 'three_quarters', 'largest'], rows)
         return _written_to(Findings(dict(quantiles=table), figures), self.output_path)
 
-# %% ../../nbs/75_analysis/04_similarity.ipynb #077fcc7f
+# %% ../../nbs/75_analysis/04_similarity.ipynb #e43bae8c
+def _pairs(names): return list(combinations(range(len(names)), 2))
+
+# %% ../../nbs/75_analysis/04_similarity.ipynb #bd137a97
 def input_batches(
     taskpool,            # with `inputs(task)`
     task:str,
@@ -233,27 +244,31 @@ def input_batches(
     count = min(count, len(rows))
     return [rows[list(range(i, min(i + batch_size, count)))].to(device) for i in range(0, count, batch_size)]
 
+# %% ../../nbs/75_analysis/04_similarity.ipynb #d1557aef
 def pair_features(
     pool, taskpool,      # networks and tasks
     *, count:int,        # inputs of each task
     token:str,           # as in `layer_features`
+    names:Sequence[str]|None=None, # T experts; all when None
+    own_tasks:bool=False, # a pair sees the inputs of its two tasks, called like the experts, and of no other
     device:str='cpu',
 ) -> dict[str, Tensor]:  # layer -> (T, T), mean over tasks
     "CKA of the features of all pairs of experts."
-    nets = {n: pool.load_model(n).to(device).eval() for n in pool.model_names}
-    layers, found = feature_layers(nets[pool.model_names[0]]), []
-    for task in track([t for t in taskpool.task_names], 'comparing features'):
+    names = list(names or pool.model_names)
+    nets = [pool.load_model(n).to(device).eval() for n in names]
+    layers, counts = feature_layers(nets[0]), torch.eye(len(names)).double()
+    sums = {l: torch.eye(len(names)).double() for l in layers}
+    for task in track(names if own_tasks else list(taskpool.task_names), 'comparing features'):
         batches, call = input_batches(taskpool, task, count, device=device), taskpool.logits(task)
-        own = [layer_features(net, call, batches, layers, token=token) for net in nets.values()]
-        alike = {l: torch.ones(len(nets), len(nets)).double() for l in layers}
-        for i, j in combinations(range(len(nets)), 2):
-            for l, v in layer_similarity(own[i], own[j]).items(): alike[l][i, j] = alike[l][j, i] = v
-        found.append(alike)
-    return _mean(found)
+        own = [layer_features(net, call, batches, layers, token=token) for net in nets]
+        for i, j in _pairs(names):
+            if own_tasks and task not in (names[i], names[j]): continue
+            counts[i, j] = counts[j, i] = counts[i, j] + 1
+            for l, v in layer_similarity(own[i], own[j]).items():
+                sums[l][i, j] = sums[l][j, i] = sums[l][i, j] + v
+    return {l: s / counts for l, s in sums.items()}
 
-# %% ../../nbs/75_analysis/04_similarity.ipynb #9b0a93df
-def _pairs(names): return list(combinations(range(len(names)), 2))
-
+# %% ../../nbs/75_analysis/04_similarity.ipynb #daa96f61
 def _rows(tables, names):
     "A row for each pair: its measures."
     keys = [k for k in (*_PAIR, *_MATRIX, 'cka') if k in tables]
@@ -306,22 +321,24 @@ def _told(layers, whole, sums, values, names):
     facts = dict(experts=names, kinship={r[0]: r[1] for r in tables['kinship'].rows})
     return Findings(tables, _figures(layers, whole, names, values), facts)
 
-# %% ../../nbs/75_analysis/04_similarity.ipynb #d9d09c3e
+# %% ../../nbs/75_analysis/04_similarity.ipynb #8db63d8d
 @dataclass
 class TaskSimilarity(BaseAnalysis):
     "Cosine, sign conflict, shared directions, kinship, features and sizes of experts."
     matrices: str = 'linear'  # which tensors are matrices: linear, linear_and_convolutions, fusion_bench, all
     rank: int = 0             # directions of each expert; the shorter side divided by their number when 0
-    examples: int = 100       # inputs of each task whose features are compared; 0 leaves features out
+    examples: int = 100       # inputs of each task whose features are compared, at least 4; 0 leaves features out
     token: str = 'first'      # what stands for a sequence: first or mean
     points: int = 1000        # entries in the violins
     seed: int = 0             # of their places
     device: str = 'cpu'       # where sums are made and networks run
     names = 'similarity', 'task_similarity'
     def bounds(self): return dict(rank=0, examples=0, points=1)
-    def run(self, pool, taskpool=None, merged={}):
-        check_asked(self, pool)
+    def check(self, pool, taskpool=None, merged=()):
         matrix_rule(self.matrices)
+        check_features(self.examples, self.token)
+    def run(self, pool, taskpool=None, merged={}):
+        check_asked(self, pool, taskpool)
         base, experts, names = pool.pretrained(), pool.experts(), pool.model_names
         how = dict(matrices=self.matrices, rank=self.rank, device=self.device)
         layers, whole, sums = layer_similarities(base, experts, **how)

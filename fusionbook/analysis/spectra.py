@@ -83,7 +83,7 @@ _HEAD = [
     'kept',
 ]
 
-# %% ../../nbs/75_analysis/07b_spectra.ipynb #e842a328
+# %% ../../nbs/75_analysis/07b_spectra.ipynb #af791c6f
 @dataclass
 class SpectrumOfMerge(BaseAnalysis):
     "Singular values of merged models beside those of the summed experts: accumulation, effective ranks, what is kept of each expert."
@@ -91,6 +91,7 @@ class SpectrumOfMerge(BaseAnalysis):
     device: str = 'cpu'      # where singular values are computed
     names = 'spectrum', 'spectra'
     needs_merged = True
+    def check(self, pool, taskpool=None, merged=()): matrix_rule(self.matrices)
     def run(self, pool, taskpool=None, merged={}):
         check_asked(self, pool, taskpool, merged)
         models, rows, drawn = {n: state_of(m) for n, m in merged.items()}, [], {}

@@ -36,7 +36,7 @@ def analyses() -> dict[str, type]: # name on the command line -> class
     kinds = [c for c in classes if isinstance(c, type) and issubclass(c, BaseAnalysis)]
     return {n: c for c in kinds for n in c.names}
 
-# %% ../../nbs/80_bench/98c_analyse.ipynb #7ae235c5
+# %% ../../nbs/80_bench/98c_analyse.ipynb #b3dcd2fc
 _COMMON = dict(
     methods=(
         str,
@@ -49,9 +49,9 @@ _KINDS = dict(int=int, float=float, str=str, bool=str)
 
 def _truth(name, text):
     "A switch that is typed."
-    message = str(text).lower()
-    if message not in ('true', 'false'): raise FusionError(f'expected --{name} true or false, got `{text}`')
-    return message == 'true'
+    word = str(text).lower()
+    if word not in ('true', 'false'): raise FusionError(f'expected --{name} true or false, got `{text}`')
+    return word == 'true'
 
 def _kind(f):
     "The type of a field: its first word, int of `int | None`."
@@ -152,6 +152,16 @@ def pair_merge(
         return merged_model(method, some.attach(pool.taskpool))
     return merge
 
+# %% ../../nbs/80_bench/98c_analyse.ipynb #f85faa0f
+def _check_built(cls, methods):
+    "Refuse methods whose merged models an analysis of other architectures can not look at."
+    for name, method in methods.items() if cls.needs_built else ():
+        if method.build is None:
+            raise FusionError(
+                f'{name}: expected a network with routed layers, got a method that keeps the architecture of the'
+                ' base; --methods smile_upscaling/smile_upscaling has some'
+            )
+
 # %% ../../nbs/80_bench/98c_analyse.ipynb #2bca09f3
 def _place(args, name):
     "Where findings are written."
@@ -189,7 +199,7 @@ def _help(argv):
         more = [x for x in c.names[1:] if '/' not in x]
         print(f'  {n:28} {c.__doc__}' + (f' Also {", ".join(more)}.' if more else ''))
 
-# %% ../../nbs/80_bench/98c_analyse.ipynb #951c53c4
+# %% ../../nbs/80_bench/98c_analyse.ipynb #93eac04f
 def analyse_command(
     argv:Sequence[str], # what the user typed after `fusionbook analyse`
 ) -> Findings|None: # None for help
@@ -200,19 +210,18 @@ def analyse_command(
     check_device(_device(analysis))
     cfg, folder, start = _composed(words), _place(args, cls.names[0]), time.time()
     how = dict(device=_device(analysis), folders=search_folders(words)[1:])
-    asked_methods(args.methods or '', **how) # refused before any work
+    methods = asked_methods(args.methods or '', **how) # refused before any work, as all below
     pool, tasks = build_part(cfg, 'modelpool'), build_part(cfg, 'taskpool')
     pool.attach(lending(tasks, pool))
-    check_asked(analysis, pool, tasks, {'?': pool.reference()} if args.methods else {})
+    check_asked(analysis, pool, tasks, {n: pool.reference() for n in methods})
+    _check_built(cls, methods)
     with new_folder(folder), logged(folder) as log:
         log.info('fusionbook analyse %s', ' '.join(argv))
-        methods = asked_methods(args.methods or '', **how)
         make = pair_merge if cls.merges_pairs else merged_model
         merged = {n: make(m, pool) for n, m in methods.items()}
         found = analysis.run(pool, tasks, merged)
-        found.facts |= dict(
-            analysis=cls.names[0], words=list(argv), models={n: pool.hash(n) for n in pool.all_model_names}
-        )
+        hashes = dict(models={n: pool.hash(n) for n in pool.all_model_names})
+        found.facts |= dict(analysis=cls.names[0], words=list(argv), hashes=hashes)
         files = found.save(folder)
     _say(found, files, folder, time.time() - start)
     return found

@@ -22,7 +22,17 @@ def test_tables_and_pictures_lie_in_one_folder(typed):
     table = rows(done.folder/'cosine.csv')
     assert len(table) == 9 and float(table[1][1]) == pytest.approx(1)
     facts = json.loads((done.folder/'findings.json').read_text())
-    assert facts['analysis'] == 'task_vector_cos_similarity' and len(facts['models']) == 9
+    assert facts['analysis'] == 'task_vector_cos_similarity' and len(facts['hashes']['models']) == 9
+
+
+def test_a_landscape_with_a_merged_model_keeps_its_own_facts(typed):
+    done = typed('landscape --kind line --models digits,ties_merging --methods ties_merging --points 3 --draws 5 taskpool.fast_dev_run=true')
+    assert done.status == 0, done.err
+    facts = json.loads((done.folder/'findings.json').read_text())
+    assert (facts['kind'], facts['models'], facts['tasks']) == ('line', ['digits', 'ties_merging'], ['digits'])
+    assert facts['best'].keys() == facts['barriers'].keys() == {'accuracy', 'loss'}
+    assert len(facts['hashes']['models']) == 9
+    assert [r[0] for r in rows(done.folder/'line.csv')[1:]] == ['-0.25', '0.0', '0.5', '1.0', '1.25']
 
 
 def test_names_of_fusion_bench(typed):
@@ -104,7 +114,8 @@ one = {'one expert': pool.load_model('digits')}
 def jobs(device):
     yield 'similarity', TaskSimilarity(points=20, examples=8, device=device), {}
     for kind in ('line', 'random', 'curve'):
-        yield kind, LossLandscape(kind=kind, points=3, draws=5, steps=2, data='validation', device=device), {}
+        learned = dict(steps=2, data='validation') if kind == 'curve' else {}
+        yield kind, LossLandscape(kind=kind, points=3, draws=5, device=device, **learned), {}
     yield 'attribution', LayerAttribution(tasks='shapes', draws=5, examples=8, device=device), one
     yield 'spectrum', SpectrumOfMerge(device=device), one
     yield 'mergeability', Mergeability(examples=8, draws=3, device=device), {}
