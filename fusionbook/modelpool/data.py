@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/50_modelpool/00b_data.ipynb #2a8154ca
+# %% ../../nbs/50_modelpool/00b_data.ipynb #f820ef0c
+import hashlib, json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from fastcore.basics import patch
 import torch
 from torch import Tensor
 from ..core.errors import FusionError, nearest
+from ..core.identity import held_facts, rows_hash
 from ..core.state_dict import generator
 from ..data.datasets import opened
 from ..models.train import shuffled
@@ -109,3 +111,28 @@ def logits(self:BaseModelPool,
             f'`pool.attach(taskpool)`'
         )
     return self.taskpool.logits(task)
+
+# %% ../../nbs/50_modelpool/00b_data.ipynb #bbeffaa2
+@patch
+def inputs_hash(self:BaseModelPool,
+    task:str, kind:str,  # as in `inputs`
+    *, labels:bool=False,# with the class of each row
+    sample:int=64,       # rows that are looked at, evenly spread; all where there are no more
+) -> str:                # the number of rows, and 16 hexadecimal digits
+    "Hash of a task's inputs: how many, and a fixed sample of them."
+    rows = self.inputs(task, kind)
+    at = torch.linspace(0, len(rows) - 1, min(sample, len(rows)), dtype=torch.float64).round().long()
+    batches = (rows[[i]] for i in at.tolist())
+    if labels:
+        classes = torch.as_tensor(self.taskpool.labels(task, _source(self, task, kind)))
+        batches = zip(batches, classes[at].split(1), strict=True)
+    return f'{len(rows)} {rows_hash(batches)}'
+
+@patch
+def head_hash(self:BaseModelPool,
+    task:str,  # name of a task
+) -> str:      # 16 hexadecimal digits
+    "Hash of the task's head, by `head_digest` of the task pool, or by what the function holds."
+    known = hasattr(self.taskpool, 'head_digest')
+    facts = self.taskpool.head_digest(task) if known else held_facts(self.logits(task))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]

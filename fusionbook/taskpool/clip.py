@@ -292,7 +292,7 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
     def dataset(self, task): return self.task(task).dataset
     def task(self, name:str) -> CLIPTask: return _task_of(self, name)
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #f998cbff
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a44cf1f1
 @patch
 def inputs(self:CLIPVisionModelTaskPool, task, dataset=None): return _inputs(self.task(task), dataset)
 
@@ -305,6 +305,12 @@ def labels(self:CLIPVisionModelTaskPool, task, dataset=None):
 @patch
 def logits(self:CLIPVisionModelTaskPool, task):
     return partial(logits_of, partial(_logits, self.task(task).head))
+
+@patch
+def head_digest(self:CLIPVisionModelTaskPool, task) -> list: # what JSON can hold
+    "What a head depends on: class names and sentences, and the CLIP that reads them."
+    own = self.task(task)
+    return [own.prompts, head_hash(own.clip)]
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #379d8c39
 def lending(

@@ -178,8 +178,12 @@ def tokenise(self:TextTask,
         *(_texts(self.name, rows, k) for k in text_columns(rows, self.own.get('text')))
     )
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #a83fb681
+# %% ../../nbs/55_taskpool/03_text.ipynb #2d7cf16c
 def _head(task): return text_head(task.base, task.sentences, scale=task.scale)
+
+def _head_hash(task):
+    tensors = {k: v.cpu() for k, v in _head(task).state_dict().items()}
+    return content_hash(tensors | {'scale': torch.tensor(task.scale)})
 
 def _logits(task, head, model, batch):
     "Logits (n, C) of a padded batch."
@@ -199,17 +203,16 @@ def _predict(task, model, device):
     )
     return {k: v[back] for k, v in found.items()}
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #a974c7ec
+# %% ../../nbs/55_taskpool/03_text.ipynb #70fb3261
 def _fingerprint(task):
     "Hash of rows, columns, tokens, head and precision, and of the batch where a quick run stops after one."
-    head = {k: v.cpu() for k, v in _head(task).state_dict().items()} | {'scale': torch.tensor(task.scale)}
     quick = task.loop['batch_size'] if task.loop['fast_dev_run'] else None
     tokens = hashlib.sha256(b''.join(t.numpy().tobytes() for t in task.tokens)).hexdigest()
     parts = [
         data.data_fingerprint(task.dataset),
         task.keys,
         tokens,
-        content_hash(head),
+        _head_hash(task),
         task.precision,
         quick,
     ]
@@ -271,7 +274,7 @@ class TextClassificationTaskPool(BaseTaskPool):
             return _predict(_task_of(self, task), model, device)
     def fingerprint(self, task): return _fingerprint(_task_of(self, task))
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #17f432c4
+# %% ../../nbs/55_taskpool/03_text.ipynb #b76851ab
 @patch
 def dataset(self:TextClassificationTaskPool, task): return _task_of(self, task).dataset
 
@@ -288,3 +291,8 @@ def inputs(self:TextClassificationTaskPool, task, dataset=None):
 @patch
 def logits(self:TextClassificationTaskPool, task):
     return partial(logits_of, partial(_logits, own := _task_of(self, task), _head(own)))
+
+@patch
+def head_digest(self:TextClassificationTaskPool, task) -> list: # what JSON can hold
+    "What a head is: its tensors and scale, and the arithmetic it works in."
+    return [_head_hash(own := _task_of(self, task)), own.precision]

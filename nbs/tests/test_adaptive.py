@@ -7,11 +7,11 @@ from torch import nn
 
 from fusionbook.core.errors import FusionError
 from fusionbook.method.base import fuse
-from fusionbook.method.check import ToyPool, ToyTasks
+from fusionbook.method.check import StoppingTasks, ToyPool, ToyTasks
 from fusionbook.method.map import family_methods
 
 # learning steps of every stage, small batches; what a method does not know is left out
-SMALL = dict(max_steps=4, surgery_steps=3, gossip_max_steps=2, max_iters=3, ada_iters=2, dataset_size=8, batch_size=4, width=2)
+SMALL = dict(max_steps=4, max_adamerging_steps=4, surgery_steps=3, gossip_max_steps=2, max_iters=3, ada_iters=2, dataset_size=8, batch_size=4, width=2)
 # texts with answers need words: on these inputs it learns by the entropy
 MORE = {'LayerWiseAdaMergingForLlamaSFT': dict(objective='entropy', start_layer_idx=0, average_attntion=False)}
 METHODS = {c.__name__: c for c in family_methods('fusionbook.method.adaptive')}
@@ -33,24 +33,18 @@ class Deep(nn.Module):
     def recipe(self): return {}
 
 
-class Stop(ToyTasks):
-    "Heads that stop after some calls, as Ctrl-C does; counts them."
-    def __init__(self, after=10 ** 6):
-        super().__init__()
-        self.after, self.calls = after, 0
-    def logits(self, task):
-        def f(model, x):
-            self.calls += 1
-            if self.calls > self.after: raise KeyboardInterrupt
-            return model(x)
-        return f
+class Doubled(ToyTasks):
+    "Another head."
+    def logits(self, task): return lambda model, x: 2 * model(x)
 
 
-def pool(tasks=None, spoil=1.):
+def pool(tasks=None, spoil=1., names='abc', seeds=(1, 2, 3)):
+    "Three experts, with other inputs of each kind for each task."
     g = torch.Generator().manual_seed(9)
-    held = {n: spoil * torch.randn(12, 6, generator=g) for n in 'abc'}
-    data = dict(train_datasets=held, val_datasets=held, test_datasets=held)
-    return ToyPool({n: Deep(i + 1) for i, n in enumerate('abc')}, Deep(0), **data).attach(tasks or ToyTasks())
+    kinds = 'train_datasets', 'val_datasets', 'test_datasets'
+    data = {k: {n: spoil * torch.randn(12, 6, generator=g) for n in 'abc'} for k in kinds}
+    models = dict(zip('abc', map(Deep, seeds), strict=True))
+    return ToyPool({n: models[n] for n in names}, Deep(0), **data).attach(tasks or ToyTasks())
 
 
 def made(name, **more):
@@ -65,11 +59,11 @@ def state(result):
 
 @pytest.mark.parametrize('name', KEPT)
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(name, tmp_path):
-    whole = Stop()
+    whole = StoppingTasks()
     wanted = state(fuse(made(name), pool(whole)))
     file = str(tmp_path/'state.safetensors')
     for after in sorted({round(i * (whole.calls - 1) / 4) for i in range(5)}):
-        with pytest.raises(KeyboardInterrupt): fuse(made(name, checkpoint=file), pool(Stop(after)))
+        with pytest.raises(KeyboardInterrupt): fuse(made(name, checkpoint=file), pool(StoppingTasks(after)))
         for left in tmp_path.rglob('*'): assert left.is_dir() or left.suffix == '.safetensors'
         again = state(fuse(made(name, checkpoint=file), pool()))
         assert again.keys() == wanted.keys() and all(again[k].equal(v) for k, v in wanted.items()), after
@@ -80,7 +74,19 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(name, tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(name, tmp_path):
     file = str(tmp_path/'state.safetensors')
     fuse(made(name, checkpoint=file), pool())
-    with pytest.raises(FusionError, match='expected the checkpoint of this run'): fuse(made(name, checkpoint=file, seed=1), pool())
+    kept = {f: f.read_bytes() for f in tmp_path.rglob('*.safetensors')}
+    assert kept
+    for other, said in [
+        (pool(spoil=2.), 'inputs'),
+        (pool(names='acb'), 'order'),
+        (pool(seeds=(1, 3, 2)), 'models'),
+        (pool(Doubled()), 'heads'),
+    ]:
+        with pytest.raises(FusionError, match=f'expected the checkpoint of this run, got .* of one with another .*{said}'):
+            fuse(made(name, checkpoint=file), other)
+    with pytest.raises(FusionError, match='expected the checkpoint of this run, got .* of one with another .*seed'):
+        fuse(made(name, checkpoint=file, seed=1), pool())
+    assert {f: f.read_bytes() for f in tmp_path.rglob('*.safetensors')} == kept
 
 
 @pytest.mark.parametrize('name', KEPT)

@@ -122,7 +122,7 @@ def on_threads(
         yield
     finally: torch.set_num_threads(before)
 
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #8208a04e
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #caaff298
 _OPTIMIZERS = dict(adam=torch.optim.Adam, sgd=torch.optim.SGD, adamw=torch.optim.AdamW)
 
 def check_steps(
@@ -144,6 +144,14 @@ def _optimizer(name, parameters, lr, weight_decay):
     more = dict(weight_decay=weight_decay) if name in _OPTIMIZERS else {}
     return _OPTIMIZERS.get(name, name)(list(parameters.values()), lr=lr, **more)
 
+def _most(steps, taken, checkpoint):
+    "The number of steps; a checkpoint of a longer run has lost the numbers of a shorter one."
+    if steps is None or taken <= steps: return taken if steps is None else steps
+    raise FusionError(
+        f'expected a checkpoint of at most {steps} steps, got `{checkpoint}` after {taken}; ask for at least '
+        f'{taken} steps, name another file or remove it'
+    )
+
 def _value(objective, batches, keep):
     "One evaluation; an interruption keeps the state before it, which is that of the last whole step."
     try: return objective(next(batches))
@@ -151,12 +159,12 @@ def _value(objective, batches, keep):
         keep()
         raise
 
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #5dc17f4c
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #7876f885
 def adapt(
     parameters:Mapping[str, Tensor],    # what is learned: leaves that require a gradient, changed in place
     batches:Callable[[int], Iterator],  # number of a step -> what the steps from it on look at
     objective:Callable,                 # one of those -> value, a float; leaves the gradient in `.grad`
-    *, steps:int, lr:float,             # at most so many steps of this rate
+    *, steps:int|None, lr:float,        # at most so many steps of this rate; None: what the checkpoint holds
     optimizer:str|Callable='adam',      # adam, sgd, adamw, or a class of `torch.optim.Optimizer`
     weight_decay:float=0.,              # of the values, per step and unit of the rate; decoupled in adamw
     schedule:Callable=lambda step: 1.,  # step, from 0 -> what `lr` is multiplied by in it
@@ -170,6 +178,7 @@ def adapt(
     "Learn `parameters` by first-order steps."
     opt, curve = _optimizer(optimizer, parameters, lr, weight_decay), []
     if checkpoint: curve = _restore(checkpoint, parameters, opt, identity)
+    steps = _most(steps, len(curve), checkpoint)
     def keep(): checkpoint and curve and _store(checkpoint, parameters, opt, curve, identity)
     todo = batches(len(curve))
     for step in track(range(len(curve), steps), label, note=lambda: f'objective {curve[-1]:.4f}'):

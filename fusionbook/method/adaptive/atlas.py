@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['drawn_part', 'BlockMixture', 'merge_blocks', 'few_of_each', 'ATLAS', 'few_examples', 'few_batches']
 
-# %% ../../../nbs/66_adaptive/atlas.ipynb #ba21c0f7
+# %% ../../../nbs/66_adaptive/atlas.ipynb #2bcde4b2
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import count
+from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -24,6 +25,7 @@ from .learning import AdaptiveMethod
 from .objective import adapted_network, check_task_inputs
 from .objective import coefficient_objective, run_identity, task_logits
 from ..base import at_least
+from ..from_statistics.collected import task_batches
 
 # %% ../../../nbs/66_adaptive/atlas.ipynb #c7ec9c93
 def drawn_part(
@@ -143,17 +145,16 @@ class ATLAS(AdaptiveMethod):
         if self.data == 'unlabeled_test':
             raise FusionError('expected `data` with labels, train or validation, got unlabeled_test')
 
-# %% ../../../nbs/66_adaptive/atlas.ipynb #f7272372
+# %% ../../../nbs/66_adaptive/atlas.ipynb #38c4c698
 def few_examples(
     pool, task:str, data:str, # with labels, see `modelpool.data`
     *, shots:int|None, seed:int, # examples of a class; of the order
     classes:int,              # C, how many classes there are
 ) -> tuple[Tensor, Tensor]:   # inputs (n, …) and classes (n,)
     "The examples of a task that are learned from; reading stops when every class has enough."
-    size = min(64, len(pool.inputs(task, data)))
-    most = -(-len(pool.inputs(task, data)) // size)
+    one_pass = SimpleNamespace(data=data, batch_size=64, seed=seed)
     parts, seen = [], torch.zeros(0, dtype=torch.int64)
-    for x, y in islice(pool.labelled(task, data, batch_size=size, seed=seed), most):
+    for x, y in task_batches(one_pass, pool, task, len(pool.inputs(task, data)), labels=True):
         rows = few_of_each(torch.cat([seen, y.long()]), shots)
         new = rows[rows >= len(seen)] - len(seen)
         parts.append((x[new], y[new].long()))
@@ -178,7 +179,7 @@ def few_batches(
             batch[t] = x[rows], y[rows]
         yield batch
 
-# %% ../../../nbs/66_adaptive/atlas.ipynb #f57bf409
+# %% ../../../nbs/66_adaptive/atlas.ipynb #808b21e3
 @patch
 def learn(self:ATLAS,
     pool, tasks:Sequence[str], # with labels; whose examples are learned from
@@ -199,7 +200,7 @@ def learn(self:ATLAS,
     def rate(step): return 1. if self.schedule == 'constant' else (1 + math.cos(math.pi * step / steps)) / 2
     how = dict(lr=self.lr, optimizer=self.optimizer, weight_decay=self.weight_decay, schedule=rate)
     how |= dict(patience=self.patience, checkpoint=self.checkpoint, label='aTLAS')
-    told = run_identity(self, pool, steps=steps) if self.checkpoint else {}
+    told = run_identity(self, pool, tasks=tasks, labels=True, steps=steps) if self.checkpoint else {}
     batches = partial(few_batches, examples, batch_size=self.batch_size, seed=self.seed)
     with on_threads(self.threads):
         curve = adapt({'coefficients': w}, batches, objective, steps=steps, identity=told, **how)

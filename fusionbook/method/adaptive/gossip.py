@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['neighbours', 'heard_of', 'passed_on', 'CLIPLayerWiseGossip', 'FlanT5LayerWiseGossip']
 
-# %% ../../../nbs/66_adaptive/gossip.ipynb #b1697fe6
+# %% ../../../nbs/66_adaptive/gossip.ipynb #2b878355
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -14,7 +14,7 @@ import re
 import torch
 from torch import Tensor
 from ...core.errors import FusionError
-from ...core.state_dict import StateDict
+from ...core.state_dict import StateDict, content_hash
 from .adapt import stage_file
 from .coefficients import Mixture, merge_coefficients, read_coefficients
 from .learning import CoefficientMethod, coefficient_range
@@ -82,7 +82,7 @@ class FlanT5LayerWiseGossip(CLIPLayerWiseGossip):
     config_names = ('gossip/layer_wise_flan_t5',)
     batch_size: int = 4                 # inputs of a task in one step
 
-# %% ../../../nbs/66_adaptive/gossip.ipynb #d0ee8324
+# %% ../../../nbs/66_adaptive/gossip.ipynb #1568c4fb
 @patch
 def meet(self:CLIPLayerWiseGossip,
     pool, mixture:Mixture,  # models and inputs
@@ -97,15 +97,15 @@ def meet(self:CLIPLayerWiseGossip,
     if self.gossip_skip_adamerging: return effective(w).detach(), []
     def project():
         if bounds: w.data.clamp_(*bounds)
-    heads = task_logits(pool, tasks)
+    heads, first = task_logits(pool, tasks), place[0] * self.max_steps
     curve = self.follow(
         pool,
         dict(coefficients=w),
         coefficient_objective(mixture, w, heads, effective=effective, variant=self.variant),
         tasks=tasks,
-        first=place[0] * self.max_steps,
+        first=first,
         checkpoint=stage_file(self.checkpoint, *place),
-        identity=dict(place=list(place), tasks=list(tasks)),
+        identity=dict(place=list(place), first=first, shares=content_hash(dict(enumerate(C)))),
         project=project,
     )
     return effective(w).detach(), curve

@@ -75,7 +75,7 @@ def check_loop(self:AdaptiveMethod) -> None:
     if not self.cache_mb >= 0:
         raise FusionError(f'expected `cache_mb` as a number of megabytes of at least 0, got {self.cache_mb}')
 
-# %% ../../../nbs/66_adaptive/03_learning.ipynb #7552dc04
+# %% ../../../nbs/66_adaptive/03_learning.ipynb #a8237b7a
 @patch
 def follow(self:AdaptiveMethod,
     pool,                            # with inputs and heads, see `modelpool.data`
@@ -98,7 +98,8 @@ def follow(self:AdaptiveMethod,
     own = dict(steps=self.max_steps, lr=self.lr, optimizer=self.optimizer, patience=self.patience)
     own |= dict(label=type(self).__name__) | how
     if self.fast_dev_run: own['steps'] = 1
-    facts = run_identity(self, pool, **identity) if file else {}
+    read = dict(tasks=tasks, data=settings['data'], labels=labels)
+    facts = run_identity(self, pool, **read, **identity) if file else {}
     def of_pool(step): return rounds(pool, tasks, **settings, start=first + step)
     with on_threads(self.threads):
         return adapt(parameters, batches or of_pool, objective, checkpoint=file, identity=facts, **own)

@@ -137,7 +137,7 @@ def looks_of(
     stream = rounds(pool, tasks, start=start * looks, **how)
     for step in count(start): yield step, [next(stream) for _ in range(looks)]
 
-# %% ../../../nbs/66_adaptive/04b_mask_steps.ipynb #2a02a6fa
+# %% ../../../nbs/66_adaptive/04b_mask_steps.ipynb #6e99b1ae
 @patch
 def learn_mask(self:MaskMethod,
     pool, tasks:Sequence[str],    # where inputs come from
@@ -147,7 +147,8 @@ def learn_mask(self:MaskMethod,
     inner:Sequence[InnerSteps]=(),# what it moves itself
 ) -> list[float]:                 # the curve
     "Take the steps of a mask, or open one that was learned before."
-    told, file = mask_identity(self, pool), self.checkpoint
+    file, read = self.checkpoint, self.mask_checkpoint is None
+    told = mask_identity(self, pool, tasks=tasks if file and read else ())
     if self.mask_checkpoint is not None:
         found = stored_logits(self.mask_checkpoint, len(mixture.logits), told['models'])
         mixture.logits.data.copy_(found)

@@ -140,15 +140,21 @@ def check_task_inputs(
         pool.logits(task)
         pool.inputs(task, data)
 
-# %% ../../../nbs/66_adaptive/02_objective.ipynb #1194eeb1
+# %% ../../../nbs/66_adaptive/02_objective.ipynb #87c1b526
 _IDLE = '_target_', 'name', 'checkpoint', 'max_steps', 'patience', 'fast_dev_run'
 _IDLE += 'device', 'cache_mb', 'weights', 'tie_weights'
 
 def run_identity(
     method,        # its hyper-parameters
-    pool,          # its models
+    pool,          # its models, with inputs and heads of the tasks
+    *, tasks:Sequence[str]=(), # whose inputs are learned from
+    data:str|None=None,  # kind of inputs, see `modelpool.data`; the method's when None
+    labels:bool=False,   # with their classes
     **more,        # what else decides, as JSON values
 ) -> dict:
-    "What a checkpoint must agree with."
+    "What a checkpoint must agree with: settings, models and their order, inputs and heads."
     hashes = {n: pool.hash(n) for n in pool.all_model_names}
-    return {k: v for k, v in method.config.items() if k not in _IDLE} | {'models': hashes} | more
+    found = {k: v for k, v in method.config.items() if k not in _IDLE}
+    found |= dict(models=hashes, order=list(pool.model_names), heads={t: pool.head_hash(t) for t in tasks})
+    kind = data or (method.data if tasks else None)
+    return found | dict(inputs={t: pool.inputs_hash(t, kind, labels=labels) for t in tasks}) | more

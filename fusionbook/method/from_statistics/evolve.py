@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['EvolutionStrategy', 'Gene', 'gene_of', 'layer_groups', 'evolved', 'EvolutionarySearch']
 
-# %% ../../../nbs/65_statistics/evolve.ipynb #f07ff3c6
-import hashlib, json, math
+# %% ../../../nbs/65_statistics/evolve.ipynb #ec843185
+import json, math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, KW_ONLY
 import torch
 from torch import Tensor, nn
 from ...core.cached import read_record, write_record
 from ...core.errors import check_known, FusionError
+from ...core.identity import rows_hash
 from ...core.per_tensor import layer_of
 from ...core.progress import track
 from ...core.state_dict import generator, meta, StateDict
@@ -133,7 +134,9 @@ def _asking(engine, start, sigma, count, seed):
 def _told(strategy, candidates, values):
     strategy.tell(candidates if torch.is_tensor(candidates) else list(candidates), values)
 
-# %% ../../../nbs/65_statistics/evolve.ipynb #5dce070c
+# %% ../../../nbs/65_statistics/evolve.ipynb #b282cf67
+def _short(point): return [round(v, 4) for v in point[:4]]
+
 class _History:
     "Values that were found, in order, kept as they come."
     def __init__(self, path, key):
@@ -154,7 +157,13 @@ class _History:
             self.rows.append([point, compute(point)])
             if self.path is not None: write_record(self.path, self.rows, kind='evolution', key=self.key)
         self.used += 1
-        return self.rows[self.used - 1][1]
+        known, found = self.rows[self.used - 1]
+        if len(known) != len(point) or max(abs(a - b) for a, b in zip(known, point, strict=True)) > 1e-6:
+            raise FusionError(
+                f'expected value {self.used} of `{self.path}` at {_short(point)}, got one at {_short(known)}; '
+                'name another file or remove it'
+            )
+        return found
 
 # %% ../../../nbs/65_statistics/evolve.ipynb #471f9e0d
 def evolved(
@@ -183,7 +192,7 @@ def evolved(
         _told(strategy, candidates, values)
     return *best, curve
 
-# %% ../../../nbs/65_statistics/evolve.ipynb #854612ee
+# %% ../../../nbs/65_statistics/evolve.ipynb #c8c9e955
 @dataclass
 class EvolutionarySearch(BaseAlgorithm):
     "Any merge with hyper-parameters found by an evolution strategy on validation inputs (Akiba et al., 2024)."
@@ -211,12 +220,13 @@ class EvolutionarySearch(BaseAlgorithm):
         self.uses = tuple(dict.fromkeys((*self.inner.uses, self.data, 'labels')))
     def merge(self, pool) -> StateDict:
         groups = layer_groups(list(meta(pool.reference())), self.groups)
-        genes, value = _genes(self), _objective(self, pool)
+        genes, rows = _genes(self), list(_held(self, pool))
+        value = _objective(self, pool, rows)
         def settings(point): return _settings(genes, point, groups, len(pool))
         sizes = [_size(g, groups, len(pool)) for g in genes]
         start = torch.tensor([v for g, n in zip(genes, sizes) for v in [_start(self.inner, g)] * n])
         how = dict(evaluations=self.evaluations, sigma=self.sigma, seed=self.seed, engine=self.engine)
-        history = _History(self.checkpoint, _identity(self, pool))
+        history = _History(self.checkpoint, _identity(self, pool, rows) if self.checkpoint else {})
         point, lowest, curve = evolved(lambda p: value(settings(p)), start, history=history, **how)
         self.adaptation = dict(best=settings(point), objective=lowest, curve=curve, evaluations=len(curve))
         return _with(self, settings(point)).merge(pool)
@@ -278,32 +288,30 @@ def _settings(genes, point, groups, experts):
         at += n
     return found
 
-# %% ../../../nbs/65_statistics/evolve.ipynb #100e0ca9
+# %% ../../../nbs/65_statistics/evolve.ipynb #c378b532
 def _held(method, pool):
     "The labelled inputs that are scored: head, inputs, classes."
     for task in pool.model_names:
         head = pool.logits(task)
         for x, y in task_batches(method, pool, task, method.num_samples, labels=True): yield task, head, x, y
 
-def _identity(method, pool):
+def _identity(method, pool, rows):
     "What makes this search another one."
-    digest = hashlib.sha256()
-    for task, _, x, y in _held(method, pool):
-        for t in (x, y): digest.update(t.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-    names = [n for n in ('_pretrained_', *pool.model_names) if n in pool.all_model_names]
     free = 'checkpoint', 'device', 'evaluations', 'batch_size' # what may differ between two runs of one search
     config = {k: v for k, v in method.config.items() if k not in free}
-    return dict(method=config, models={n: pool.hash(n) for n in names}, inputs=digest.hexdigest()[:16])
+    names = [n for n in ('_pretrained_', *pool.model_names) if n in pool.all_model_names]
+    models, heads = {n: pool.hash(n) for n in names}, {t: pool.head_hash(t) for t in pool.model_names}
+    more = dict(heads=heads, inputs=rows_hash((x, y) for _, _, x, y in rows))
+    return dict(method=config, models=models, order=list(pool.model_names)) | more
 
-# %% ../../../nbs/65_statistics/evolve.ipynb #5bebf7a1
+# %% ../../../nbs/65_statistics/evolve.ipynb #1bfb06e9
 def _loss(logits, classes, objective):
     "Errors, or cross-entropies, of single inputs."
     if objective == 'accuracy': return (logits.argmax(1) != classes).float()
     return nn.functional.cross_entropy(logits, classes, reduction='none')
 
-def _objective(method, pool):
+def _objective(method, pool, rows):
     "Hyper-parameters -> the mean over tasks, small ones the better."
-    rows = list(_held(method, pool))
     def value(settings):
         network, found = pool.load(_with(method, settings).merge(pool)).to(method.device).eval(), {}
         for task, head, x, y in rows:

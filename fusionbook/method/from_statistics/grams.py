@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gram_bytes', 'gram_groups', 'expert_grams']
 
-# %% ../../../nbs/65_statistics/01b_grams.ipynb #1c43f065
+# %% ../../../nbs/65_statistics/01b_grams.ipynb #91129ba0
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,12 @@ from ...core.checkpoint import Checkpoint
 from ...core.errors import FusionError
 from ...core.state_dict import Lazy, meta, StateDict
 from ...core.stamped import cache_folder
-from .collected import expert_statistics, share_statistics, StatisticsMethod
+from fusionbook.method.from_statistics.collected import (
+    expert_statistics,
+    share_statistics,
+    statistics_provenance,
+    StatisticsMethod,
+)
 from ..neurons import load_network
 from ..statistics import collect, matrix_modules
 
@@ -73,7 +78,7 @@ def _grouped(method, pool, task, groups, samples):
     table = {k: partial(part.__getitem__, k) for part in parts for k in part}
     return Lazy(table, {k: t for part in parts for k, t in meta(part).items()})
 
-# %% ../../../nbs/65_statistics/01b_grams.ipynb #d8c834be
+# %% ../../../nbs/65_statistics/01b_grams.ipynb #bd3f5a3b
 def expert_grams(
     method:StatisticsMethod, # whose
     pool,                    # models and inputs
@@ -82,13 +87,12 @@ def expert_grams(
     room_mb:float,           # megabytes of sums at one time
 ) -> StateDict:              # lazy: `gram/NAME` (d_in, d_in), `mean/NAME` (d_in,) and what stands beside them
     "What the matrices of one expert read on inputs of its task."
-    room = int(room_mb * 1e6)
+    room, how = int(room_mb * 1e6), dict(kind='gram', samples=samples)
     if method.statistics or _fit(pool, room): return _in_one_pass(method, pool, task, samples)
     sizes = {n: gram_bytes(m) for n, m in matrix_modules(load_network(pool, task)).items()}
     groups = gram_groups(sizes, room)
     if len(groups) == 1: return _in_one_pass(method, pool, task, samples)
     found = _grouped(method, pool, task, groups, samples)
     if method.share:
-        provenance = dict(kind='gram', task=task, model=pool.hash(task), data=method.data, seed=method.seed)
-        share_statistics(method.share, task, found, provenance | dict(settings=dict(samples=samples)))
+        share_statistics(method.share, task, found, statistics_provenance(method, pool, task, **how))
     return found

@@ -48,14 +48,14 @@ def pool_preferences(
     put_task_vectors(net.routed, base, experts)
     return net
 
-# %% ../../../nbs/68_mixing/07b_preference_learning.ipynb #4c4c81a8
+# %% ../../../nbs/68_mixing/07b_preference_learning.ipynb #2fa1730a
 def learn_preferences(
     net:PreferenceNetwork,      # changed in place
     batches:Callable[[int], Iterator], # step -> what the steps from it on look at: a list of (inputs, classes), one for each task
     heads:Sequence[Callable],   # (network, inputs) -> logits, one for each task
     draw:Callable[[int], Tensor], # step -> preference (T,)
-    *, steps:int, lr:float,
-    checkpoint=None, every:int=50, identity:dict={}, # as in `adapt`
+    *, steps:int|None, lr:float, # as in `adapt`
+    checkpoint=None, every:int=50, identity:dict={}, # likewise
 ) -> list[float]:               # the objective before each step
     "Learn the routers by linear scalarisation."
     parameters = {k: p.requires_grad_() for k, p in net.routers.named_parameters()}

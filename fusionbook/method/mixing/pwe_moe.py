@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['PWEMoELinearScalarizationForCLIP', 'PWEMoELinearScalarizationForOpenCLIP']
 
-# %% ../../../nbs/68_mixing/pwe_moe.ipynb #57412971
+# %% ../../../nbs/68_mixing/pwe_moe.ipynb #e4d3523d
 from dataclasses import dataclass
 from torch import nn
 from ...core.errors import FusionError
+from ..adaptive.objective import run_identity
 from ..base import BaseAlgorithm, at_least, check_fields
 from .preference import drawn_preference
 from .preference_learning import learn_preferences, pareto_front, pool_preferences
 
-# %% ../../../nbs/68_mixing/pwe_moe.ipynb #12b9560b
+# %% ../../../nbs/68_mixing/pwe_moe.ipynb #d3b3b55e
 def _checked(method):
     check_fields(method)
     at_least(method, num_steps=0, save_interval=1, alpha=1e-9)
@@ -23,6 +24,15 @@ def _checked(method):
             f'expected `batch_size` of `dataloader_kwargs` as a whole number from 1, got {size!r:.40}'
         )
 
+_IDLE = 'checkpoint_path', 'num_steps', 'run_train', 'save_interval', 'eval_grid', 'eval_grid_n'
+_IDLE += 'eval_grid_m', 'run_eval', 'num_evaluation_samples'
+
+def _identity(method, pool):
+    "What a checkpoint must agree with."
+    found = run_identity(method, pool, tasks=pool.model_names, data='train', labels=True)
+    return {k: v for k, v in found.items() if k not in _IDLE}
+
+# %% ../../../nbs/68_mixing/pwe_moe.ipynb #59cb8c92
 def _learned(method, pool, mlp, attn, steps, grid):
     "The network of a pool, with routers that have learned."
     tasks = pool.model_names
@@ -33,7 +43,8 @@ def _learned(method, pool, mlp, attn, steps, grid):
         how = dict(batch_size=size, seed=method.seed, start=start)
         return zip(*(pool.labelled(t, 'train', **how) for t in tasks), strict=True)
     def draw(step): return drawn_preference(len(tasks), method.alpha, method.seed, step)
-    where = dict(checkpoint=method.checkpoint_path, every=method.save_interval, identity=method.config)
+    where = dict(checkpoint=method.checkpoint_path, every=method.save_interval)
+    if method.checkpoint_path: where['identity'] = _identity(method, pool)
     curve = learn_preferences(net, batches, heads, draw, steps=steps, lr=method.lr, **where)
     front = pareto_front(net, heads, next(batches(0)), grid) if grid else []
     method.adaptation = dict(tasks=tasks, curve=curve, front=front)
@@ -66,7 +77,7 @@ class PWEMoELinearScalarizationForCLIP(BaseAlgorithm):
         grid = self.eval_grid_n if self.eval_grid and len(pool) == self.eval_grid_m else 0
         return _learned(self, pool, self.upscale_mlp, self.upscale_attn, self.num_steps, grid)
 
-# %% ../../../nbs/68_mixing/pwe_moe.ipynb #c49ff2c9
+# %% ../../../nbs/68_mixing/pwe_moe.ipynb #e438eff1
 @dataclass
 class PWEMoELinearScalarizationForOpenCLIP(BaseAlgorithm):
     "PWE-MoE for OpenCLIP: a model for every preference, by linear scalarisation (Tang et al., 2024)."
@@ -89,4 +100,4 @@ class PWEMoELinearScalarizationForOpenCLIP(BaseAlgorithm):
     def build(self, pool) -> nn.Module:
         n = self.num_evaluation_samples
         grid = (len(pool) if n == 'equal_weight' else int(n)) if self.run_eval else 0
-        return _learned(self, pool, True, not self.partial, self.num_steps if self.run_train else 0, grid)
+        return _learned(self, pool, True, not self.partial, self.num_steps if self.run_train else None, grid)
