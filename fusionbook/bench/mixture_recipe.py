@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['MIXTURES', 'MixtureExpert', 'MixtureRecipe', 'mixture_from', 'mixture_of_method', 'read_mixture']
 
-# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #4e62ae8c
-import json
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #b7b60272
+import json, re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from .recipe_file import FLOATS, model_name
+from .recipe_file import model_name
+from .recipe_values import float_name, plain_number, read_documents, typed_value
 from ..core.errors import FusionError, check_known
-from ..core.files import SHORT, check_yaml, read_text, read_yaml
+from ..core.files import SHORT, read_text
 
 # %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #ca6260a5
 @dataclass(frozen=True)
@@ -37,25 +38,38 @@ class MixtureRecipe:
     seed: int = 0
     text: str = ''                   # as it was written
 
-# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #411baff5
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #d521d0b0
 _EXPERT = 'source_model', 'positive_prompts', 'negative_prompts', 'noise_scale', 'residual_scale'
+_SCALES = dict(noise='noise_scale', scale='residual_scale')
 _KEYS = ('base_model', 'experts', 'gate_mode', 'dtype', 'experts_per_token', 'shared_experts', 'architecture')
 
-def _number(value, key, least):
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= least: return value
-    raise FusionError(f'expected `{key}` as a number from {least}, got {value!r:.40}')
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #8dcb6d42
+def _prompts(value, key):
+    from fusionbook.method.mixing.prompt_gates import prompt_list # brings torch along
+    try: return tuple(prompt_list(value))
+    except FusionError as e: raise FusionError(f'{e} for `{key}`') from None
 
 def _expert(entry):
     if not isinstance(entry, Mapping): entry = {'source_model': entry}
     check_known(entry, _EXPERT, 'an expert')
-    settings = dict(noise=entry.get('noise_scale'), scale=entry.get('residual_scale'))
-    source = {k: _number(v, f'{k} of an expert', 0) for k, v in settings.items() if v is not None}
-    prompts = [tuple(entry.get(f'{k}_prompts') or ()) for k in ('positive', 'negative')]
+    given = {k: n for k, n in _SCALES.items() if entry.get(n) is not None}
+    source = {k: plain_number(entry[n], f'{n} of an expert', 0) for k, n in given.items()}
+    prompts = [_prompts(entry.get(k), k) for k in ('positive_prompts', 'negative_prompts')]
     return MixtureExpert(model_name(entry.get('source_model'), '`source_model`'), source, *prompts)
 
-# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #bb8c909f
-def _top(settings): return int(_number(settings.get('experts_per_token', 2), 'experts_per_token', 1))
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #556430b7
+def _common(settings, mode):
+    "What all mixtures are told: fields of `MixtureRecipe`."
+    from fusionbook.method.mixing.prompt_gates import check_gate_mode
+    check_gate_mode(gate_mode := settings.get('gate_mode', mode))
+    kind = settings.get('architecture')
+    if kind is not None and not isinstance(kind, str):
+        raise FusionError(f'expected `architecture` as a name, got {kind!r:.40}')
+    top = plain_number(settings.get('experts_per_token', 2), 'experts_per_token', 1, whole=True)
+    return dict(gate_mode=gate_mode, top=top, dtype=float_name(settings.get('dtype'), 'dtype'),
+                architecture=kind)
 
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #81da4ddd
 def _differ(experts, mode):
     "Refuse copies of one model with gates that were made with care."
     from fusionbook.method.mixing.prompt_gates import WITHOUT_PROMPTS # brings torch along
@@ -67,29 +81,26 @@ def _differ(experts, mode):
     )
 
 def _listed(value, key):
-    if isinstance(value, Sequence) and not isinstance(value, str) and value: return value
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)): return value
     raise FusionError(f'expected `{key}` as a list of models, got {value!r:.40}')
 
-# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #dfbb9c98
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #530050aa
 def mixture_from(
     settings:Mapping, # keys of a file of mergekit-moe
     text:str='',  # as it was written
 ) -> MixtureRecipe:
     "The recipe that keys describe."
     check_known(settings, _KEYS, 'a mixture')
-    experts = tuple(_expert(e) for e in _listed(settings.get('experts'), 'experts'))
-    shared = [_expert(e) for e in settings.get('shared_experts') or ()]
+    experts = tuple(map(_expert, _listed(settings.get('experts'), 'experts')))
+    if not experts: raise FusionError('expected `experts` as a list of models, got []')
+    shared = [_expert(e) for e in _listed(settings.get('shared_experts') or [], 'shared_experts')]
     if len(shared) > 1: raise FusionError(f'expected at most one of `shared_experts`, got {len(shared)}')
-    if (dtype := settings.get('dtype')) not in (None, *FLOATS):
-        raise FusionError(f'expected `dtype` as one of {", ".join(FLOATS)}, got `{dtype}`')
-    mode = settings.get('gate_mode', 'hidden')
-    _differ(experts, mode)
-    return MixtureRecipe(
-        model_name(settings.get('base_model'), '`base_model`'), experts, shared[0] if shared else None, mode,
-        top=_top(settings), dtype=dtype, architecture=settings.get('architecture'), text=text,
-    )
+    common = _common(settings, 'hidden')
+    _differ(experts, common['gate_mode'])
+    base = model_name(settings.get('base_model'), '`base_model`')
+    return MixtureRecipe(base, experts, shared[0] if shared else None, text=text, **common)
 
-# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #d582dbe8
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #ee8e1aff
 MIXTURES = 'mixtral_moe_merging', 'mixtral_moe_upscaling'
 _OURS = ('method', 'models', 'base', 'dtype', 'experts_per_token', 'architecture', 'seed', 'gate_std')
 _ONLY = dict(
@@ -99,18 +110,48 @@ _ONLY = dict(
     mixtral_moe_upscaling=('num_experts', 'noise_scale'),
 )
 
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #f8dd03cc
+def _named(models):
+    "Name -> model; names are the models themselves where none are given."
+    if isinstance(models, Mapping): return {str(k): model_name(v) for k, v in models.items()}
+    found = [model_name(m) for m in _listed(models, 'models')]
+    if twice := [m for m in found if found.count(m) > 1]:
+        raise FusionError(
+            f'expected each of `models` once, got `{twice[0]}` {found.count(twice[0])} times; give copies names: '
+            f'{{first: {twice[0]}, second: {twice[0]}}}'
+        )
+    return dict(zip(found, found, strict=True))
+
+def _by_expert(settings, key, names):
+    "Expert -> its prompts."
+    given = settings.get(key) or {}
+    if not isinstance(given, Mapping):
+        raise FusionError(f'expected `{key}` as {{expert: [texts]}}, got {given!r:.60}')
+    check_known(map(str, given), names, f'`{key}`')
+    return {str(k): _prompts(v, key) for k, v in given.items()}
+
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #e4affd32
 def _merged(settings, names):
     "Experts, and the shared one, of a line of ours."
-    yes, no = (settings.get(f'{k}_prompts') or {} for k in ('positive', 'negative'))
+    yes, no = (_by_expert(settings, f'{k}_prompts', names) for k in ('positive', 'negative'))
+    def expert(n, **source): return MixtureExpert(names[n], source, yes.get(n, ()), no.get(n, ()))
     shared = settings.get('shared_expert')
-    def expert(n, **source):
-        return MixtureExpert(names[n], source, tuple(yes.get(n) or ()), tuple(no.get(n) or ()))
-    if shared is not None and shared not in names:
+    if shared is not None and str(shared) not in names:
         raise FusionError(f'expected `shared_expert` among the models, got `{shared}`')
-    routed = tuple(expert(n) for n in names if n != shared)
-    return routed, None if shared is None else expert(shared, scale=settings.get('residual_scale', 1.))
+    scale = plain_number(settings.get('residual_scale', 1.), 'residual_scale', 0)
+    routed = tuple(expert(n) for n in names if shared is None or n != str(shared))
+    return routed, None if shared is None else expert(str(shared), scale=scale)
 
-# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #7f2f4597
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #c07539c4
+def _copied(settings, base, names):
+    "Copies of one model."
+    if others := [m for m in names.values() if m != base]:
+        raise FusionError(f'expected one model to copy, `{base}`, got `{others[0]}`, too')
+    noise = plain_number(settings.get('noise_scale', 0.), 'noise_scale', 0)
+    count = plain_number(settings.get('num_experts', 4), 'num_experts', 1, whole=True)
+    return (MixtureExpert(base, dict(noise=noise)),) * count, None
+
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #50446f85
 def mixture_of_method(
     settings:Mapping, # keys with `method`, one of `MIXTURES`
     text:str='',  # as it was written
@@ -118,43 +159,46 @@ def mixture_of_method(
     "The recipe of a line or of a file of ours."
     method = str(settings['method'])
     check_known(settings, (*_OURS, *_ONLY[method]), f'`{method}`')
-    models = settings.get('models') or []
-    pairs = models.items() if isinstance(models, Mapping) else [(m, m) for m in models]
-    names = {str(k): model_name(v) for k, v in pairs}
-    base = settings.get('base') or next(iter(names.values()), None)
-    if method == 'mixtral_moe_merging': experts, shared = _merged(settings, names)
-    else:
-        copy = MixtureExpert(model_name(base, '`base`'), dict(noise=settings.get('noise_scale', 0.)))
-        experts, shared = (copy,) * int(_number(settings.get('num_experts', 4), 'num_experts', 1)), None
+    names = _named(settings.get('models') or [])
+    base = model_name(settings.get('base') or next(iter(names.values()), None), '`base`')
+    merging = method == 'mixtral_moe_merging'
+    experts, shared = _merged(settings, names) if merging else _copied(settings, base, names)
     if not experts: raise FusionError('expected `models` as a list of experts, got none')
-    gates = settings.get('gate_mode', 'random'), settings.get('gate_std', .02)
     return MixtureRecipe(
-        model_name(base, '`base`'), experts, shared, *gates, _top(settings), settings.get('dtype'),
-        settings.get('architecture'), int(settings.get('seed', 0)), text,
+        base, experts, shared, text=text, gate_std=plain_number(settings.get('gate_std', .02), 'gate_std', 0),
+        seed=plain_number(settings.get('seed', 0), 'seed', 0, whole=True), **_common(settings, 'random'),
     )
 
-# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #a48d9240
-def _value(key, text):
-    "What was typed for a key."
-    if not isinstance(text, str): return text
-    import yaml
-    check_yaml(text, f'{key}=')
-    return yaml.safe_load(text)
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #ab709588
+_SIGNS = {'experts', 'gate_mode'}
 
+def _is_mixture(settings): return str(settings.get('method')) in MIXTURES or bool(_SIGNS & settings.keys())
+
+def _from_file(path, keys):
+    "Keys of a file and its text; None for another kind of merge."
+    text = read_text(path, limit=SHORT)
+    if not re.search('|'.join((*_SIGNS, *MIXTURES)), text): return None
+    found = read_documents(text, path)
+    if not any(map(_is_mixture, found)): return None
+    if len(found) > 1: raise FusionError(f'expected one mixture in `{path}`, got {len(found)} recipes')
+    if keys:
+        raise FusionError(
+            f'expected a file or keys, got `{path}` and `{next(iter(keys))}=…`; write the key into the file'
+        )
+    return found[0], text
+
+# %% ../../nbs/80_bench/16a_mixture_recipe.ipynb #26a2ab21
 def read_mixture(
     recipe,       # a file, keys, or None
     keys:Mapping, # texts by key, as typed
 ) -> MixtureRecipe|None: # None for another kind of merge
     "The recipe of a mixture, wherever it stands."
     if recipe is None or isinstance(recipe, Mapping):
-        settings, text = {**(recipe or {}), **{k: _value(k, v) for k, v in keys.items()}}, ''
+        typed = {k: typed_value(k, v) if isinstance(v, str) else v for k, v in keys.items()}
+        found = {**(recipe or {}), **typed}, ''
     elif not isinstance(recipe, (str, Path)) or not Path(recipe).is_file(): return None
-    else:
-        text = read_text(recipe, limit=SHORT)
-        signs = 'experts:', 'gate_mode:', *(f'method: {m}' for m in MIXTURES)
-        if not any(l.startswith(signs) for l in text.splitlines()): return None
-        from omegaconf import OmegaConf
-        settings = OmegaConf.to_container(read_yaml(recipe))
+    else: found = _from_file(recipe, keys)
+    if found is None or not _is_mixture(found[0]): return None
+    settings, text = found
     text = text or json.dumps(settings, indent=1, default=str)
-    if str(settings.get('method')) in MIXTURES: return mixture_of_method(settings, text)
-    return mixture_from(settings, text) if {'experts', 'gate_mode'} & settings.keys() else None
+    return (mixture_of_method if str(settings.get('method')) in MIXTURES else mixture_from)(settings, text)

@@ -93,7 +93,30 @@ def _no_biases(settings, layout):
     if odd and not (odd == ['attention_bias'] and layout.model_type == 'qwen3_moe'):
         raise FusionError(f'expected a dense model without biases for {layout.family}, got `{odd[0]}: true`')
 
-# %% ../../../nbs/68_mixing/05_dense_to_moe.ipynb #460980c5
+# %% ../../../nbs/68_mixing/05_dense_to_moe.ipynb #6e3a6a14
+def _layer_kinds(own):
+    "Of each dense layer: full_attention or sliding_attention."
+    count, kinds = own['num_hidden_layers'], own.get('layer_types')
+    if own['model_type'] in ('qwen2', 'qwen3') and kinds: return list(kinds)
+    slides = own['model_type'] == 'mistral' and own.get('sliding_window') is not None
+    return ['sliding_attention' if slides else 'full_attention'] * count
+
+def _attention(own, layout):
+    "What a mixture is told of attention."
+    kinds, window = _layer_kinds(own), own.get('sliding_window')
+    slides = 'sliding_attention' in kinds
+    found = {'head_dim': own['head_dim']} if own.get('head_dim') else {}
+    if layout.model_type == 'mixtral': return found | {'sliding_window': window if slides else None}
+    if layout.model_type == 'qwen3_moe' and len(set(kinds)) > 1:
+        raise FusionError(
+            f'expected attention of one kind in all layers, all that a {layout.family} can say, got '
+            f'sliding_attention in {kinds.count("sliding_attention")} of {len(kinds)} layers'
+        )
+    told = dict(use_sliding_window=slides, sliding_window=window if slides else None)
+    if layout.model_type == 'qwen2_moe': told |= dict(layer_types=kinds, max_window_layers=len(kinds))
+    return found | told
+
+# %% ../../../nbs/68_mixing/05_dense_to_moe.ipynb #05d26253
 def mixture_config(
     settings:Mapping,     # the `config.json` of the base
     layout:MoELayout,
@@ -115,6 +138,7 @@ def mixture_config(
     ending = 'ForCausalLM' if named.endswith('ForCausalLM') else 'Model'
     stand = dict(width=own['intermediate_size'], bias=own['model_type'] == 'qwen2')
     new |= {k: stand.get(v, v) if isinstance(v, str) else v for k, v in layout.more.items()}
+    new |= _attention(own, layout)
     new |= {layout.counts: experts, 'num_experts_per_tok': top, 'model_type': layout.model_type}
     if layout.shared: new['shared_expert_intermediate_size'] = shared_width
     return new | {'architectures': [f'{layout.family}{ending}']}
