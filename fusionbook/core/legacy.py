@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'of_fusionbench', 'our_target', 'is_foreign', 'translate', 'build', 'run_values', 'part_of']
 
-# %% ../../nbs/00_core/07_legacy.ipynb #3799cc9a
+# %% ../../nbs/00_core/07_legacy.ipynb #e6e4b990
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from .config import CONFIG, check_targets, instantiate, known_keys, locate, plain, published
 from .errors import FusionError, check_known, nearest
 from .foreign import helped, note, program, resolved, unresolved
-from .foreign_adaptive import adaptive_keys, mask_keys, transductive_keys
+from .foreign_adaptive import adaptive_keys, input_keys, mask_keys, transductive_keys
 from .foreign_pools import HUB_CLASSES, HUB_TYPES, hub_pool
 from .hub import mirrored
 
@@ -280,7 +280,7 @@ def _clip_models(cfg):
     models = cfg.get('models')
     return cfg | ({'models': {k: _path(v) for k, v in models.items()}} if isinstance(models, Mapping) else {})
 
-# %% ../../nbs/00_core/07_legacy.ipynb #d5ae19c9
+# %% ../../nbs/00_core/07_legacy.ipynb #148c2df6
 def _clip_tasks(cfg):
     if cfg.get('layer_wise_routing_weights_save_path'):
         note(
@@ -327,7 +327,7 @@ _MASKED = (
     'PostDefenseSAUForCLIP',
 )
 _LEARNING = dict.fromkeys(_ADAPTING, transductive_keys) | dict.fromkeys(_LABELLED, adaptive_keys)
-_LEARNING |= dict.fromkeys(_MASKED, mask_keys)
+_LEARNING |= dict.fromkeys(_MASKED, mask_keys) | {'DataAdaptiveWeightEnsemblingForCLIP': input_keys}
 _POOLS = _LEARNING | dict.fromkeys(HUB_CLASSES.values(), hub_pool) | dict.fromkeys(_ANALYSED, _analysed) | {
     'CLIPVisionModelPool': _clip_models,
     'CLIPVisionModelTaskPool': _clip_tasks,

@@ -72,6 +72,7 @@ def rows(method, device):
 
 
 RUNS = {
+    'weights by the input': lambda device: fusionbook.method.DataAdaptiveWeightEnsemblingForCLIP(max_steps=1, device=device),
     'task arithmetic': lambda device: fusionbook.method.TaskArithmetic(device=device),
     'ensemble of features': lambda device: fusionbook.method.SimpleEnsemble(),
     'ensemble of probabilities': lambda device: fusionbook.method.SimpleEnsemble(quantity='probabilities'),

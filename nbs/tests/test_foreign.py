@@ -276,3 +276,12 @@ def test_every_file_of_theirs_that_has_our_name_has_our_class():
     targets = [yaml.safe_load(f.read_text()).get('_target_', '???') for f in both]
     assert len(both) > 80
     for target in targets: assert target == '???' or our_target(target, 'method').rpartition('.')[2] in published('fusionbook.method')
+
+
+@pytest.mark.skipif(not FILES.is_dir(), reason='FusionBench\'s own files are not beside this clone')
+def test_their_file_of_weights_by_the_input_is_read():
+    from omegaconf import OmegaConf
+    from fusionbook.core.legacy import build
+    file = OmegaConf.load(FILES/'dawe'/'dawe_for_clip.yaml')
+    method = build(OmegaConf.to_container(file, resolve=True), 'method')
+    assert (method.dict_feature_extractor, method.lr, method.data, method.batch_size) == ('microsoft/resnet-18', 1e-5, 'unlabeled_test', 1)

@@ -141,6 +141,7 @@ def test_bad_input(tmp_path):
 KEPT = {
     'ExpertRouting': dict(rule='gate'),
     'TwinMerging': dict(rank=2),
+    'DataAdaptiveWeightEnsemblingForCLIP': dict(max_steps=2, lr=.01),
     'PWEMoELinearScalarizationForCLIP': dict(num_steps=3, lr=.01),
 }
 OPEN = """
