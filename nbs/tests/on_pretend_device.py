@@ -31,7 +31,7 @@ def methods():
     for name in dir(fusionbook.method):
         cls = getattr(fusionbook.method, name)
         if not (isinstance(cls, type) and issubclass(cls, BaseAlgorithm) and is_dataclass(cls) and cls.config_names): continue
-        keys = {f.name for f in fields(cls)}
+        keys = {f.name for f in fields(cls)} - {*getattr(cls, 'unused', ())}
         if 'device' in keys: yield name, cls, {k: v for k, v in small.items() if k in keys} | BLOCKS.get(name, {})
 
 

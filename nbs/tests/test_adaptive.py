@@ -1,4 +1,5 @@
 """Methods that learn: interrupted at any step they go on to the same bytes; an objective that is no number stops; frozen parameters and foreign coefficients."""
+import sys
 from dataclasses import fields
 
 import pytest
@@ -33,6 +34,16 @@ class Deep(nn.Module):
     def recipe(self): return {}
 
 
+class Threads(ToyTasks):
+    "Heads that note how many threads of the processor there are."
+    found = frozenset()
+    def logits(self, task):
+        def head(model, x):
+            self.found = self.found | {torch.get_num_threads()}
+            return model(x)
+        return head
+
+
 class Doubled(ToyTasks):
     "Another head."
     def logits(self, task): return lambda model, x: 2 * model(x)
@@ -49,7 +60,7 @@ def pool(tasks=None, spoil=1., names='abc', seeds=(1, 2, 3)):
 
 def made(name, **more):
     cls = METHODS[name]
-    known = {f.name for f in fields(cls)}
+    known = {f.name for f in fields(cls)} - cls.unused.keys()
     return cls(**{k: v for k, v in SMALL.items() if k in known} | MORE.get(name, {}) | more)
 
 
@@ -110,3 +121,46 @@ def test_a_frozen_parameter_stays_the_bases(name):
 def test_coefficients_of_other_experts_or_another_shape_are_refused(name):
     for weights, said in (([[.1] * 99] * 3, 'expected coefficients'), ([.1, .2], 'expected coefficients'), (dict(experts=['a', 'c', 'b'], groups=['x'], coefficients=[[.1]] * 3), 'for the experts a, b, c')):
         with pytest.raises(FusionError, match=said): fuse(made(name, weights=weights), pool())
+
+
+@pytest.mark.parametrize('name', KEPT)
+def test_a_network_is_asked_on_the_threads_of_the_method(name):
+    "Also before and between the steps."
+    before, tasks = torch.get_num_threads(), Threads()
+    torch.set_num_threads(2)
+    try:
+        fuse(made(name, threads=1), pool(tasks))
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+    assert tasks.found == {1}
+
+
+@pytest.mark.parametrize('name', KEPT)
+def test_every_merge_is_computed_on_the_device_of_the_method(name, monkeypatch):
+    found = []
+    for module in {m for c in KEPT[name].__mro__ if (m := sys.modules[c.__module__]) and hasattr(m, 'merge_coefficients')}:
+        def noted(*args, _merge=module.merge_coefficients, **how):
+            found.append(how.get('device', 'cpu'))
+            return _merge(*args, **how)
+        monkeypatch.setattr(module, 'merge_coefficients', noted)
+    state(fuse(made(name, device='cpu:0'), pool()))
+    assert {*found} <= {'cpu:0'}
+
+
+CHANGES = dict(lr=.02, optimizer='sgd', max_steps=3, batch_size=3)
+
+
+@pytest.mark.parametrize('key', CHANGES)
+@pytest.mark.parametrize('name', KEPT)
+def test_a_setting_of_the_loop_decides_or_is_refused(name, key):
+    "Nobody tunes a number that is not used."
+    def found(**more):
+        method = made(name, **more)
+        merged = state(fuse(method, pool()))
+        return merged, method.adaptation
+    plain, notes = found()
+    try: other, others = found(**{key: CHANGES[key]})
+    except FusionError as e:
+        assert f'`{key}`' in str(e)
+        return
+    assert any(not other[k].equal(v) for k, v in plain.items()) or notes != others

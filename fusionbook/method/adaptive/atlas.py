@@ -179,7 +179,7 @@ def few_batches(
             batch[t] = x[rows], y[rows]
         yield batch
 
-# %% ../../../nbs/66_adaptive/atlas.ipynb #808b21e3
+# %% ../../../nbs/66_adaptive/atlas.ipynb #fc3cab58
 @patch
 def learn(self:ATLAS,
     pool, tasks:Sequence[str], # with labels; whose examples are learned from
@@ -188,7 +188,7 @@ def learn(self:ATLAS,
     "Learn the coefficients from a few labels."
     heads, examples = task_logits(pool, tasks), {}
     for t in tasks:
-        with torch.no_grad():
+        with on_threads(self.threads), torch.no_grad():
             C = heads[t](mixture.network, pool.inputs(t, self.data)[[0]].to(self.device)).shape[1]
         examples[t] = few_examples(pool, t, self.data, shots=self.shots, seed=self.seed, classes=C)
     w = torch.zeros(len(mixture.experts), len(mixture.columns), dtype=torch.float64, requires_grad=True)

@@ -6,7 +6,7 @@
 __all__ = ['chosen_shares', 'FrankWolfe', 'walker', 'FrankWolfeMethod', 'FrankWolfeHard', 'FrankWolfeSoft', 'distinct_choices',
            'mixed_shares']
 
-# %% ../../../nbs/66_adaptive/fw_merging.ipynb #38de54cb
+# %% ../../../nbs/66_adaptive/fw_merging.ipynb #f88efdd3
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fastcore.basics import patch
@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from ...core.errors import FusionError, check_known
-from ...core.state_dict import StateDict
-from .adapt import finite_objective, stage_file
+from ...core.state_dict import StateDict, content_hash
+from .adapt import finite_objective, on_threads, stage_file
 from .coefficients import Mixture, merge_coefficients
-from .learning import AdaptiveMethod
+from .learning import AdaptiveMethod, check_unused
 from fusionbook.method.adaptive.objective import (
     LOSSES,
     adapted_network,
@@ -69,7 +69,7 @@ def _loss_settings(self):
         raise FusionError(f'expected `init_weight` as null or base, got `{self.init_weight}`')
     if not self.step_size > 0: raise FusionError(f'expected `step_size` above 0, got {self.step_size}')
 
-# %% ../../../nbs/66_adaptive/fw_merging.ipynb #5ceaa324
+# %% ../../../nbs/66_adaptive/fw_merging.ipynb #8cbf5b0e
 @dataclass
 class FrankWolfeMethod(AdaptiveMethod):
     "A method that goes towards the expert in which the loss falls fastest."
@@ -92,6 +92,8 @@ class FrankWolfeMethod(AdaptiveMethod):
 class FrankWolfeHard(FrankWolfeMethod):
     "Frank-Wolfe merging, one expert a step (Chen et al., 2025)."
     config_names, tune = ('fw_merging/fw_hard',), {'step_size': '0.1,0.3', 'scaling_factor': '0.1:0.5:0.1'}
+    unused = dict(lr='`step_size`', optimizer='`granularity`', max_steps='`max_iters`')
+    unused |= dict(batch_size='`dataset_size`')
     merge_fn: str = 'task_arithmetic' # what makes the start and the steps; nothing else is offered
     scaling_factor: float = .3        # λ, of the start and of each step
     initial_candidate: bool = False   # whether the start may be chosen, too (FusionBench)
@@ -150,11 +152,15 @@ def merge(self:FrankWolfeHard, pool) -> StateDict:
     )
     return _noted(self, pool, mixture, u.detach(), curve)
 
-# %% ../../../nbs/66_adaptive/fw_merging.ipynb #de0e0076
+# %% ../../../nbs/66_adaptive/fw_merging.ipynb #6ad96fa7
+_OF_ROUNDS = 'lr', 'optimizer', 'batch_size', 'patience', 'checkpoint' # what only learned shares have a use for
+_OF_ROUNDS += 'ada_iters', 'ada_coeff', 'ada_loss', 'ada_data'
+
 @dataclass
 class FrankWolfeSoft(FrankWolfeMethod):
     "Frank-Wolfe merging, one expert for each task in a round, by learned shares (Chen et al., 2025)."
     config_names, tune = ('fw_merging/fw_soft',), {'lr': '0.001,0.01'}
+    unused = dict(max_steps='`ada_iters` and `max_iters`')
     merge_fn: str = 'adamerging'      # learn the shares of a round; or task_arithmetic, at 0.3 · γ
     ada_iters: int = 500              # learning steps of a round
     ada_coeff: float = 1e-8           # shares at the start of the second and later rounds
@@ -164,6 +170,7 @@ class FrankWolfeSoft(FrankWolfeMethod):
         _loss_settings(self)
         at_least(self, ada_iters=1)
         check_known([self.merge_fn], ('adamerging', 'task_arithmetic'), 'the ways to merge')
+        if self.merge_fn == 'task_arithmetic': check_unused(self, dict.fromkeys(_OF_ROUNDS, '`merge_fn`'))
         check_known([self.ada_loss], ('entropy_loss', 'cross_entropy'), 'the losses')
         check_known([self.ada_data], ('validation', 'train', 'unlabeled_test'), 'the kinds of data')
     @property
@@ -194,18 +201,18 @@ def mixed_shares(
     "Shares after a step towards several corners."
     return (1 - w.sum(0)) * u + sum(w_i * c for w_i, c in zip(w, chosen, strict=True))
 
-# %% ../../../nbs/66_adaptive/fw_merging.ipynb #205e2cdc
+# %% ../../../nbs/66_adaptive/fw_merging.ipynb #ab2c468a
 def _gradients(method, pool, mixture, u, batch, number):
     "The gradient of each task alone, (T, G)."
     found, heads = [], task_logits(pool, pool.model_names)
     for task, x in batch.items():
         w = u.clone().requires_grad_()
-        value = coefficient_objective(mixture, w, heads)({task: x})
+        with on_threads(method.threads): value = coefficient_objective(mixture, w, heads)({task: x})
         finite_objective(value, number, method.max_iters, {f'shares before `{task}`': u}, method.step_size)
         found.append(w.grad)
     return found
 
-# %% ../../../nbs/66_adaptive/fw_merging.ipynb #46773db8
+# %% ../../../nbs/66_adaptive/fw_merging.ipynb #24269131
 @patch
 def learned_round(self:FrankWolfeSoft,
     pool, mixture:Mixture,   # models and inputs
@@ -226,7 +233,7 @@ def learned_round(self:FrankWolfeSoft,
         data=self.ada_data,
         steps=self.ada_iters,
         checkpoint=stage_file(self.checkpoint, number),
-        identity=dict(round=number, shares=u.tolist()),
+        identity=dict(round=number, shares=u.tolist(), chosen=content_hash(dict(enumerate(chosen)))),
         first=number * self.ada_iters,
     )
     return effective(w).detach(), curve

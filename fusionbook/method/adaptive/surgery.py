@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['corrected', 'feature_of', 'SurgeryNetwork', 'features_of_rows', 'CLIPLayerWiseAdaMergingSurgery']
 
-# %% ../../../nbs/66_adaptive/surgery.ipynb #2dedd231
+# %% ../../../nbs/66_adaptive/surgery.ipynb #f8782f67
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ...core.errors import FusionError, check_known
 from ...core.state_dict import generator
-from .adapt import stage_file
+from .adapt import on_threads, stage_file
 from .coefficients import merge_coefficients
 from .learning import CoefficientMethod
 from .objective import check_task_inputs, task_logits
@@ -132,7 +132,7 @@ def _size(pool, network, data):
     args, kwargs = recorded_call(network, task_logits(pool, [task])[task], pool.inputs(task, data)[[0]])
     with torch.no_grad(): return feature_of(network(*args, **kwargs)).shape[-1]
 
-# %% ../../../nbs/66_adaptive/surgery.ipynb #d6eda348
+# %% ../../../nbs/66_adaptive/surgery.ipynb #c40c196e
 def _begin(net, seed):
     "Random thin matrices; what they find is added nowhere yet."
     bound = net.size ** -.5
@@ -145,13 +145,14 @@ def _distance(net, tables, batch):
     "The mean absolute difference, summed over tasks; its gradient is left in the corrections."
     total = 0.
     for i, t in enumerate(net.tasks):
-        merged, wanted = (torch.cat([x[n].reshape(-1, net.size) for n in batch[t]]) for x in tables[t])
+        parts = (torch.cat([x[n].reshape(-1, net.size) for n in batch[t]]) for x in tables[t])
+        merged, wanted = (x.to(net.down.device) for x in parts)
         value = F.l1_loss(corrected(merged.float(), net.down[i], net.up[i]), wanted.float())
         value.backward()
         total += value.item()
     return total
 
-# %% ../../../nbs/66_adaptive/surgery.ipynb #a86027ce
+# %% ../../../nbs/66_adaptive/surgery.ipynb #347e616e
 @patch
 def operate(self:CLIPLayerWiseAdaMergingSurgery,
     net:SurgeryNetwork, # with a merged network; its corrections are learned
@@ -159,7 +160,8 @@ def operate(self:CLIPLayerWiseAdaMergingSurgery,
     merged:str,         # which merge this is, for the checkpoint
 ) -> list[float]:       # the curve: mean absolute difference of the features, summed over tasks
     "Learn the corrections."
-    tables = _pairs(self, pool, net.network)
+    with on_threads(self.threads): tables = _pairs(self, pool, net.network)
+    net.to(self.device)
     _begin(net, self.seed)
     settings = dict(batch_size=self.batch_size, seed=self.seed)
     def batches(step):
@@ -178,7 +180,7 @@ def operate(self:CLIPLayerWiseAdaMergingSurgery,
         label='surgery',
     )
 
-# %% ../../../nbs/66_adaptive/surgery.ipynb #48b39e82
+# %% ../../../nbs/66_adaptive/surgery.ipynb #d0a2e37c
 @patch
 def build(self:CLIPLayerWiseAdaMergingSurgery, pool) -> nn.Module:
     "The merged network with its corrections."
@@ -188,8 +190,10 @@ def build(self:CLIPLayerWiseAdaMergingSurgery, pool) -> nn.Module:
     base, experts = pool.pretrained(), pool.experts()
     pool.seen.add('task_identity')
     groups, clean, w = self.coefficients(pool, base, experts)
-    network = pool.load(merge_coefficients(base, experts, coefficients=w, groups=groups, clean=clean))
-    net = SurgeryNetwork(network, pool.model_names, _size(pool, network, self.data), self.width)
+    how = dict(coefficients=w, groups=groups, clean=clean, device=self.device)
+    network = pool.load(merge_coefficients(base, experts, **how))
+    with on_threads(self.threads): size = _size(pool, network, self.data)
+    net = SurgeryNetwork(network, pool.model_names, size, self.width)
     curve = self.operate(net, pool, hashlib.sha256(w.numpy().tobytes()).hexdigest()[:16])
     self.adaptation |= dict(surgery_steps=len(curve), surgery_curve=curve)
     return net.to('cpu').eval()
