@@ -271,7 +271,15 @@ def _levels(ax, levels):
             color=theme['ink'],
         )
 
-# %% ../../nbs/00_core/04_plot.ipynb #ee0b5d82
+# %% ../../nbs/00_core/04_plot.ipynb #f428160d
+def _by_factors(ax, x):
+    "Equal factors equally far apart, marked where there are points."
+    if not (x > 0).all(): raise FusionError(f'expected `x` above 0 for a logarithmic scale, got {x.min():g}')
+    ax.set_xscale('log')
+    ax.set_xticks(x, [f'{v:g}' for v in x], minor=False)
+    ax.set_xticks([], minor=True)
+
+# %% ../../nbs/00_core/04_plot.ipynb #932a4f64
 def curves(
     x,                # the common abscissa, (N,)
     series:dict,      # name -> (N,) numbers; NaN leaves a gap
@@ -279,6 +287,7 @@ def curves(
     xlabel:str='',    # what the abscissa means
     ylabel:str='',    # what the ordinate means
     levels:dict=None, # name -> number: horizontal lines
+    log:bool=False,   # equal factors of the abscissa, which lies above 0, are equally far apart
 ):                    # Figure
     "Lines with markers, shaded bands and named levels, for 1 to 12 series."
     fig, ((ax,),) = figure(height=3.2)
@@ -299,6 +308,7 @@ def curves(
         if name in (bands or {}): ax.fill_between(x, *bands[name], color=_color(i), alpha=.15, lw=0)
     ax.set_xlabel(xlabel, fontsize=theme['font'], color=theme['ink'])
     ax.set_ylabel(ylabel, fontsize=theme['font'], color=theme['ink'])
+    if log: _by_factors(ax, x)
     if levels: _levels(ax, levels)
     _legend(fig, ax, list(series))
     return fig
