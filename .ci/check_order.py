@@ -4,7 +4,7 @@ from book import finish, modules, package, root, source
 
 FLOORS = dict(core=0, models=1, alignment=1, data=1, metrics=1, modelpool=2, __init__=2, method=3, taskpool=3, analysis=3, bench=4)
 ALSO = {('models', 'alignment.spec'), ('metrics', 'alignment')} # siblings that may be used all the same
-METHOD = 'core', 'alignment', 'models.routed', 'method'    # all that a method may import of ours ...
+METHOD = 'core', 'alignment', 'models.routed', 'models.words', 'method'    # all that a method may import of ours ...
 POOLED = 'method.base', 'method.check'                     # ... except the two that hand it its pool
 HEAVY = {'transformers', 'datasets', 'matplotlib', 'PIL', 'papermill', 'hydra', 'ot', 'sklearn', 'pandas', 'IPython', 'ipywidgets', 'huggingface_hub'}
 LIGHT = 'fusionbook', 'fusionbook.bench.cli'               # imported by `fusionbook --help`: without these

@@ -223,11 +223,35 @@ def _taskpool(cfg):
         'test_datasets': _named(cfg['tasks'], _dataset),
     }
 
-# %% ../../nbs/00_core/07_legacy.ipynb #87ccc778
+# %% ../../nbs/00_core/07_legacy.ipynb #d096c72b
+def _question(name, dataset, kept):
+    "A task of GLUE of an older list: its rows, with the question and answers that this book puts."
+    own = kept.get(f'glue-{name}', {})
+    rows = {'_target_': 'datasets.load_dataset', 'path': 'nyu-mll/glue', **dataset}
+    return {k: own[k] for k in ('prompt', 'answers') if k in own} | {'dataset': rows}
+
+_GLUE_KEYS = ('type', 'tasks', 'tokenizer', 'batch_size', 'num_workers', 'cache_dir', 'description', 'name')
+
+def _glue(cfg):
+    check_known(cfg, (*_GLUE_KEYS, 'fast_dev_run'), 'a task pool of the older schema')
+    ready = plain(OmegaConf.load(CONFIG / 'taskpool/flan-t5_glue_text_generation.yaml'))
+    loader = {k: cfg[k] for k in ('batch_size', 'num_workers') if k in cfg}
+    kept, sets = ready['test_datasets'], _named(cfg['tasks'], lambda e: e['dataset'])
+    return {
+        **{k: cfg[k] for k in ('tokenizer', 'name', 'fast_dev_run') if k in cfg},
+        '_target_': ready['_target_'],
+        'dataloader_kwargs': loader,
+        'max_length': ready['max_length'],
+        'test_datasets': {n: _question(d.get('name', n), d, kept) for n, d in sets.items()},
+    }
+
+# %% ../../nbs/00_core/07_legacy.ipynb #c4f1dc57
 _TYPES = {
     'modelpool': dict.fromkeys(('huggingface_clip_vision', 'hf_clip_vision', *HUB_TYPES), _modelpool),
     'taskpool': {
         'clip_vit_classification': _taskpool,
+        'FlanT5GLUETextGenerationTaskPool': _glue,
+        'flan-t5_glue_text_generation': _glue,
         'dummy': lambda cfg: {'_target_': 'fusionbook.taskpool.DummyTaskPool'},
     },
 }
@@ -236,12 +260,10 @@ _ABSENT_TYPES = {
         'NYUv2ModelPool',
     ),
     'taskpool': (
-        'FlanT5GLUETextGenerationTaskPool',
         'NYUv2TaskPool',
         'gpt2_text_classification',
         'GPT2TextClassification',
         'llama_test_generation',
-        'flan-t5_glue_text_generation',
         'LlamaTestGenerationTaskPool',
     ),
 }
@@ -331,6 +353,7 @@ _LEARNING |= dict.fromkeys(_MASKED, mask_keys) | {'DataAdaptiveWeightEnsemblingF
 _POOLS = _LEARNING | dict.fromkeys(HUB_CLASSES.values(), hub_pool) | dict.fromkeys(_ANALYSED, _analysed) | {
     'CLIPVisionModelPool': _clip_models,
     'CLIPVisionModelTaskPool': _clip_tasks,
+    'GPT2TextClassificationTaskPool': lambda cfg: {k: v for k, v in cfg.items() if k != '_dataset_loader'},
 }
 
 # %% ../../nbs/00_core/07_legacy.ipynb #1d498d38

@@ -23,9 +23,10 @@ from ..models.text import Tokens, embed, padded, text_head
 from .base import BaseTaskPool, Inputs, evaluating, logits_of, naming, predict_batches
 from .clip import _check_tasks, _loop, _path, _task_of
 
-# %% ../../nbs/55_taskpool/03_text.ipynb #cc73aca7
+# %% ../../nbs/55_taskpool/03_text.ipynb #607fbad9
 TEXT_COLUMNS = (
     ('text',),
+    ('question', 'sentence'),
     ('sentence',),
     ('sentence1', 'sentence2'),
     ('question1', 'question2'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['block_of', 'block_roles', 'shares_of', 'LayerWiseAdaMergingForLlamaSFT']
 
-# %% ../../../nbs/66_adaptive/adamerging_llama_sft.ipynb #764b2f6e
+# %% ../../../nbs/66_adaptive/adamerging_llama_sft.ipynb #0ac71201
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ...core.state_dict import StateDict, meta
 from .coefficients import Mixture, merge_coefficients, read_coefficients
 from .learning import AdaptiveMethod, coefficient_range
 from .objective import check_task_inputs, coefficient_objective, task_logits
-from .words import next_words
+from ...models.words import next_words
 from ..task_vector.sparsify import thresholds, trim
 
 # %% ../../../nbs/66_adaptive/adamerging_llama_sft.ipynb #bc93781f
