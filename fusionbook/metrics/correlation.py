@@ -82,16 +82,19 @@ def permutation_p(
     ).sum()
     return float(hits / len(orders) if exact else (hits + 1) / (len(orders) + 1)), exact
 
-# %% ../../nbs/40_metrics/05_correlation_space.ipynb #f2946f0c
+# %% ../../nbs/40_metrics/05_correlation_space.ipynb #7ddc2ff5
 def correlation_with_chance(
     kind:str,              # kendall, pearson or spearman
-    x:Sequence[float],     # (n,)
-    y:Sequence[float],     # (n,)
+    x:Sequence[float],     # (n,); NaN where a metric is undefined: such a seed is left out
+    y:Sequence[float],     # (n,), likewise
     *, seed:int=0,         # of the bootstrap and of random orders
     resamples:int=1_000,
-) -> dict:                 # value, p, exact, low, high, n
+) -> dict:                 # value, p, exact, low, high, n of the seeds that are left; NaN of fewer than two
     "A correlation with permutation p, bootstrap interval and n."
     x, y, rng = np.asarray(x, float), np.asarray(y, float), np.random.default_rng(seed)
+    if len(x) == len(y) and (gaps := np.isnan(x) | np.isnan(y)).any():
+        x, y = x[~gaps], y[~gaps]
+        if len(x) < 2: return dict(value=math.nan, p=math.nan, exact=True, low=math.nan, high=math.nan, n=len(x))
     p, exact = permutation_p(kind, x, y, seed=seed)
     rows = rng.integers(len(x), size=(resamples, len(x)))
     drawn = _many(kind, x[rows], y[rows])

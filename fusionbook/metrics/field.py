@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['robustness', 'probabilities', 'calibration', 'last_features', 'loss_barrier', 'beside_parent']
 
-# %% ../../nbs/40_metrics/09a_field.ipynb #0ec3e63b
+# %% ../../nbs/40_metrics/09a_field.ipynb #122b8f7c
+import math
 import torch
 from torch import Tensor, nn
 from ..core.errors import FusionError
@@ -18,7 +19,7 @@ from fusionbook.metrics.prediction_space import (
     negative_log_likelihood,
 )
 from .robustness import accuracy_under, fgsm, gradient_similarity, noisy, pgd
-from .similarity import linear_cka
+from .similarity import NoVariation, linear_cka
 
 # %% ../../nbs/40_metrics/09a_field.ipynb #d931e610
 def robustness(
@@ -97,7 +98,13 @@ def loss_barrier(
         net.load_state_dict(own)
         net.train(mode)
 
-# %% ../../nbs/40_metrics/09a_field.ipynb #52e138df
+# %% ../../nbs/40_metrics/09a_field.ipynb #0477058e
+def _feature_cka(net, parent, x):
+    "CKA of the last features; NaN where one network says the same of all inputs."
+    try: return linear_cka(last_features(net, x), last_features(parent, x))
+    except NoVariation: return math.nan
+
+# %% ../../nbs/40_metrics/09a_field.ipynb #31e50e6f
 def beside_parent(
     net:nn.Module, parent:nn.Module, # of one architecture: inputs -> logits
     train:tuple[Tensor, Tensor],     # inputs and labels that the barrier is of
@@ -115,5 +122,5 @@ def beside_parent(
         loss_barrier=loss_barrier(net, parent, *train),
         disagreement=disagreement(p, q),
         js_divergence=js_divergence(p, q),
-        feature_cka=linear_cka(last_features(net, x), last_features(parent, x)),
+        feature_cka=_feature_cka(net, parent, x),
     )
