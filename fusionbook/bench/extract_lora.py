@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRACT_HELP', 'Cut', 'cut_change', 'rank_of', 'Extraction', 'extract_lora', 'extract_lora_command']
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #51e82968
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #90fd6d89
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from .adapter_files import adapter_settings, check_adapter_place, factor_tensors, Factors
 from .adapter_files import write_adapter
-from .merge_adapters import words_of
+from .merge_adapters import check_types, words_of
 from .merge_sources import ModelHead, open_head
 from ..core.adapters import ties_head
 from ..core.checkpoint import Checkpoint
@@ -233,7 +233,7 @@ def _told(ranks, kept, share, whole, left):
     if left: lines.append(f'left out, though changed: {len(left)} tensors, such as {left[0]}')
     return lines
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #e70257dd
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #99a52fa1
 def extract_lora(
     model:str,                  # folder or hub name of a fine-tuned model
     base:str,                   # the model that it was trained from
@@ -249,6 +249,7 @@ def extract_lora(
     hub_mirror:Mapping[str, str]={}, # hub name -> local folder
 ) -> Extraction:
     "Write the difference of two models as a LoRA adapter of low rank."
+    check_types(extract_lora, locals())
     _checked(rank, energy, rank_pattern)
     check_known([dtype], ('float32', 'bfloat16', 'float16'), '`dtype`')
     heads = _opened(model, hub_mirror), _opened(base, hub_mirror)

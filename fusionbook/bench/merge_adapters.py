@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['ADAPTER_SPACES', 'ADAPTER_COMBINATIONS', 'ADAPTERS_HELP', 'keep_largest', 'drop_random', 'elected_mean',
-           'split_change', 'combined', 'combined_inside', 'base_notes', 'merge_adapters', 'words_of',
+           'split_change', 'combined', 'combined_inside', 'check_types', 'base_notes', 'merge_adapters', 'words_of',
            'merge_adapters_command']
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #c586a478
-import json
-from collections.abc import Mapping, Sequence
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #5df33b92
+import json, os
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 from .adapter_files import adapter_settings, check_adapter_place, factor_tensors, Factors
 from .adapter_files import read_factors, write_adapter
 from .merge_sources import locate_model
+from .recipe_values import typed_value
 from ..core.adapters import Adapter, is_adapter_folder, open_adapter
 from ..core.checkpoint import Checkpoint
 from ..core.errors import check_known, FusionError
@@ -185,7 +188,37 @@ def combined_inside(
     merged = merge_vectors(inner, zero, seen, names)
     return {t: _outside(spaces[t], merged[t], like[t]) for t in like}
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #70b9f1bd
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #9a7224c1
+_WORDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text', Sequence: 'a list'}
+
+def _fits(value, kind):
+    "Whether a value is of an annotated type; a number is finite, and no truth."
+    if isinstance(kind, UnionType): return any(_fits(value, k) for k in get_args(kind))
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin in (int, float):
+        return type(value) in (int, origin) and isfinite(value)
+    if origin is Sequence:
+        return isinstance(value, (list, tuple)) and all(_fits(v, *inner) for v in value)
+    if not isinstance(value, (str, Path) if origin is str else origin): return False
+    return not inner or all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+
+def _type_words(kind):
+    "What an annotated type is called."
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return ' or '.join(_WORDS.get(get_origin(k) or k, '{name: value}') for k in kinds if k is not NoneType)
+
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #8ff07ac4
+def check_types(
+    function:Callable, # whose keyword-only parameters are annotated
+    given:Mapping,     # values by name; others are not looked at
+) -> None:             # raises `FusionError`
+    "Refuse a value of another type than its parameter's."
+    kinds = get_type_hints(function)
+    for key in function.__kwdefaults__:
+        if key in given and not _fits(given[key], kinds[key]):
+            raise FusionError(f'expected `{key}` as {_type_words(kinds[key])}, got {given[key]!r:.60}')
+
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #dd30e1e0
 def _checked(kind, count, weights, density, sign, svd_rank, svd_clamp, options):
     "Refuse settings that a combination does not have, and values that they cannot have."
     check_known([kind], ADAPTER_COMBINATIONS, 'the types of combination')
@@ -210,12 +243,12 @@ def _checked(kind, count, weights, density, sign, svd_rank, svd_clamp, options):
         raise FusionError(
             f'expected `weights` unset for `{kind}`, got {weights}; give them to the method inside'
         )
-    weights = [1.] * count if weights is None else [float(w) for w in weights]
+    weights = [1.] * count if weights is None else list(map(float, weights))
     if len(weights) != count:
         raise FusionError(f'expected {count} `weights`, one for each adapter, got {len(weights)}')
     return weights
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #d1677c22
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #e79486e7
 def _opened(names, mirror):
     "Adapters by their names."
     if isinstance(names, (str, Path)) or not isinstance(names, Sequence) or not names:
@@ -228,7 +261,8 @@ def _opened(names, mirror):
                 f'expected adapters, got `{name}` without `adapter_config.json`; whole models are merged'
                 ' by `fusionbook merge`'
             )
-        if name in found: raise FusionError(f'expected each adapter once, got `{name}` twice')
+        twice = next((n for n, a in found.items() if os.path.samefile(a.path, path)), None)
+        if twice: raise FusionError(f'expected each adapter once, got `{name}` twice, first as `{twice}`')
         found[name] = open_adapter(path)
     return found
 
@@ -310,7 +344,7 @@ def _card(adapters, recipe, count):
         '',
     ])
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #5a6ada04
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #442e94f2
 def merge_adapters(
     adapters:Sequence[str],     # folders or hub names of LoRA adapters of one base
     out:str|Path,               # the folder of the new one
@@ -327,6 +361,7 @@ def merge_adapters(
     hub_mirror:Mapping[str, str]={}, # hub name -> local folder
 ) -> Path:                      # a folder that PEFT opens
     "Merge LoRA adapters into one adapter, without their base."
+    check_types(merge_adapters, locals())
     opened = _opened(adapters, hub_mirror)
     if dtype is not None: check_known([dtype], ('float32', 'bfloat16', 'float16'), '`dtype`')
     weights = _checked(
@@ -383,12 +418,11 @@ ADAPTERS_HELP = '''fusionbook merge-adapters adapters='[a/,b/]' [combination_typ
   fusionbook merge-adapters adapters='[cats/,dogs/]' combination_type=ties_svd density=0.3 both/
 '''
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #33ee4ae2
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #bfcfc184
 def words_of(
     argv:Sequence[str], # of a command: key=value, and places
 ) -> tuple[dict, list]: # values as YAML reads them; places
     "Keys and places of a line."
-    import yaml
     keys, places = {}, []
     for word in argv:
         head, sign, value = word.partition('=')
@@ -398,10 +432,7 @@ def words_of(
         elif head in keys:
             raise FusionError(f'expected `{head}` once, got it twice')
         else:
-            try:
-                keys[head] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise FusionError(f'expected `{head}` as YAML, got {value!r:.60}') from None
+            keys[head] = typed_value(head, value)
     return keys, places
 
 # %% ../../nbs/80_bench/17b_merge_adapters.ipynb #e209b1cf

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MERGE_HELP', 'merge_words', 'check_merge_place', 'plan_lines', 'merge', 'merge_command']
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #7326f810
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #94985cc1
 import json, os, shutil, sys, time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from .merge_sources import adapter_notes, code_notes
 from .mixture_recipe import read_mixture
 from .places import check_output
 from .recipe_file import MergeRecipe, read_recipe, recipe_from_words
+from .recipe_values import typed_value
 from .values import device_name, human_size, size
 from ..core.errors import FusionError, nearest
 
@@ -85,15 +86,11 @@ def merge_words(
         else: keys[head] = value
     return options, keys, places
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #8367a184
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #3e955e42
 def _mirror(value):
     "Names with their folders: a mapping, or `name=folder` once or more, with commas."
-    import yaml
-    found = (
-        value
-        if isinstance(value, Mapping)
-        else yaml.safe_load(value) if str(value).lstrip().startswith('{') else None
-    )
+    flow = str(value).lstrip().startswith('{')
+    found = value if isinstance(value, Mapping) else typed_value('hub_mirror', value) if flow else None
     if found is None: found = dict(p.partition('=')[::2] for p in str(value).split(','))
     if (
         isinstance(found, Mapping)
