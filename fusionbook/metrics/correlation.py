@@ -82,7 +82,7 @@ def permutation_p(
     ).sum()
     return float(hits / len(orders) if exact else (hits + 1) / (len(orders) + 1)), exact
 
-# %% ../../nbs/40_metrics/05_correlation_space.ipynb #7ddc2ff5
+# %% ../../nbs/40_metrics/05_correlation_space.ipynb #180f80ff
 def correlation_with_chance(
     kind:str,              # kendall, pearson or spearman
     x:Sequence[float],     # (n,); NaN where a metric is undefined: such a seed is left out
@@ -94,7 +94,8 @@ def correlation_with_chance(
     x, y, rng = np.asarray(x, float), np.asarray(y, float), np.random.default_rng(seed)
     if len(x) == len(y) and (gaps := np.isnan(x) | np.isnan(y)).any():
         x, y = x[~gaps], y[~gaps]
-        if len(x) < 2: return dict(value=math.nan, p=math.nan, exact=True, low=math.nan, high=math.nan, n=len(x))
+        unknown = dict.fromkeys(('value', 'p', 'low', 'high'), math.nan)
+        if len(x) < 2: return unknown | dict(exact=True, n=len(x))
     p, exact = permutation_p(kind, x, y, seed=seed)
     rows = rng.integers(len(x), size=(resamples, len(x)))
     drawn = _many(kind, x[rows], y[rows])
