@@ -55,20 +55,21 @@ def methods_requested(
         return plain(composed(f'method={n}', folders=folders)['method'])
     return {n: config(n) for n in dict.fromkeys(first.get(n, n) for n in names or every)}
 
-# %% ../../nbs/80_bench/98b_board.ipynb #ed7c3ac9
+# %% ../../nbs/80_bench/98b_board.ipynb #d72f926b
 @dataclass
 class BoardPlan:
     "A board as it was asked for; what a process of its own needs to measure one of its methods."
     pool: str            # name of the model pool
     run: dict            # a completed run with it and the test tasks
     choosing: dict       # the same with the validation tasks
-    validation: str      # their name
+    tested: str          # name of the test tasks
+    validation: str      # that of the others
     methods: dict        # name -> configuration
     seeds: list = field(default_factory=lambda: [0, 1, 2]) # of methods that draw random numbers
     bounds: dict = field(default_factory=dict)             # see `bounded`
     seconds: float | None = None                           # CPU time of a method
 
-# %% ../../nbs/80_bench/98b_board.ipynb #d044e42e
+# %% ../../nbs/80_bench/98b_board.ipynb #7c7a72f9
 def plan_board(
     words:Sequence[str],      # perhaps a model pool, methods, and key=value
     options:Sequence[str]=(), # of Hydra, such as --config-dir
@@ -87,7 +88,7 @@ def plan_board(
     def run(tasks):
         words = [f'modelpool={pool}', 'method=dummy', f'taskpool={tasks}', *rest, *options]
         return complete(plain(composition(words)))
-    return BoardPlan(pool, run(own), run(validation), validation, methods, **how)
+    return BoardPlan(pool, run(own), run(validation), own, validation, methods, **how)
 
 # %% ../../nbs/80_bench/98b_board.ipynb #f56924dc
 def benchmark_of(
@@ -146,7 +147,7 @@ def measure_board(
     bench = _ready(plan, folder)
     for name in track(list(plan.methods), 'board'): yield _row(bench, plan, name)
 
-# %% ../../nbs/80_bench/98b_board.ipynb #9ad74fed
+# %% ../../nbs/80_bench/98b_board.ipynb #72e832ae
 def make_board(
     plan:BoardPlan,
     rows:Sequence[Mapping],  # measured
@@ -155,7 +156,7 @@ def make_board(
 ) -> dict:                   # a digest
     "The digest of a board."
     facts = dict(pool=plan.pool, tasks=len(plan.run['taskpool'].get('test_datasets') or ()), seeds=plan.seeds)
-    facts |= dict(validation=plan.validation, bounds=plan.bounds)
+    facts |= dict(taskpool=plan.tested, validation=plan.validation, bounds=plan.bounds)
     if metric := metric_of(rows, folder) or (old or {}).get('metric'): facts['metric'] = metric
     every = [dict(r) for r in joined(facts, rows, old, [*book_methods(), *plan.methods])]
     order = ranked(facts | dict(methods=every))
@@ -190,13 +191,13 @@ def neighbours_again(
     found = (_again(bench, r, known[r['name']](), plan.seeds) for r in lost)
     return [r for r in found if r]
 
-# %% ../../nbs/80_bench/98b_board.ipynb #9adce87a
+# %% ../../nbs/80_bench/98b_board.ipynb #a1fd055e
 BOARD_USAGE = 'fusionbook board [POOL] [METHOD ...] [key=value ...] [--seeds N] [--report]'
 _FLAGS = { # flag -> what it is
     '--seeds': dict(type=int, default=3, help='seeds of a method that draws random numbers'),
     '--jobs': dict(type=int, default=1, help='processes that share the methods'),
     '--seconds': dict(type=float, default=1800, help='CPU time of a method; the same call goes on'),
-    '--bound': dict(action='append', metavar='FIELD=N', help='at most N in this field; else max_steps=100'),
+    '--bound': dict(action='append', metavar='FIELD=N', help='at most N in this field; else 100 steps'),
     '--output': dict(metavar='FOLDER', help='where it is written; else _runs/board_POOL'),
     '--report': dict(action='store_true', help="put the digest among the book's (in a clone of the book)"),
     '--config-dir': dict(metavar='D', help='your own configurations too'),
@@ -208,7 +209,7 @@ def board_flags() -> Flags:
     for name, how in _FLAGS.items(): p.add_argument(*(['-o'] if name == '--output' else []), name, **how)
     return p
 
-# %% ../../nbs/80_bench/98b_board.ipynb #b22d5199
+# %% ../../nbs/80_bench/98b_board.ipynb #c4dda252
 def _sorted(argv):
     "The words, and the flags with their values."
     words, flags, rest = [], [], list(argv)
@@ -219,9 +220,10 @@ def _sorted(argv):
             flags += [rest.pop(0)] if rest else []
     return words, flags
 
+_STEPS = 'max_steps=100', 'max_adamerging_steps=100' # of the methods that learn
 def _bounds(given):
     "Field -> the largest number."
-    bounds = [b.partition('=') for b in given or ['max_steps=100']]
+    bounds = [b.partition('=') for b in given or _STEPS]
     if bad := [''.join(b) for b in bounds if not b[2].isdigit()]:
         raise FusionError(f'expected --bound FIELD=N, such as max_steps=100, got `{bad[0]}`')
     return {k: int(n) for k, _, n in bounds}
