@@ -149,7 +149,7 @@ def _plain(x):
     if isinstance(x, nn.Module): return recipe_of(x)
     return x
 
-# %% ../../nbs/20_models/06_recipe.ipynb #3166d2e5
+# %% ../../nbs/20_models/06_recipe.ipynb #0a225298
 def _facts(network):
     return {k: v for k, v in network_facts(network).items() if k != 'code'} | {
         'names': list(network.state_dict())
@@ -158,8 +158,9 @@ def _facts(network):
 def _check_stated(network, node):
     "Refuse a recipe that makes another network."
     if _nodes({k: v for k, v in node.items() if k != '_target_'}): return # its parts have been compared
-    was, made = _facts(network), _facts(untrained(node))
-    if was == made: return
+    was = _facts(network)
+    if was == _facts(untrained(node, 'meta')): return # without the memory of a second network
+    if was == (made := _facts(untrained(node))): return # some keep numbers that no state dict has
     odd = next(
         (a[0] or 'itself' for a, b in zip(was['parts'], made['parts'], strict=False) if a != b), 'its parts'
     )
