@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['accumulation', 'entropy_rank', 'matrix_spectra', 'SpectrumOfMerge']
 
-# %% ../../nbs/75_analysis/07b_spectra.ipynb #2c00e41d
+# %% ../../nbs/75_analysis/07b_spectra.ipynb #fb97fb91
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
 import torch
 from torch import Tensor
 from .base import BaseAnalysis, Findings, Table, check_asked, layer_name, state_of
-from .subspaces import alignment_ratio
+from .subspaces import energy_directions, share_inside
 from .task_vectors import compared_names
 from ..core.errors import FusionError
 from ..core.matrices import matrix_rule
@@ -56,21 +56,13 @@ def matrix_spectra(
             experts=torch.stack([moved(e) for e in experts]), merged={n: moved(m) for n, m in merged.items()}
         )
 
-# %% ../../nbs/75_analysis/07b_spectra.ipynb #10024f88
-def _row(name, method, taus, merged):
-    "The numbers of one matrix of one merged model, and its singular values."
-    s = torch.linalg.svdvals(merged).cpu()
-    kept = [alignment_ratio(t, merged) for t in taus]
-    kept = [x for x in kept if x == x]
-    summed = torch.linalg.svdvals(taus.sum(0)).cpu()
-    numbers = (
-        accumulation(list(taus)),
-        entropy_rank(summed),
-        entropy_rank(s),
-        float(s[0]),
-        float(summed[0]),
-    )
-    return [method, name, *numbers, sum(kept) / len(kept) if kept else math.nan], s, summed
+# %% ../../nbs/75_analysis/07b_spectra.ipynb #bdefb355
+def _row(taus, accumulated, summed, merged):
+    "The numbers of one matrix of one merged model, and its singular values; those of the experts are known."
+    s, outputs = torch.linalg.svdvals(merged).cpu(), energy_directions(merged, .05)
+    kept = [x for t in taus if (x := share_inside(t, outputs)) == x]
+    numbers = accumulated, entropy_rank(summed), entropy_rank(s), float(s[0]), float(summed[0])
+    return [*numbers, sum(kept) / len(kept) if kept else math.nan], s
 
 _HEAD = [
     'method',
@@ -83,7 +75,7 @@ _HEAD = [
     'kept',
 ]
 
-# %% ../../nbs/75_analysis/07b_spectra.ipynb #af791c6f
+# %% ../../nbs/75_analysis/07b_spectra.ipynb #d73eb655
 @dataclass
 class SpectrumOfMerge(BaseAnalysis):
     "Singular values of merged models beside those of the summed experts: accumulation, effective ranks, what is kept of each expert."
@@ -97,10 +89,12 @@ class SpectrumOfMerge(BaseAnalysis):
         models, rows, drawn = {n: state_of(m) for n, m in merged.items()}, [], {}
         how = dict(matrices=self.matrices, device=self.device)
         for k, found in matrix_spectra(pool.pretrained(), pool.experts(), models, **how):
+            taus = found['experts']
+            accumulated, summed = accumulation(list(taus)), torch.linalg.svdvals(taus.sum(0)).cpu()
+            drawn[k] = {'sum of experts': summed}
             for method, tau in found['merged'].items():
-                row, own, summed = _row(k, method, found['experts'], tau)
-                rows.append(row)
-                drawn.setdefault(k, {'sum of experts': summed})[method] = own
+                row, drawn[k][method] = _row(taus, accumulated, summed, tau)
+                rows.append([method, k, *row])
         if not rows: raise FusionError(f'expected a model with matrices ({self.matrices}), got none')
         return Findings(dict(spectra=Table(_HEAD, rows)), _figures(rows, drawn, list(merged)))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MatrixDirections', 'leading_directions', 'principal_angles', 'subspace_overlap', 'singular_task_interference',
-           'alignment_ratio']
+           'energy_directions', 'share_inside', 'alignment_ratio']
 
 # %% ../../nbs/75_analysis/02_subspaces.ipynb #38644637
 import math
@@ -64,15 +64,28 @@ def singular_task_interference(
     scale = float(s.sum()) if relative else 1.
     return found / scale if scale else 0.
 
-# %% ../../nbs/75_analysis/02_subspaces.ipynb #7571d7ab
+# %% ../../nbs/75_analysis/02_subspaces.ipynb #98671d8d
+def energy_directions(
+    matrix:Tensor, # (m, n)
+    epsilon:float, # share of its norm that may be left out
+) -> Tensor:       # (m, k), orthonormal columns
+    "The fewest outputs that hold a matrix but for a small share."
+    d = leading_directions(matrix, min(matrix.shape))
+    left = d.values.square().flip(0).cumsum(0).flip(0) # what is left out from here on
+    return d.left[:, :int((left > epsilon ** 2 * d.values.square().sum()).sum())]
+
+def share_inside(
+    matrix:Tensor,  # (m, n)
+    outputs:Tensor, # (m, k), orthonormal columns
+) -> float:         # in [0, 1]; NaN for zero
+    "Share of a matrix's norm in some outputs."
+    a = matrix.double()
+    return float((outputs.T @ a).norm() / a.norm()) if a.norm() else math.nan
+
 def alignment_ratio(
     expert:Tensor, # τᵢ, (m, n)
     merged:Tensor, # τ of the merge, (m, n)
     epsilon:float=.05, # share of the merged norm that may be left out
 ) -> float:        # in [0, 1]; NaN for an expert that did not move
     "Share of a task vector in the directions of the merge (Marczak et al., 2025)."
-    d, tau = leading_directions(merged, min(merged.shape)), expert.double()
-    if not tau.norm(): return math.nan
-    left = d.values.square().flip(0).cumsum(0).flip(0) # what is left out from here on
-    k = int((left > epsilon ** 2 * d.values.square().sum()).sum())
-    return float((d.left[:, :k].T @ tau).norm() / tau.norm())
+    return share_inside(expert, energy_directions(merged, epsilon))
