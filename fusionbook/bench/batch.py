@@ -114,17 +114,17 @@ def _averages(run):
         if value is not None: means[n], metrics[n] = value, metric
     return means, metrics
 
-# %% ../../nbs/80_bench/05b_batch.ipynb #8a687752
+# %% ../../nbs/80_bench/05b_batch.ipynb #aed35229
 def finished(
     run:NotebookRun,      # perhaps done before
     content:str,  # hash of the notebook
 ) -> bool:
     "Whether a run's copy is there and whole, and so is the file that it wrote."
-    requested = run.given.get('out_json')
+    written = run.given.get('out_json')
     try:
         copy = json.loads(run.copy.read_text(encoding='utf-8'))
         note = copy['metadata']['fusionbook']
-        whole = note['digest'] == copy_hash(copy) and (not requested or Path(requested).exists())
+        whole = note['digest'] == copy_hash(copy) and (not written or Path(written).exists())
         same = note['notebook'] == content and note['parameters'] == json.loads(json.dumps(run.given))
         return whole and same and note['state'] == 'finished'
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError): return False
@@ -164,16 +164,16 @@ def summary_table(
         [*keys, 'state', 'seconds', *(f'{n}, {m.heading}' for n, m in names.items())], [line(r) for r in runs]
     )
 
-# %% ../../nbs/80_bench/05b_batch.ipynb #9c990f70
+# %% ../../nbs/80_bench/05b_batch.ipynb #17dbddd9
 def _page(title, runs, link='{}'):
     "A notebook with the table."
     count = {s: sum(r.state == s for r in runs) for s in ('finished', 'kept', 'failed', 'waiting')}
-    message = ', '.join(f'{n} {s}' for s, n in count.items() if n)
+    counts = ', '.join(f'{n} {s}' for s, n in count.items() if n)
     same = parameters_text(
         {k: v for k, v in runs[0].given.items() if k not in runs[0].named and k != 'out_json'}
     )
     text = [
-        f'# {title}\n\n> {len(runs)} runs: {message}.',
+        f'# {title}\n\n> {len(runs)} runs: {counts}.',
         summary_table(runs, link) + (f'\n\nThe same in every run: {same}.' if same else ''),
     ]
     cells = [
@@ -312,15 +312,15 @@ def _many(name, fixed, grid, output, report, folder):
             + f'; the page with all: {page}'
         )
 
-# %% ../../nbs/80_bench/05b_batch.ipynb #93143dd6
+# %% ../../nbs/80_bench/05b_batch.ipynb #61f7f399
 def experiment_command(
     argv:Sequence[str],      # what the user typed after `fusionbook experiment`
     folder:Path=EXPERIMENTS,
 ) -> None:                   # raises `FusionError` when a run failed
     "Run what `fusionbook experiment` asks for, and print where it lies."
-    requested = experiment_arguments(argv)
-    if requested['report'] and not REPORTS.is_dir():
+    options = experiment_arguments(argv)
+    if options['report'] and not REPORTS.is_dir():
         raise FusionError(f'expected a clone of the book to put reports into, got no folder `{REPORTS}`')
-    grid = requested.pop('grid')
-    if grid: _many(grid=grid, folder=folder, **requested)
-    else: _one(folder=folder, **requested)
+    grid = options.pop('grid')
+    if grid: _many(grid=grid, folder=folder, **options)
+    else: _one(folder=folder, **options)

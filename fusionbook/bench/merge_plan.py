@@ -176,7 +176,7 @@ def output_config(
             changed[k] = _per_layer(k, plan)
     return config | changed if inner is config else config | {'text_config': inner | changed}
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #d6d21ab6
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #8bf27c12
 def output_files(
     plan:MergePlan,
 ) -> dict: # name -> content
@@ -186,8 +186,8 @@ def output_files(
         words = tokenizer_files(plan.tokens, plan.heads)
         files = {n: d for n, d in files.items() if not OWN_FILES.search(n)} | words
         if 'generation_config.json' in files:
-            facts = moved_ids(json.loads(files['generation_config.json']), plan.tokens)
-            files['generation_config.json'] = json.dumps(facts, indent=2)
+            generation = moved_ids(json.loads(files['generation_config.json']), plan.tokens)
+            files['generation_config.json'] = json.dumps(generation, indent=2)
     if files and plan.reference.config: files['config.json'] = json.dumps(output_config(plan), indent=2)
     template = chat_template(recipe.chat_template, plan.heads.values()) if recipe.chat_template else None
     return with_template(files, template) if template else files

@@ -261,17 +261,17 @@ def _told_config(plan):
         sizes[t.kind.dtype[6:]] = sizes.get(t.kind.dtype[6:], 0) + t.kind.floating * t.kind.size
     return typed_config(json.dumps(output_config(plan)), max(sizes, key=sizes.get))
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #8e68ed87
+# %% ../../nbs/80_bench/16_merge_run.ipynb #6d6c8413
 def _beside(plan, log):
     "The files beside the tensors, when all has been read."
     identities = {n: log.identity(n) for n in log.raw}
-    settings = dict(
+    record = dict(
         format=1, method=plan.recipe.method, recipe=plan.recipe.text, sources=identities, versions=_versions()
     )
     config = {'config.json': _told_config(plan)} if plan.reference.config else {}
     own = {
         'README.md': merge_card(plan, identities, _versions()),
-        'merge.json': json_text(settings),
+        'merge.json': json_text(record),
         'merge.yml': plan.recipe.text,
     }
     return {**output_files(plan), **config, **own}

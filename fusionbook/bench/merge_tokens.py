@@ -72,18 +72,18 @@ class TokenPlan:
 
 def _next(words): return max(words.values(), default=-1) + 1
 
-# %% ../../nbs/80_bench/14c_merge_tokens.ipynb #0c5d2319
-def _default(word, choice, tables, base):
+# %% ../../nbs/80_bench/14c_merge_tokens.ipynb #244d839e
+def _default(word, source, tables, base):
     "Where the row of a word comes from in a model that lacks it."
-    if choice and choice['kind'] == 'zero': return 'zero'
-    if choice and choice['kind'] == 'model': return choice['model'], _row_in(tables, choice['model'], word)
-    if choice: return choice['model'], _requested_row(tables, choice)
+    if source and source['kind'] == 'zero': return 'zero'
+    if source and source['kind'] == 'model': return source['model'], _row_in(tables, source['model'], word)
+    if source: return source['model'], _row_of_token(tables, source)
     having = [m for m, t in tables.items() if word in t]
     if not having: return 'zero'
     if len(having) == 1: return having[0], tables[having[0]][word]
     return (base, tables[base][word]) if base in having else 'mean'
 
-# %% ../../nbs/80_bench/14c_merge_tokens.ipynb #44900776
+# %% ../../nbs/80_bench/14c_merge_tokens.ipynb #5e811e02
 def _row_in(tables, model, word):
     if model not in tables:
         raise FusionError(
@@ -93,11 +93,11 @@ def _row_in(tables, model, word):
         raise FusionError(f'expected the token `{word}` in `{model}`, which does not have it')
     return tables[model][word]
 
-def _requested_row(tables, choice):
-    if choice.get('token') is not None: return _row_in(tables, choice['model'], str(choice['token']))
-    if type(choice.get('token_id')) is not int:
-        raise FusionError(f'expected `token` or `token_id` of `{choice["model"]}`, got neither')
-    return choice['token_id']
+def _row_of_token(tables, source):
+    if source.get('token') is not None: return _row_in(tables, source['model'], str(source['token']))
+    if type(source.get('token_id')) is not int:
+        raise FusionError(f'expected `token` or `token_id` of `{source["model"]}`, got neither')
+    return source['token_id']
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #6cb1eb3f
 def _source_words(spec, tables, reference):
@@ -123,7 +123,7 @@ def _count(spec, words, own_rows):
     need, pad = _next(words), spec['pad_to_multiple_of']
     return -(-need // pad) * pad if pad else max(need, own_rows)
 
-# %% ../../nbs/80_bench/14c_merge_tokens.ipynb #7baf1950
+# %% ../../nbs/80_bench/14c_merge_tokens.ipynb #e105ac92
 def plan_tokens(
     spec:Mapping,                # source, tokens, pad_to_multiple_of, as a recipe has them
     heads:Mapping[str, ModelHead],
@@ -136,15 +136,15 @@ def plan_tokens(
     words, own, added = _source_words(spec, tables, reference)
     sizes = {m: _rows(h) for m, h in heads.items()}
     for m, t in tables.items(): tables[m] = {w: r for w, r in t.items() if r < sizes[m]}
-    rows, choice = _count(spec, words, sizes[own]), spec['tokens']
+    rows, sources = _count(spec, words, sizes[own]), spec['tokens']
     at = {r: w for w, r in words.items()}
-    forced = {w for w, a in choice.items() if a['force']}
+    forced = {w for w, a in sources.items() if a['force']}
     picks = {m: [-1] * rows for m in heads}
     for m, t in tables.items():
         for w, r in words.items():
             if w in t and w not in forced: picks[m][r] = t[w]
     fills = {
-        r: _default(w, choice.get(w), tables, base)
+        r: _default(w, sources.get(w), tables, base)
         for r, w in at.items()
         if any(p[r] < 0 for p in picks.values())
     }

@@ -285,7 +285,7 @@ def tuned_on(
     "What the hyper-parameters of a report were chosen on."
     return report.get('tuned_on') or (report.get('sweep') or {}).get('chosen_on') or 'nothing'
 
-# %% ../../nbs/80_bench/01_report.ipynb #5a7057fe
+# %% ../../nbs/80_bench/01_report.ipynb #0b30695c
 def _met(report):
     "Which data the method read, or was tuned on, that are test data."
     found = {
@@ -304,8 +304,8 @@ def _given(report):
     rows = [r for r in report['rows'] if r['metric'] == report.primary.name]
     few = {r['task']: r['clusters'] for r in rows if r.get('clusters') and r['low'] is None}
     given = 'which the interval of the average takes as given'
-    message = given if report.primary.interval == 'proportion' else 'too few for an interval'
-    return [f'{t}: {n} sources, {message}' for t, n in few.items()]
+    reason = given if report.primary.interval == 'proportion' else 'too few for an interval'
+    return [f'{t}: {n} sources, {reason}' for t, n in few.items()]
 
 # %% ../../nbs/80_bench/01_report.ipynb #d4f69d67
 @patch

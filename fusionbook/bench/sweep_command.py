@@ -11,17 +11,17 @@ from .arguments import GROUPS, catalogue, composition, explain, search_folders, 
 from ..core.config import CONFIG, composed
 from ..core.errors import FusionError, nearest
 
-# %% ../../nbs/80_bench/08b_sweep_command.ipynb #e00405f3
+# %% ../../nbs/80_bench/08b_sweep_command.ipynb #067101a8
 def validation_name(
-    requested:str|None,      # `validation=…`
+    typed:str|None,      # `validation=…`
     own:str|None,        # the run's task pool, None where it has no name
     known:Sequence[str], # task pools that exist
 ) -> str:
     "The task pool to choose on; `test` is the run's own."
-    if requested == 'test' or requested in known: return requested
-    if requested:
+    if typed == 'test' or typed in known: return typed
+    if typed:
         raise FusionError(
-            f'expected a taskpool as `validation`, got `{requested}`; {nearest(requested, [*known, "test"])}'
+            f'expected a taskpool as `validation`, got `{typed}`; {nearest(typed, [*known, "test"])}'
         )
     if own and f'{own}_validation' in known: return f'{own}_validation'
     raise FusionError(
@@ -40,18 +40,18 @@ def _other(name, fixed, folders):
             raise FusionError(explain(e, words, [CONFIG, *folders])) from e
         raise
 
-# %% ../../nbs/80_bench/08b_sweep_command.ipynb #72e3025f
+# %% ../../nbs/80_bench/08b_sweep_command.ipynb #298ad80b
 def _read_sweep(argv):
     "The grid, the words as typed before `=`, what is fixed, and what is asked of the sweep itself."
     from fusionbook.bench.sweep import axis, points
-    options, overrides, files = split_words(argv)
-    if bad := [o for o in options if o in ('-m', '--multirun')]:
+    flags, overrides, files = split_words(argv)
+    if bad := [o for o in flags if o in ('-m', '--multirun')]:
         raise FusionError(f'expected a sweep without `{bad[0]}`, which starts a run for every point')
-    grid, typed, fixed, requested = {}, {}, [], {}
+    grid, typed, fixed, options = {}, {}, [], {}
     for word in overrides:
         key, _, text = word.partition('=')
         name, values = key.lstrip('+'), None if key.startswith('~') else axis(text)
-        if name in ('validation', 'allow_overlap'): requested[name] = text
+        if name in ('validation', 'allow_overlap'): options[name] = text
         elif values: grid[name], typed[name] = values, key
         else: fixed.append(word)
     points(grid) # refuses an empty grid and one too large
@@ -59,8 +59,8 @@ def _read_sweep(argv):
         grid,
         typed,
         fixed,
-        requested,
-        [w for k, v in options.items() for w in ([k] if v is None else [k, v])] + files,
+        options,
+        [w for k, v in flags.items() for w in ([k] if v is None else [k, v])] + files,
     )
 
 # %% ../../nbs/80_bench/08b_sweep_command.ipynb #3b04d7a9
@@ -79,13 +79,13 @@ def _composer(words, grid, typed, other):
         return cfg | ({'validation': at({'taskpool': other}, below)['taskpool']} if other else {})
     return compose
 
-# %% ../../nbs/80_bench/08b_sweep_command.ipynb #3f48806f
+# %% ../../nbs/80_bench/08b_sweep_command.ipynb #cd15e2c9
 def sweep_command(
     argv:Sequence[str], # what the user typed after `fusionbook sweep`
 ) -> None:
     "fusionbook sweep key=values ... [validation=TASKPOOL] [allow_overlap=true]"
     from fusionbook.bench.sweep import run_sweep
-    grid, typed, fixed, requested, rest = _read_sweep(argv)
+    grid, typed, fixed, options, rest = _read_sweep(argv)
     chosen = {w.split('=')[0].lstrip('+'): w.split('=', 1)[1] for w in fixed if '=' in w}
     outside = any(
         w.split('=')[0] in ('--config-path', '-cp', '--config-name', '-cn') or w.endswith(('.yaml', '.yml'))
@@ -97,10 +97,10 @@ def sweep_command(
         else chosen.get('taskpool', 'dummy' if 'modelpool' in chosen else 'mini8').removesuffix('.yaml')
     )
     folders = search_folders(rest)
-    allowed = requested.get('allow_overlap', 'false').lower()
+    allowed = options.get('allow_overlap', 'false').lower()
     if allowed not in ('true', 'false'):
         raise FusionError(f'expected `allow_overlap` as true or false, got `{allowed}`')
-    wanted = requested.get('validation', '').removesuffix('.yaml') or None
+    wanted = options.get('validation', '').removesuffix('.yaml') or None
     name = validation_name(wanted, own, catalogue('taskpool', folders))
     other = _other(name, fixed, folders[1:]) if name != 'test' else None
     if any(w in ('--cfg', '-c') for w in rest): return composition(rest + fixed)
