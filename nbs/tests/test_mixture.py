@@ -143,6 +143,7 @@ KEPT = {
     'TwinMerging': dict(rank=2),
     'DataAdaptiveWeightEnsemblingForCLIP': dict(max_steps=2, lr=.01),
     'PWEMoELinearScalarizationForCLIP': dict(num_steps=3, lr=.01),
+    'PWEMoEExactParetoOptimalForOpenCLIP': dict(num_steps=3),
 }
 OPEN = """
 import sys, torch, fusionbook

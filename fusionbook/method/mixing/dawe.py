@@ -102,7 +102,7 @@ def network(self:DataAdaptiveWeightEnsemblingForCLIP,
     net.gate.start(self.init_lambda, self.seed, 'gate')
     return put_vectors(net, base, experts, sparsity=self.task_vector_sparsity, device=self.device)
 
-# %% ../../../nbs/68_mixing/dawe.ipynb #9dc73d92
+# %% ../../../nbs/68_mixing/dawe.ipynb #b217367b
 @patch
 def learn(self:DataAdaptiveWeightEnsemblingForCLIP,
     pool,                    # with inputs and heads
@@ -119,7 +119,7 @@ def learn(self:DataAdaptiveWeightEnsemblingForCLIP,
             value.backward()
             total += value.item()
         return total
-    how = dict(every=self.save_interval) | (dict(steps=0) if self.skip_training else {})
+    how = dict(every=self.save_interval) | (dict(steps=None) if self.skip_training else {})
     same = replace(self, skip_training=False) # a checkpoint does not ask what is done with it
     curve = same.follow(pool, parameters, objective, tasks=net.tasks, **how)
     for p in parameters.values(): p.requires_grad_(False)
