@@ -139,9 +139,8 @@ def _method(cfg):
     named = {'name': name} if name.startswith(_ON_TEST[:2]) and name.endswith('_adamerging') else {}
     return plain(OmegaConf.load(files[name])) | data | {k: v for k, v in cfg.items() if k != 'name'} | named
 
-# %% ../../nbs/00_core/07_legacy.ipynb #6472c206
+# %% ../../nbs/00_core/07_legacy.ipynb #2a0b1cae
 _ABSENT = (
-    'pwe_moe_epo_for_clip',
     'clip_finetune',
     'magnitude_pruning_for_llama',
     'random_pruning_for_llama',
