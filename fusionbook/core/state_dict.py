@@ -28,7 +28,7 @@ def meta(
         dict(known) if known is not None else {k: torch.empty_like(v, device='meta') for k, v in sd.items()}
     )
 
-# %% ../../nbs/00_core/01_state_dict.ipynb #35d2515c
+# %% ../../nbs/00_core/01_state_dict.ipynb #92733572
 def shared(
     sd:StateDict, # any state dict
 ) -> dict[str, str]: # alias -> the earlier name that owns the tensor
@@ -39,7 +39,8 @@ def shared(
     for name, t in sd.items():
         if not t.numel(): continue
         key = t.device, t.data_ptr(), t.dtype, t.shape, t.stride()
-        if owner.setdefault(key, name) != name: tied[name] = owner[key]
+        first = owner.setdefault(key, name)
+        if first != name and sd[first].data_ptr() == t.data_ptr(): tied[name] = first
     return tied
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #f6448276

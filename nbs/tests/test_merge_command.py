@@ -54,6 +54,22 @@ def answers(network, inputs):
 
 KINDS = 'llama', 'llama_tied', 'mistral', 'qwen2', 'qwen3', 'gpt2', 'bert', 't5', 'vit', 'clip', 'mixtral'
 
+def test_tensors_that_one_file_ties_and_another_does_not(tmp_path):
+    "A file of ours keeps one tensor for two names: each is read; where the reference has one tensor and another file two different ones, one would be lost."
+    from fusionbook.core.checkpoint import Checkpoint, save
+    one = torch.arange(6.).view(3, 2)
+    save({'embed': one, 'head': one}, tmp_path/'tied')
+    save({'embed': one + 1, 'head': one - 3}, tmp_path/'apart')
+    save({'embed': one + 1, 'head': one.clone() + 1}, tmp_path/'twice')
+    def merged(*names):
+        return Checkpoint(fusionbook.merge(method='simple_average', models=[str(tmp_path/n) for n in names], out=tmp_path/'_'.join(names)))
+    found = merged('apart', 'tied')
+    assert torch.equal(found['embed'], one + .5) and torch.equal(found['head'], one - 1.5)
+    found = merged('tied', 'twice')
+    assert torch.equal(found['embed'], one + .5) and torch.equal(found['head'], one + .5)
+    with pytest.raises(FusionError, match='expected `head` of `.*apart` to be its `embed`, as in `.*tied`, got a head of its own'): merged('tied', 'apart')
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_transformers_opens_the_result(kind, tmp_path):
     "Task arithmetic of two experts: the network that transformers opens answers as one whose parameters were computed by hand."
