@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged_state', 'merge_card', 'write_merge']
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #2d1a4e06
+# %% ../../nbs/80_bench/16_merge_run.ipynb #c9e64d7f
 import hashlib, json, os, time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -19,13 +19,14 @@ from .merge_tensors import is_vocabulary, tied_embedding, vocabulary_axis
 from .merge_tokens import align_rows
 from .values import human_size
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #430c31c1
+# %% ../../nbs/80_bench/16_merge_run.ipynb #25a522a9
 from ..core.atomic import json_text
 from ..core.checkpoint import Checkpoint
 from ..core.engine import check_memory
 from ..core.entries import chunk
 from ..core.errors import FusionError
 from ..core.folders import typed_config
+from ..core.matrices import is_head
 from ..core.mergeable import rounded
 from ..core.progress import track
 from ..core.resumable import ReadLog, WriteJob, save_resumable
@@ -47,14 +48,16 @@ def _remembering(sd):
         return last[name]
     return Lazy({k: partial(read, k) for k in sd.meta}, sd.meta, sd.tied)
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #e5c6a3fb
+# %% ../../nbs/80_bench/16_merge_run.ipynb #93091aaf
 def _stored(name, head, log):
     "The tensors of a model's files, and what is read of them noted."
     sd = log.watch(name, Checkpoint(head.path))
     info = meta(sd)
     def kind(n): return info[head.stored[n]].to(torch.bfloat16) if n in head.small else info[head.stored[n]]
     def read(n): return sd[head.stored[n]].to(kind(n).dtype)
-    return Lazy({n: partial(read, n) for n in head.stored}, {n: kind(n) for n in head.stored})
+    kinds = {n: kind(n) for n in head.stored}
+    second = {a: kinds[o] for a, o in head.tied.items()}
+    return Lazy({n: partial(read, n) for n in head.stored}, kinds | second, head.tied)
 
 # %% ../../nbs/80_bench/16_merge_run.ipynb #4957c597
 def _states(plan, log, device):
@@ -141,21 +144,28 @@ def _group_state(group, plan, states, device):
     for m in group.models: pool[names.get(m, m)] = _view(group, m, plan, states, not pool)
     return _method(group, device).merge(BaseModelPool(pool))
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #ad19834a
-def _check_tied_heads(plan, states):
-    "A head that the reference ties to its embedding must be tied in every model, too."
+# %% ../../nbs/80_bench/16_merge_run.ipynb #4cfabea1
+def _second_names(plan, model):
+    "Names of a model that the reference makes equal to another one, with that one, but the model's file does not."
+    reference, head = plan.reference, plan.heads[model]
+    for n, first in reference.tied.items():
+        if {n, first} <= head.kinds.keys() and head.tied.get(n) != first: yield n, first
+    for n in head.kinds.keys() - reference.kinds.keys() - head.tied.keys():
+        if embedding := tied_embedding(head.kinds, head.kinds[n]): yield n, embedding
+
+def _check_ties(plan, states):
+    "What the reference ties, such as a head to its embedding, must be the same in every model."
     used = {m for g in plan.groups for t in g.tensors for m in t.sources}
-    for m in used - {*plan.stages} if plan.layers is None else ():
-        kinds = plan.heads[m].kinds
-        for n in kinds.keys() - plan.reference.kinds.keys() - plan.heads[m].tied.keys():
-            words = tied_embedding(kinds, kinds[n])
-            if words and not torch.equal(states[m][n], states[m][words]):
+    for m in sorted(used - {*plan.stages}) if plan.layers is None else ():
+        for n, first in _second_names(plan, m):
+            if not torch.equal(states[m][n], states[m][first]):
+                kind = 'head' if is_head(n) else 'tensor'
                 raise FusionError(
-                    f'expected `{n}` of `{m}` to be its embedding, as in `{plan.reference.name}`, got a head'
-                    ' of its own'
+                    f'expected `{n}` of `{m}` to be its `{first}`, as in `{plan.reference.name}`, '
+                    f'got a {kind} of its own'
                 )
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #519af8ed
+# %% ../../nbs/80_bench/16_merge_run.ipynb #4bd60c29
 def merged_state(
     plan:MergePlan,
     log:ReadLog,       # notes what is read
@@ -163,7 +173,7 @@ def merged_state(
 ) -> Lazy:             # in the order of the reference
     "The model that a plan makes, computed when it is read; whatever a method refuses is refused now."
     states = _states(plan, log, device)
-    _check_tied_heads(plan, states)
+    _check_ties(plan, states)
     table, info, parts, memory = {}, {}, {}, (0, '')
     for group in plan.groups:
         part = _group_state(group, plan, states, device)
