@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chosen_names', 'chosen_models', 'plane_points', 'surface_figure', 'LossLandscape']
 
-# %% ../../nbs/75_analysis/06_landscape.ipynb #a2442a73
+# %% ../../nbs/75_analysis/06_landscape.ipynb #11713bfa
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations, cycle
@@ -28,6 +28,7 @@ from .task_vectors import added, pair_sums
 from ..core.errors import FusionError, check_known, nearest
 from ..core.plot import curves, figure, heatmap, theme
 from ..core.state_dict import StateDict
+from ..metrics.landscape import plane_frame
 
 # %% ../../nbs/75_analysis/06_landscape.ipynb #83945333
 _WANTS = dict(line=2, plane=3, tasks=2, random=1, curve=2, barriers=0) # models; 0 for two or more
@@ -87,13 +88,12 @@ def _grid(low, high, points):
     axis = _axis(low, high, points)
     return [((s, t), (1 - s - t, s, t)) for t in axis for s in axis]
 
-# %% ../../nbs/75_analysis/06_landscape.ipynb #a60feff7
+# %% ../../nbs/75_analysis/06_landscape.ipynb #826ee90a
 def _frame(anchors):
     "Of three models: width ‖b - a‖, height of c above that line, and where its foot is, as a share of the width."
     g = added(pair_sums(anchors[0], anchors[1:]).values()).gram
     check_independent(g)
-    foot = (g[0, 1] / g[0, 0]).item()
-    return g[0, 0].item() ** .5, (g[1, 1] - foot * g[0, 1]).clamp(min=0).item() ** .5, foot
+    return plane_frame(g)
 
 # %% ../../nbs/75_analysis/06_landscape.ipynb #3d716213
 def plane_points(

@@ -7,7 +7,7 @@ __all__ = ['ADAPTER_SPACES', 'ADAPTER_COMBINATIONS', 'ADAPTERS_HELP', 'keep_larg
            'split_change', 'combined', 'combined_inside', 'check_types', 'base_notes', 'merge_adapters', 'words_of',
            'merge_adapters_command']
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #5df33b92
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #0ee2ff72
 import json, os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -29,6 +29,7 @@ from ..method.subspace.coordinates import inner_method, merge_vectors
 from ..method.subspace.core_space import core_coordinates
 from ..method.subspace.knots import knots_coordinates
 from ..method.subspace.spectrum import leading
+from ..method.task_vector.elect import disjoint_merge, elect_sign
 
 # %% ../../nbs/80_bench/17b_merge_adapters.ipynb #248c4f43
 def keep_largest(
@@ -50,17 +51,15 @@ def drop_random(
     kept = torch.rand(t.shape, generator=generator(seed, name)) < density
     return t * kept / density
 
-# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #6caba002
+# %% ../../nbs/80_bench/17b_merge_adapters.ipynb #a612e9fb
 def elected_mean(
     stack:Tensor,           # (T, …)
     weights:Sequence[float],# (T,)
     *, by:str,              # `total` or `frequency`
 ) -> Tensor:
     "The weighted sum over the entries whose sign was elected, divided by their number (TIES, as in PEFT)."
-    votes = stack.sum(0) if by == 'total' else stack.sign().sum(0)
-    agree = stack.sign() == torch.where(votes >= 0, 1., -1.)
-    total = (_column(weights, stack) * stack * agree).sum(0)
-    return total / agree.sum(0).clamp(min=1)
+    sign = elect_sign(stack, by={'total': 'sum', 'frequency': 'count'}[by], tie=1.)
+    return disjoint_merge(stack, sign, torch.tensor(weights), how='mean')
 
 # %% ../../nbs/80_bench/17b_merge_adapters.ipynb #87dce58f
 def _column(weights, stack): return torch.tensor(weights, dtype=stack.dtype).view(-1, *[1] * (stack.ndim - 1))
