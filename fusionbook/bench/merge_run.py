@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged_state', 'merge_card', 'write_merge']
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #c9e64d7f
+# %% ../../nbs/80_bench/16_merge_run.ipynb #e2752ae7
 import hashlib, json, os, time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 import torch
-import fusionbook
+from .merge_files import merge_versions, source_files, stored_state, while_they_stay
 from .merge_plan import MergePlan, output_config, output_files
 from .merge_tensors import is_vocabulary, tied_embedding, vocabulary_axis
 from .merge_tokens import align_rows
@@ -48,18 +48,7 @@ def _remembering(sd):
         return last[name]
     return Lazy({k: partial(read, k) for k in sd.meta}, sd.meta, sd.tied)
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #93091aaf
-def _stored(name, head, log):
-    "The tensors of a model's files, and what is read of them noted."
-    sd = log.watch(name, Checkpoint(head.path))
-    info = meta(sd)
-    def kind(n): return info[head.stored[n]].to(torch.bfloat16) if n in head.small else info[head.stored[n]]
-    def read(n): return sd[head.stored[n]].to(kind(n).dtype)
-    kinds = {n: kind(n) for n in head.stored}
-    second = {a: kinds[o] for a, o in head.tied.items()}
-    return Lazy({n: partial(read, n) for n in head.stored}, kinds | second, head.tied)
-
-# %% ../../nbs/80_bench/16_merge_run.ipynb #4957c597
+# %% ../../nbs/80_bench/16_merge_run.ipynb #c6ee1021
 def _states(plan, log, device):
     "Model -> its tensors under the names of the plan."
     found = {}
@@ -67,12 +56,12 @@ def _states(plan, log, device):
         if name in plan.stages:
             found[name] = _remembering(merged_state(plan.stages[name], log, device))
         elif head.adapter is None:
-            found[name] = _stored(name, head, log)
+            found[name] = stored_state(head, log)
         else:
             under = (
                 found[head.under.name]
                 if head.under.name in found
-                else _stored(head.under.name, head.under, log)
+                else stored_state(head.under, log)
             )
             saved = log.watch(str(head.adapter.path), Checkpoint(head.adapter.file))
             found[name] = on_base(under, saved, head.parts, exact=True)
@@ -261,9 +250,7 @@ def merge_card(
         '',
     ])
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #1a32ccdd
-def _versions(): return {'fusionbook': fusionbook.__version__, 'torch': str(torch.__version__)}
-
+# %% ../../nbs/80_bench/16_merge_run.ipynb #758c9a0c
 def _told_config(plan):
     "Text of the configuration."
     sizes = {}
@@ -271,27 +258,23 @@ def _told_config(plan):
         sizes[t.kind.dtype[6:]] = sizes.get(t.kind.dtype[6:], 0) + t.kind.floating * t.kind.size
     return typed_config(json.dumps(output_config(plan)), max(sizes, key=sizes.get))
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #6d6c8413
+# %% ../../nbs/80_bench/16_merge_run.ipynb #3854ef2e
 def _beside(plan, log):
     "The files beside the tensors, when all has been read."
     identities = {n: log.identity(n) for n in log.raw}
     record = dict(
-        format=1, method=plan.recipe.method, recipe=plan.recipe.text, sources=identities, versions=_versions()
+        format=1, method=plan.recipe.method, recipe=plan.recipe.text, sources=identities,
+        versions=merge_versions(),
     )
     config = {'config.json': _told_config(plan)} if plan.reference.config else {}
     own = {
-        'README.md': merge_card(plan, identities, _versions()),
+        'README.md': merge_card(plan, identities, merge_versions()),
         'merge.json': json_text(record),
         'merge.yml': plan.recipe.text,
     }
     return {**output_files(plan), **config, **own}
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #0a1a6c68
-def _source_files(plan):
-    "Every file that tensors are read from."
-    return sorted({f for h in plan.heads.values() for f in h.files})
-
-# %% ../../nbs/80_bench/16_merge_run.ipynb #cb71e4ed
+# %% ../../nbs/80_bench/16_merge_run.ipynb #6bce9596
 def _key(plan):
     "What the bytes of the result depend on beside the numbers of the sources."
     groups = [
@@ -312,7 +295,7 @@ def _key(plan):
         else [plan.tokens.rows, plan.tokens.picks, sorted(plan.tokens.fills.items(), key=str)]
     )
     return hashlib.sha256(
-        json.dumps([groups, stages, words, plan.recipe.text, _versions()], default=str).encode()
+        json.dumps([groups, stages, words, plan.recipe.text, merge_versions()], default=str).encode()
     ).hexdigest()
 
 # %% ../../nbs/80_bench/16_merge_run.ipynb #29270fdc
@@ -335,7 +318,7 @@ class _Pace:
                 self.done += sizes[n]
         yield from track(counted(), 'merging', len(names), note=self.note)
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #129cc045
+# %% ../../nbs/80_bench/16_merge_run.ipynb #587a5eaf
 def write_merge(
     plan:MergePlan,
     out:str|Path,            # a folder
@@ -345,18 +328,12 @@ def write_merge(
     tell:Callable[[str], None]=print,
 ) -> Path:
     "Merge into a folder; a later call goes on where a killed one was."
-    log, before = ReadLog(), stamps(_source_files(plan))
+    log, files = ReadLog(), source_files(plan.heads)
+    before = stamps(files)
     merged, extras = merged_state(plan, log, device), partial(_beside, plan, log)
     check_memory(merged, max_memory)
     sizes = {t.name: t.kind.size for t in plan.tensors}
     pace = _Pace(plan.size)
-    def finished():
-        if stamps(_source_files(plan)) != before:
-            raise FusionError(
-                'expected sources that stay as they are, got one that changed during the merge; start it'
-                ' again'
-            )
-        return extras()
     job = WriteJob(_key(plan), before, log.take, log.changed, log.recall)
     with chunk(1 << 24) if device != 'cpu' else nullcontext():
         return save_resumable(
@@ -364,7 +341,7 @@ def write_merge(
             out,
             job,
             shard_size=shard_size,
-            extras=finished,
+            extras=partial(while_they_stay, files, before, extras),
             track=lambda names: pace.over(names, sizes),
             tell=tell,
         )

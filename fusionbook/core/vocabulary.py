@@ -73,11 +73,17 @@ def conflict(
             return f'row {row} for `{rows[row]}` and for `{word}`'
     return ''
 
-# %% ../../nbs/00_core/01d_vocabulary.ipynb #727297ef
+# %% ../../nbs/00_core/01d_vocabulary.ipynb #ad781ef1
+_WAY = (
+    'rows of other words would be averaged. If that is meant, set `modelpool.check_vocabulary=false` '
+    '(`+modelpool.…` where a file lacks the key)'
+)
+
 def check_vocabulary(
     base:str|Path,   # a file of the base, or its folder
     other:str|Path,  # the same of an expert
     who:str,         # the expert, for the message
+    *, way:str=_WAY, # what would happen, and what to do where it is meant
 ) -> None:           # raises `FusionError`
     "Refuse an expert whose tokenizer numbers words differently; nothing is said of models without a tokenizer."
     for kind in _READERS:
@@ -88,9 +94,7 @@ def check_vocabulary(
         if None in tables: continue
         if found := conflict(*tables):
             raise FusionError(
-                f'expected {who} to number words as the base does, got {found} in the two files `{kind}`; '
-                f'rows of other words would be averaged. '
-                'If that is meant, set `modelpool.check_vocabulary=false` (`+modelpool.…` where a file lacks '
-                'the key)'
+                f'expected {who} to number words as the base does, got {found} in the two files `{kind}`;'
+                f' {way}'
             )
         return

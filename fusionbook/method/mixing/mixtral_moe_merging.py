@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_shared', 'MixtralForCausalLMMerging']
 
-# %% ../../../nbs/68_mixing/mixtral_moe_merging.ipynb #88ab4fa6
+# %% ../../../nbs/68_mixing/mixtral_moe_merging.ipynb #3034f0ca
 from collections.abc import Sequence
 from dataclasses import dataclass
 from torch import nn
@@ -14,7 +14,7 @@ from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, at_least, check_fields
 from .dense_to_moe import ExpertSource
 from .pool_mixture import pool_mixture
-from .prompt_gates import check_gate_mode, gates_for, WITHOUT_PROMPTS
+from .prompt_gates import check_gate_mode, mixture_gates
 
 # %% ../../../nbs/68_mixing/mixtral_moe_merging.ipynb #57f01f9c
 def split_shared(
@@ -32,7 +32,7 @@ def split_shared(
     if not found: raise FusionError('expected at least one expert beside the shared one, got none')
     return found, kept
 
-# %% ../../../nbs/68_mixing/mixtral_moe_merging.ipynb #337919c2
+# %% ../../../nbs/68_mixing/mixtral_moe_merging.ipynb #dfc49384
 @dataclass
 class MixtralForCausalLMMerging(BaseAlgorithm):
     "A mixture whose experts are the MLPs of several models."
@@ -52,28 +52,22 @@ class MixtralForCausalLMMerging(BaseAlgorithm):
         at_least(self, gate_std=0)
         check_gate_mode(self.gate_mode)
     def gates(self, pool, state, names):
-        "The gates of some experts."
-        def chosen(prompts): return {k: v for k, v in (prompts or {}).items() if k in names or k not in pool}
-        return gates_for(
-            state, names, mode=self.gate_mode, std=self.gate_std, seed=self.seed,
-            positive=chosen(self.positive_prompts), negative=chosen(self.negative_prompts),
+        "The gates of the routed experts, and that of the shared one."
+        return mixture_gates(
+            state, names, self.shared_expert, mode=self.gate_mode, std=self.gate_std, seed=self.seed,
+            positive=self.positive_prompts, negative=self.negative_prompts,
             network=lambda: pool.load_model(pool.host),
             tokenizer=getattr(pool, 'load_tokenizer', lambda: None),
         )
-    def shared(self, pool, state, shared):
-        "What the shared expert adds to a mixture."
-        if shared is None: return {}
-        source = ExpertSource(shared, scale=self.residual_scale)
-        if self.gate_mode in WITHOUT_PROMPTS: return dict(shared_expert=source)
-        return dict(shared_expert=source, shared_gates=self.gates(pool, state, [self.shared_expert]))
     def build(self, pool) -> nn.Module:
         self.uses = ('pretrained', 'experts') if pool.has_pretrained else ('experts',)
         states = pool.experts()
         routed, shared = split_shared(pool.model_names, states, self.shared_expert)
         state = pool.pretrained() if pool.has_pretrained else states[0]
         sources = [ExpertSource(s) for s in routed.values()]
+        gates, own = self.gates(pool, state, list(routed))
+        more = dict(shared_expert=ExpertSource(shared, scale=self.residual_scale), shared_gates=own)
         return pool_mixture(
-            pool, state, sources, self.gates(pool, state, list(routed)), top=self.experts_per_token,
-            architecture=self.architecture, seed=self.seed, folder=self.save_checkpoint,
-            **self.shared(pool, state, shared),
+            pool, state, sources, gates, top=self.experts_per_token, architecture=self.architecture,
+            seed=self.seed, folder=self.save_checkpoint, **(more if shared is not None else {}),
         )

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['WITHOUT_PROMPTS', 'GATE_MODES', 'check_gate_mode', 'tokenised', 'prompt_list', 'check_prompts', 'embedded',
-           'layer_states', 'prompt_gates', 'random_gates', 'similar_gates', 'gates_for']
+           'layer_states', 'prompt_gates', 'random_gates', 'similar_gates', 'gates_for', 'mixture_gates']
 
-# %% ../../../nbs/68_mixing/05b_prompt_gates.ipynb #db52f275
+# %% ../../../nbs/68_mixing/05b_prompt_gates.ipynb #633d7370
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 import torch
 from torch import Tensor, nn
 from ...core.errors import FusionError, nearest
@@ -175,3 +176,24 @@ def gates_for(
         return _prompted(state, experts, mode, prompts, network, tokenizer)
     width = next(t.shape[1] for k, t in meta(state).items() if k.endswith('mlp.up_proj.weight'))
     return random_gates((layers, len(experts), width), mode=mode, std=std, seed=seed)
+
+# %% ../../../nbs/68_mixing/05b_prompt_gates.ipynb #825d71af
+def mixture_gates(
+    state:StateDict,           # of the base
+    experts:Sequence[str],     # names of those that are routed
+    shared:str|None,           # the one that all tokens use
+    *, mode:str,               # `gate_mode`
+    positive:Mapping|None,     # expert, or the shared one -> prompts
+    negative:Mapping|None,
+    std:float, seed:int,       # of random rows
+    network:Callable[[], nn.Module], # asked once
+    tokenizer:Callable,        # asked once
+) -> tuple[Tensor, Tensor|None]: # gates, and that of the shared expert; None is a gate of zero
+    "The gates of a mixture and of its shared expert, which has none to learn from where there are no prompts."
+    how = dict(mode=mode, std=std, seed=seed, network=cache(network), tokenizer=cache(tokenizer))
+    def of(names):
+        others = {*experts, shared} - {*names}
+        yes, no = ({k: v for k, v in (p or {}).items() if k not in others} for p in (positive, negative))
+        return gates_for(state, names, positive=yes, negative=no, **how)
+    silent = shared is None or mode in WITHOUT_PROMPTS
+    return of(experts), None if silent else of([shared])
