@@ -93,7 +93,7 @@ def part_of(self:BaseAlgorithm, pool:BaseModelPool) -> BaseModelPool:
 # %% ../../nbs/60_method/00_base.ipynb #7f88740d
 def _is(*kinds): return lambda x: isinstance(x, kinds) and not isinstance(x, bool)
 
-# %% ../../nbs/60_method/00_base.ipynb #b7ec5099
+# %% ../../nbs/60_method/00_base.ipynb #769d3f38
 def _texts(x, like): return all(isinstance(v, str) for v in x) and (len(x) > 0 or not like)
 
 _TYPES = {
@@ -102,6 +102,7 @@ _TYPES = {
     'bool': ('true or false', lambda x: isinstance(x, bool)),
     'str': ('text', _is(str, Path)),
     'list': ('a list', _is(list, tuple)),
+    'list[str]': ('a list of texts', lambda x: _is(list, tuple)(x) and _texts(x, ())),
     'dict': ('a mapping', _is(Mapping)),
 }
 

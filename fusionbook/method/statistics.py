@@ -66,18 +66,19 @@ def matrix_modules(
         )
     return chosen
 
-# %% ../../nbs/60_method/02_statistics.ipynb #9e5b8869
+# %% ../../nbs/60_method/02_statistics.ipynb #08ed7f51
 class _Sums:
     "Sums over the rows that one module reads."
-    def __init__(self, gram, dtype):
-        self.with_gram, self.dtype, self.count, self.total, self.second = gram, dtype, 0, 0., 0.
-        self.sizes = 0.
+    def __init__(self, kinds, dtype):
+        self.kinds, self.with_gram, self.dtype = kinds, 'gram' in kinds, dtype
+        self.count, self.total, self.sizes, self.second = 0, 0., 0., 0.
     def add(self, rows):
         rows = rows.to(self.dtype)
         self.count += len(rows)
-        self.total = self.total + rows.sum(0)
-        self.sizes = self.sizes + rows.abs().sum(0)
-        self.second = self.second + (rows.T @ rows if self.with_gram else rows.square().sum(0))
+        if 'mean' in self.kinds: self.total = self.total + rows.sum(0)
+        if 'mean_abs' in self.kinds: self.sizes = self.sizes + rows.abs().sum(0)
+        if self.with_gram: self.second = self.second + rows.T @ rows
+        elif 'scale' in self.kinds: self.second = self.second + rows.square().sum(0)
     def statistic(self, kind):
         if kind == 'mean': return self.total / self.count
         if kind == 'mean_abs': return self.sizes / self.count
@@ -99,7 +100,7 @@ def _listening(modules, sums):
 # %% ../../nbs/60_method/02_statistics.ipynb #7334010e
 KINDS = ('gram', 'mean', 'scale', 'mean_abs') # (d_in, d_in), and (d_in,) for the others
 
-# %% ../../nbs/60_method/02_statistics.ipynb #be024ca1
+# %% ../../nbs/60_method/02_statistics.ipynb #60453285
 def collect(
     network:nn.Module,      # in evaluation mode
     batches:Iterable,       # inputs, on the network's device
@@ -112,7 +113,7 @@ def collect(
     "Sums over what every matrix of a network reads."
     for kind in kinds: check_known([kind], KINDS, 'the kinds of statistics')
     modules = matrix_modules(network, include)
-    sums = {name: _Sums('gram' in kinds, dtype) for name in modules}
+    sums = {name: _Sums(kinds, dtype) for name in modules}
     run = forward or (lambda net, x: net(x))
     with torch.no_grad(), _listening(modules, sums):
         for batch in track(batches, label): run(network, batch)

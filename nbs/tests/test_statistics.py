@@ -1,6 +1,7 @@
 """Statistics and continual merging under all names of their configurations, on every kind of pool whose tasks have logits."""
 import errno
 import tempfile
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from fusionbook.core.errors import FusionError
 from fusionbook.data import mini8
 from fusionbook.method import RegMean
 from fusionbook.method.base import fuse, load_algorithm_from_config
+from fusionbook.method.from_statistics.essential import Residual
+from fusionbook.method.from_statistics.grams import expert_grams
 from fusionbook.method.check import toy_data_pool, toy_pool, ToyPool, ToyTasks
 from fusionbook.modelpool import CLIPVisionModelPool
 from fusionbook.models.text import text_encoder, tiny_text
@@ -127,15 +130,44 @@ def test_every_name_merges_every_kind_of_pool(kind, name):
     assert any(not torch.equal(merged[k], base[k]) for k in base)
 
 
+def weights(net, expert):
+    "The plain network with B_t A_t of one expert added to each layer."
+    plain = deepcopy(net.network)
+    with torch.no_grad():
+        for name, rest in zip(net.layers, net.residuals, strict=True):
+            plain.get_submodule(name).weight += (rest.up[expert] @ rest.down[expert]).to(plain.get_submodule(name).weight)
+    return plain
+
+
 @pytest.mark.parametrize('kind', POOLS)
-def test_residual_experts_answer(kind):
-    "ESM++ builds a network; with everything of an expert beside it and its inputs, it answers as the expert does."
+def test_residual_experts_answer(kind, monkeypatch):
+    "Asked for one expert, ESM++ answers as the network with W + B_t A_t does, and not as the merge does."
     pool = pool_of(kind)
     net = fuse(named('esm/esm_plusplus', lora_rank=4), pool)
-    task = pool.model_names[0]
-    x = pool.inputs(task, 'train')[[0, 1]]
-    with torch.no_grad(): logits = net.combined_logits(pool.logits(task), x)
-    assert torch.isfinite(logits).all() and len(logits) == 2
+    assert net.layers
+    for i, task in enumerate(pool.model_names):
+        head, x = pool.logits(task), pool.inputs(task, 'train')[[0, 1]]
+        with torch.no_grad(): free = net.combined_logits(head, x)
+        assert torch.isfinite(free).all() and len(free) == 2
+        with monkeypatch.context() as m, torch.no_grad():
+            m.setattr(Residual, 'route', lambda self, x, i=i: torch.full((len(x),), i))
+            forced, plain = net.combined_logits(head, x), head(weights(net, i), x)
+        assert torch.allclose(forced, plain, atol=1e-4 * plain.abs().max().item())
+        assert not torch.allclose(plain, head(net.network, x), atol=1e-4 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize('kind', POOLS)
+def test_residuals_of_full_rank_are_all_that_an_expert_has_beyond_the_merge(kind):
+    "On what its matrices read: (B_t A_t) G_t = (W_t - W) G_t."
+    pool, method = pool_of(kind), named('esm/esm_plusplus', lora_rank=10_000)
+    net = fuse(method, pool)
+    for i, (task, expert) in enumerate(zip(pool.model_names, pool.experts(), strict=True)):
+        sums = expert_grams(method, pool, task, samples=method.proxy_n_samples, room_mb=method.gram_mb)
+        for name, rest in zip(net.layers, net.residuals, strict=True):
+            G, own = sums[f'gram/{name}.weight'].double(), net.network.get_submodule(name).weight.detach().double()
+            wanted = (expert[f'{name}.weight'].double() - own) @ G
+            assert wanted.abs().max() > 0
+            assert torch.allclose((rest.up[i].double() @ rest.down[i].double()) @ G, wanted, atol=1e-4 * wanted.abs().max().item()), name
 
 
 def test_a_pool_without_data_is_refused():

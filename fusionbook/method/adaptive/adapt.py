@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['entropy', 'finite_objective', 'plateaued', 'on_threads', 'check_steps', 'adapt', 'stage_file']
 
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #13725953
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #ac9ac862
 import json, math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ...core.cached import read_kept, write_kept
 from ...core.checkpoint import Checkpoint
-from ...core.errors import FusionError, nearest
+from ...core.errors import FusionError, check_suffix, nearest
 from ...core.progress import track
 
 # %% ../../../nbs/66_adaptive/00_adapt.ipynb #5187951b
@@ -70,7 +70,7 @@ def _store(path, parameters, optimizer, curve, identity):
     }
     write_kept(path, tensors, kind='adaptation', key=_plain(identity))
 
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #60baf173
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #2a89627c
 def _foreign(path):
     "Whether a readable file holds a model or something else, and no state of an adaptation."
     try: return 'curve' not in (found := Checkpoint(path)) and not any(k.startswith('value/') for k in found)
@@ -78,8 +78,7 @@ def _foreign(path):
 
 def _restore(path, parameters, optimizer, identity):
     "Put the stored state back; the curve so far, an empty one where there is no whole file."
-    if Path(path).suffix != '.safetensors':
-        raise FusionError(f'expected `checkpoint` as a `.safetensors` file, got `{path}`')
+    check_suffix(path, '.safetensors', 'checkpoint')
     found = read_kept(path, kind='adaptation')
     if found is None and Path(path).exists() and _foreign(path):
         raise FusionError(
@@ -194,14 +193,12 @@ def adapt(
         if len(curve) % every == 0 or len(curve) == steps: keep()
     return curve
 
-# %% ../../../nbs/66_adaptive/00_adapt.ipynb #b44297b1
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #da818084
 def stage_file(
     checkpoint:str|Path|None, # of the run
     *place:int,               # number of the stage, such as the round and the model
 ) -> Path|None:               # None without a checkpoint
     "Where a stage of a run keeps its state."
     if checkpoint is None: return None
-    path = Path(checkpoint)
-    if path.suffix != '.safetensors':
-        raise FusionError(f'expected `checkpoint` as a `.safetensors` file, got `{path}`')
+    path = check_suffix(checkpoint, '.safetensors', 'checkpoint')
     return path.with_suffix('')/f'{"-".join(f"{n:03}" for n in place)}.safetensors'

@@ -67,13 +67,13 @@ class RankedMixture(Mixture):
     def own(self, name:str) -> Tensor: # (T, rank), a view
         return self.logits[self.places[name]].view(len(self.experts), -1)
 
-# %% ../../../nbs/66_adaptive/adarank.ipynb #b6d43a34
+# %% ../../../nbs/66_adaptive/adarank.ipynb #878dce63
 @patch
 def fill(self:RankedMixture,
     w:Tensor, # λ, coefficients, (T, tensors)
 ) -> None:
     "Write θ₀ + Σ λ Σ b σ u vᵀ into the network."
-    super(RankedMixture, self).fill(w)
+    super(RankedMixture, self).fill(w, but=self.components)
     with torch.no_grad():
         for name, found in self.components.items():
             p, on, column = self.parameters[name], self.own(name) > 0, self.names.index(name)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['drawn_part', 'BlockMixture', 'merge_blocks', 'few_of_each', 'ATLAS', 'few_examples', 'few_batches']
 
-# %% ../../../nbs/66_adaptive/atlas.ipynb #2bcde4b2
+# %% ../../../nbs/66_adaptive/atlas.ipynb #677be860
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -19,11 +19,11 @@ from ...core.engine import map_tensors
 from ...core.entries import uniform_at
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict, generator
-from .adapt import adapt, on_threads
+from .adapt import on_threads
 from .coefficients import Mixture
 from .learning import AdaptiveMethod
 from .objective import adapted_network, check_task_inputs
-from .objective import coefficient_objective, run_identity, task_logits
+from .objective import coefficient_objective, task_logits
 from ..base import at_least
 from ..from_statistics.collected import task_batches
 
@@ -179,7 +179,7 @@ def few_batches(
             batch[t] = x[rows], y[rows]
         yield batch
 
-# %% ../../../nbs/66_adaptive/atlas.ipynb #fc3cab58
+# %% ../../../nbs/66_adaptive/atlas.ipynb #71b7461a
 @patch
 def learn(self:ATLAS,
     pool, tasks:Sequence[str], # with labels; whose examples are learned from
@@ -198,12 +198,10 @@ def learn(self:ATLAS,
         if self.max_norm is not None: torch.nn.utils.clip_grad_norm_([w], self.max_norm)
         return value
     def rate(step): return 1. if self.schedule == 'constant' else (1 + math.cos(math.pi * step / steps)) / 2
-    how = dict(lr=self.lr, optimizer=self.optimizer, weight_decay=self.weight_decay, schedule=rate)
-    how |= dict(patience=self.patience, checkpoint=self.checkpoint, label='aTLAS')
-    told = run_identity(self, pool, tasks=tasks, labels=True, steps=steps) if self.checkpoint else {}
     batches = partial(few_batches, examples, batch_size=self.batch_size, seed=self.seed)
-    with on_threads(self.threads):
-        curve = adapt({'coefficients': w}, batches, objective, steps=steps, identity=told, **how)
+    how = dict(weight_decay=self.weight_decay, schedule=rate, label='aTLAS', identity=dict(steps=steps))
+    how |= dict(tasks=tasks, labels=True, batches=batches)
+    curve = self.follow(pool, {'coefficients': w}, objective, **how)
     return w.detach(), curve, sum(len(y) for _, y in examples.values())
 
 # %% ../../../nbs/66_adaptive/atlas.ipynb #146e4535

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['layer_group', 'grouped', 'pruning', 'merge_coefficients', 'Mixture', 'read_coefficients']
 
-# %% ../../../nbs/66_adaptive/01_coefficients.ipynb #38f2bb2c
+# %% ../../../nbs/66_adaptive/01_coefficients.ipynb #513c05f8
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -156,15 +156,17 @@ def pieces(self:Mixture, name:str) -> Iterator:
     self._kept[name], self._room = _gathered(self, name, found), self._room - need
     return iter(self._kept[name])
 
-# %% ../../../nbs/66_adaptive/01_coefficients.ipynb #a7ce491b
+# %% ../../../nbs/66_adaptive/01_coefficients.ipynb #487de0ba
 @patch
 def fill(self:Mixture,
     w:Tensor, # coefficients, (T, G)
+    but:Iterable[str]=(), # parameters that are left as they are
 ) -> None:
     "Write θ₀ + Σ w τ into the network."
     w = w.detach().to(self.device)
     with torch.no_grad():
         for name, p in self.parameters.items():
+            if name in but: continue
             flat, own = p.view(-1), w[:, self.names.index(self.groups[name])]
             for at, b, tau in self.pieces(name):
                 flat[at] = torch.addmv(b, tau.T, own.to(tau.dtype)).to(p.dtype)

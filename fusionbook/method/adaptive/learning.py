@@ -34,12 +34,13 @@ from ..base import BaseAlgorithm, at_least, check_fields
 from ..neurons import CALIBRATION_SPLITS
 from ..task_vector.sparsify import kept_share
 
-# %% ../../../nbs/66_adaptive/03_learning.ipynb #33e4071f
+# %% ../../../nbs/66_adaptive/03_learning.ipynb #d25b2a7f
 @dataclass
 class AdaptiveMethod(BaseAlgorithm):
     "A method that takes first-order steps on a few inputs of every task."
     _: KW_ONLY
     unused = {} # settings below that decide nothing in this method -> what does so instead
+    idle = ()   # settings that may differ between two runs of one checkpoint, besides those of every method
     optimizer: str = 'adam'      # or sgd, adamw
     lr: float = .001             # its learning rate
     max_steps: int = 1000        # steps; each sees one batch of every task

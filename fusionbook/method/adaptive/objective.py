@@ -140,7 +140,7 @@ def check_task_inputs(
         pool.logits(task)
         pool.inputs(task, data)
 
-# %% ../../../nbs/66_adaptive/02_objective.ipynb #87c1b526
+# %% ../../../nbs/66_adaptive/02_objective.ipynb #d20b908d
 _IDLE = '_target_', 'name', 'checkpoint', 'max_steps', 'patience', 'fast_dev_run'
 _IDLE += 'device', 'cache_mb', 'weights', 'tie_weights'
 
@@ -154,7 +154,8 @@ def run_identity(
 ) -> dict:
     "What a checkpoint must agree with: settings, models and their order, inputs and heads."
     hashes = {n: pool.hash(n) for n in pool.all_model_names}
-    found = {k: v for k, v in method.config.items() if k not in _IDLE}
+    idle = *_IDLE, *getattr(method, 'idle', ())
+    found = {k: v for k, v in method.config.items() if k not in idle}
     found |= dict(models=hashes, order=list(pool.model_names), heads={t: pool.head_hash(t) for t in tasks})
     kind = data or (method.data if tasks else None)
     return found | dict(inputs={t: pool.inputs_hash(t, kind, labels=labels) for t in tasks}) | more

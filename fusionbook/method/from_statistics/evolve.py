@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['EvolutionStrategy', 'Gene', 'gene_of', 'layer_groups', 'evolved', 'EvolutionarySearch']
 
-# %% ../../../nbs/65_statistics/evolve.ipynb #ec843185
+# %% ../../../nbs/65_statistics/evolve.ipynb #eae68b9f
 import json, math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, KW_ONLY
 import torch
 from torch import Tensor, nn
 from ...core.cached import read_record, write_record
-from ...core.errors import check_known, FusionError
+from ...core.errors import FusionError, check_known, check_suffix
 from ...core.identity import rows_hash
 from ...core.per_tensor import layer_of
 from ...core.progress import track
@@ -231,13 +231,12 @@ class EvolutionarySearch(BaseAlgorithm):
         self.adaptation = dict(best=settings(point), objective=lowest, curve=curve, evaluations=len(curve))
         return _with(self, settings(point)).merge(pool)
 
-# %% ../../../nbs/65_statistics/evolve.ipynb #e7a1c0d2
+# %% ../../../nbs/65_statistics/evolve.ipynb #23b3c0ca
 def _check_kinds(method):
     "Refuse what is no method and no file."
     if not method.method or not hasattr(method.method, 'keys') and not isinstance(method.method, str):
         raise FusionError(f'expected `method` as a name or a mapping, got {method.method!r:.60}')
-    if method.checkpoint and not method.checkpoint.endswith('.json'):
-        raise FusionError(f'expected `checkpoint` as a `.json` file, got `{method.checkpoint}`')
+    if method.checkpoint: check_suffix(method.checkpoint, '.json', 'checkpoint')
 
 # %% ../../../nbs/65_statistics/evolve.ipynb #ee3fd62b
 def _check(method):
