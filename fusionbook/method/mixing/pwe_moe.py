@@ -18,7 +18,7 @@ from .preference import drawn_preference, simplex_grid
 from .preference_learning import cosine, learn_preferences, pareto_front
 from .preference_learning import pool_preferences
 
-# %% ../../../nbs/68_mixing/pwe_moe.ipynb #d3b3b55e
+# %% ../../../nbs/68_mixing/pwe_moe.ipynb #d185034f
 def _checked(method):
     check_fields(method)
     at_least(method, num_steps=0, save_interval=1, alpha=1e-9)
@@ -28,7 +28,7 @@ def _checked(method):
             f'expected `batch_size` of `dataloader_kwargs` as a whole number from 1, got {size!r:.40}'
         )
 
-_IDLE = 'checkpoint_path', 'num_steps', 'run_train', 'save_interval', 'eval_grid', 'eval_grid_n'
+_IDLE = 'checkpoint_path', 'run_train', 'save_interval', 'eval_grid', 'eval_grid_n' # no step depends on it
 _IDLE += 'eval_grid_m', 'run_eval', 'num_evaluation_samples'
 
 def _identity(method, pool):
