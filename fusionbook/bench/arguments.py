@@ -205,16 +205,19 @@ def _refused(error, words, compose):
     try: return m and (m[1], compose([w for w in words if _key(w) != m[1]]))
     except Exception: return None # another part is wrong too: Hydra's own line will do
 
-# %% ../../nbs/80_bench/08_arguments.ipynb #d5409109
+# %% ../../nbs/80_bench/08_arguments.ipynb #4dc65af0
 def _unlisted(error, words, compose):
     "The words with a key added that its class has and its file does not list; None where that is not the matter."
     from fusionbook.core.config import known_keys, locate
     from fusionbook.core.legacy import translate
-    key, cfg = _refused(error, words, compose) or ('', None)
+    m = re.search(r"Could not override '([^']+)'", str(error))
+    key = m[1] if m else ''
     group, _, name = key.partition('.')
-    if group not in _GROUP or group not in cfg: return None
-    try: known = known_keys(locate(translate(cfg[group], group)['_target_']))
-    except FusionError: return None
+    if group not in _GROUP: return None
+    try: # other keys may be missing too: what is chosen says the class
+        cfg = compose([w for w in words if _key(w) in _GROUP])
+        known = known_keys(locate(translate(cfg[group], group)['_target_']))
+    except Exception: return None # Hydra's own line will do
     return [f'++{w.lstrip("+")}' if _key(w) == key else w for w in words] if name in known else None
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #027b81c7

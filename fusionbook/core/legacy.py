@@ -301,17 +301,8 @@ def _clip_models(cfg):
     models = cfg.get('models')
     return cfg | ({'models': {k: _path(v) for k, v in models.items()}} if isinstance(models, Mapping) else {})
 
-# %% ../../nbs/00_core/07_legacy.ipynb #148c2df6
-def _clip_tasks(cfg):
-    if cfg.get('layer_wise_routing_weights_save_path'):
-        note(
-            '`layer_wise_routing_weights_save_path` of FusionBench is not used: routing weights are not saved'
-        )
-    return {
-        k: v
-        for k, v in cfg.items()
-        if not k.startswith('layer_wise_routing_weights') and k not in ('linear_module_names', 'corruption')
-    }
+# %% ../../nbs/00_core/07_legacy.ipynb #bcfab8cf
+def _clip_tasks(cfg): return {k: v for k, v in cfg.items() if k not in ('linear_module_names', 'corruption')}
 
 _IDLE = dict(debug=None, verbose=None, joint_matrix_mode=None, rank=(1,), random_components=(False,))
 _IDLE |= dict(shift_layers=(0,), absorber=('None', None), ms_mode=('average',), model_path=(None,))

@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_TASK_KEYS', 'RESERVED', 'split_entry', 'task_prompts', 'pooled_features', 'CLIPTask', 'CLIPVisionModelTaskPool',
            'lending']
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #d3ef47c7
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #ca851121
 import hashlib, json
 from collections.abc import Mapping
 from functools import cached_property, partial
@@ -16,7 +16,6 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.config import plain
 from ..core.errors import FusionError, check_known, nearest
-from ..core.foreign import note
 from ..data import datasets as data
 from ..data.tables import class_table, table_files
 from ..metrics.metric import CLASSIFICATION
@@ -24,6 +23,7 @@ from ..data.classes import by_name, check_class_names, class_list, names_in_labe
 from ..data.classes import warn_of_order
 from ..modelpool.clip import CLIPVisionModelPool
 from ..models.clip import Processor, head_hash, zero_shot_head
+from .recording import RECORDS, check_records, recording
 from .base import BaseTaskPool, Inputs, evaluating, logits_of, naming, predict_batches
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #430260f9
@@ -78,7 +78,7 @@ def task_prompts(
     check_class_names(names, templates, task, trusted=given is not None)
     return dict(classnames=names, templates=templates)
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #a29ffc20
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #9d1d304a
 _LOADER = (
     'batch_size',
     'num_workers',
@@ -99,12 +99,7 @@ _KEYS = (
     'dataloader_kwargs',
     'fast_dev_run',
 )
-_IDLE = (
-    'layer_wise_feature_save_path',
-    'layer_wise_feature_first_token_only',
-    'layer_wise_feature_max_num',
-    'move_to_device',
-)
+_IDLE = ('move_to_device',)
 RESERVED = ('rows', 'config', 'average', 'model_info', 'models')
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #ddd54057
@@ -124,7 +119,7 @@ def _processor(source):
     if isinstance(source, Mapping) and '_target_' in source: source = _path(source, 'processor')
     return Processor(source)
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #c0be523b
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #1684fbdc
 def _check_tasks(tasks):
     "Refuse names that a report uses for something else."
     if not isinstance(tasks, Mapping) or not tasks:
@@ -146,15 +141,6 @@ def _loop(kwargs, fast_dev_run):
         num_workers=int(kwargs.get('num_workers', 0)),
         fast_dev_run=bool(fast_dev_run),
     )
-
-def _supported(kwargs):
-    "What is left without FusionBench's keys that change no number; the one that asks for files is named."
-    if kwargs.get('layer_wise_feature_save_path'):
-        note(
-            '`layer_wise_feature_save_path` of FusionBench is not used: features of layers are not saved '
-            'while scoring'
-        )
-    return {k: v for k, v in kwargs.items() if k not in _IDLE}
 
 # %% ../../nbs/55_taskpool/01_clip_classification.ipynb #bb1ecbb9
 def pooled_features(
@@ -263,12 +249,12 @@ def _task_of(pool, name):
         raise FusionError(f'expected a task of the pool, got `{name}`; {nearest(name, pool.tasks)}')
     return pool.tasks[name]
 
-# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #2619c3f0
+# %% ../../nbs/55_taskpool/01_clip_classification.ipynb #e31b6b2b
 class CLIPVisionModelTaskPool(BaseTaskPool):
     "Zero-shot classification by a CLIP vision tower on several data sets."
     metrics = CLASSIFICATION
     # the idle ones are known, never written
-    _config_mapping = BaseTaskPool._config_mapping | {k: k for k in (*_KEYS, *_IDLE)}
+    _config_mapping = BaseTaskPool._config_mapping | {k: k for k in (*_KEYS, *RECORDS, *_IDLE)}
     def __init__(self,
         test_datasets:dict,     # task -> entry, see `split_entry`
         clip_model=None,        # CLIP of the text side and the projections: folder or hub id; `base_model` when None
@@ -279,15 +265,19 @@ class CLIPVisionModelTaskPool(BaseTaskPool):
         fast_dev_run=False,     # one batch per task
         name=None,              # of the pool, for people
         allow_target=(),        # further targets the user vouches for
-        **kwargs,               # FusionBench's further keys
+        **kwargs,               # what is kept of a measurement, see `recording.RECORDS`, and FusionBench's idle keys
     ):
         self.allow_target = list(allow_target)
         for key in _KEYS: setattr(self, key, plain(locals()[key]))
-        super().__init__(**_supported(kwargs))
+        own = {k: v for k, v in plain(kwargs).items() if k in RECORDS}
+        self.records = check_records(own)
+        for key, value in own.items(): setattr(self, key, value)
+        super().__init__(**{k: v for k, v in kwargs.items() if k not in (*own, *_IDLE)})
         self.tasks = _tasks_of(self)
         self.task_names = tuple(self.tasks)
     def predict(self, model, task):
-        with naming(task), evaluating(model, task) as device: return _predict(self.task(task), model, device)
+        with naming(task), evaluating(model, task) as device, recording(model, task, self.records):
+            return _predict(self.task(task), model, device)
     def fingerprint(self, task): return _fingerprint(self.task(task))
     def dataset(self, task): return self.task(task).dataset
     def task(self, name:str) -> CLIPTask: return _task_of(self, name)

@@ -38,7 +38,7 @@ def their(**parts):
     return {'_target_': PROGRAM, 'method': {'_target_': 'fusion_bench.method.SimpleAverageAlgorithm'}, 'modelpool': pool, 'taskpool': tasks} | parts
 
 
-def test_keys_that_ask_for_nothing_and_one_that_asks_for_files(run):
+def test_keys_that_ask_for_nothing_and_those_that_ask_for_files(run):
     pool = {'_target_': POOL, '_recursive_': False, 'base_model': BASE, 'corruption': 'spatter', 'verbose': True, 'platform': 'huggingface',
             'models': {'_pretrained_': {'_target_': 'transformers.CLIPVisionModel.from_pretrained', 'pretrained_model_name_or_path': '${...base_model}'}} | EXPERTS,
             'processor': {'_target_': 'transformers.CLIPProcessor.from_pretrained', 'pretrained_model_name_or_path': '${..base_model}'}}
@@ -46,7 +46,9 @@ def test_keys_that_ask_for_nothing_and_one_that_asks_for_files(run):
              'layer_wise_feature_first_token_only': True, 'layer_wise_feature_max_num': 1000, 'move_to_device': True}
     done = run(their(modelpool=pool, taskpool=tasks, fabric={'devices': 1}, print_function_call=True))
     assert done.status == 0, done.err
-    assert done.err.count('`layer_wise_feature_save_path` of FusionBench is not used') <= 1 # once a process
+    from fusionbook.core.checkpoint import Checkpoint
+    kept = Checkpoint(done.cwd/'features'/'svhn.safetensors')
+    assert len(kept) == 2 and all(v.ndim == 2 and len(v) == done.report['rows'][0]['n'] for v in kept.values())
     assert done.report['uses'] == ['experts'] and set(done.report['hashes']['data']) == {'svhn', 'mnist'}
 
 

@@ -107,3 +107,19 @@ def test_nothing_of_a_file_runs(here, tmp_path):
     torch.save({'w': torch.ones(2)}, tmp_path/'model.pth')
     done = here(tmp_path/'model.pth', 'taskpool=mini8')
     assert done.status == 2 and done.line and not done.runs
+
+
+def test_gates_and_features_are_kept(saved, hub, here, tmp_path):
+    "FusionBench's keys: a file of safetensors for each task; a model without gates writes none."
+    from fusionbook.core.checkpoint import Checkpoint
+    words = ['taskpool.layer_wise_routing_weights_save_path=gates', 'taskpool.layer_wise_routing_weights_max_num=3',
+             'taskpool.layer_wise_feature_save_path=features']
+    for kind in ('mixture', 'merged'):
+        done = here(saved[kind][0], f'taskpool={POOL}', *words, mirror(hub))
+        assert done.status == 0 and numbers(done.report) == numbers(saved[kind][1]), done.err
+        if kind == 'mixture': gates = {f.name: dict(Checkpoint(f)) for f in sorted((tmp_path/'gates').iterdir())}
+    assert sorted(gates) == ['mnist.safetensors', 'svhn.safetensors']
+    for rows in gates.values():
+        assert len(rows) > 4 and all(g.shape == (3, 2) and torch.allclose(g.sum(1), torch.ones(3), atol=1e-5) for g in rows.values())
+    features = Checkpoint(tmp_path/'features'/'mnist.safetensors')
+    assert len(features) == 2 and all(len(v) == done.report['rows'][-1]['n'] for v in features.values())
