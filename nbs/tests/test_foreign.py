@@ -52,6 +52,17 @@ def test_keys_that_ask_for_nothing_and_those_that_ask_for_files(run):
     assert done.report['uses'] == ['experts'] and set(done.report['hashes']['data']) == {'svhn', 'mnist'}
 
 
+def test_what_is_called_absent_is_absent():
+    "A name leaves the list of absent ones when its class comes."
+    import fusionbook.modelpool
+    import fusionbook.taskpool
+    from fusionbook.core.legacy import _ABSENT_TYPES
+    def plain(name, kind): return name.lower().replace('_', '').replace('-', '').removesuffix(kind)
+    for kind, module in (('modelpool', fusionbook.modelpool), ('taskpool', fusionbook.taskpool)):
+        here = {plain(n, kind) for n in dir(module)}
+        assert not [n for n in _ABSENT_TYPES[kind] if plain(n, kind) in here], kind
+
+
 @pytest.mark.parametrize('change, told', [
     ({'method': {'_target_': 'fusion_bench.method.lm_finetune.FullFinetuneSFT'}}, 'a method of FusionBench that is not here yet'),
     ({'method': {'name': 'clip_finetune'}}, 'a method of FusionBench that is not here yet'),

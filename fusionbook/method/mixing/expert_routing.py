@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['whole_experts', 'ExpertRouting']
 
-# %% ../../../nbs/68_mixing/expert_routing.ipynb #9fd0b5c7
+# %% ../../../nbs/68_mixing/expert_routing.ipynb #3d158395
 from dataclasses import dataclass
 from torch import nn
 from ...core.errors import FusionError, check_known
 from ..base import BaseAlgorithm, at_least, check_fields, check_finite
 from .expert_network import EXPERT_RULES, RoutedExperts
-from .feature_gate import DATA, pool_gate
+from .feature_gate import DATA, GATE_FIELDS, pool_gate
 
-# %% ../../../nbs/68_mixing/expert_routing.ipynb #81354807
-_GATE = 'data', 'samples', 'batch_size', 'penalty', 'seed'
-
+# %% ../../../nbs/68_mixing/expert_routing.ipynb #686bf5bc
 def whole_experts(
     pool,               # of networks
 ) -> list[nn.Module]:   # T networks of their own
@@ -27,7 +25,7 @@ def whole_experts(
     check_finite([m.state_dict() for m in members], pool.model_names)
     return members
 
-# %% ../../../nbs/68_mixing/expert_routing.ipynb #6ad37518
+# %% ../../../nbs/68_mixing/expert_routing.ipynb #f10a4ee8
 @dataclass
 class ExpertRouting(BaseAlgorithm):
     "Whole experts, of which the most confident, or one that a gate names, answers each input."
@@ -52,7 +50,7 @@ class ExpertRouting(BaseAlgorithm):
     def gated(self, pool, members) -> RoutedExperts:
         pool.pretrained() # there has to be a base
         base = pool.load_pretrained_model().eval()
-        w, b = pool_gate(base, pool, **{k: getattr(self, k) for k in _GATE})
+        w, b = pool_gate(base, pool, **{k: getattr(self, k) for k in GATE_FIELDS})
         net = RoutedExperts(members, rule='gate', base=base, width=w.shape[1])
         net.gate.weight.data, net.gate.bias.data = w, b
         return net

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['twin_base', 'TwinMerging']
 
-# %% ../../../nbs/68_mixing/twin_merging.ipynb #884e0c93
+# %% ../../../nbs/68_mixing/twin_merging.ipynb #59219125
 from dataclasses import dataclass
 from torch import nn
 from ...core.errors import check_known
 from ...core.state_dict import meta
 from ..base import BaseAlgorithm, at_least, check_fields, check_finite
-from .feature_gate import DATA, pool_gate
+from .feature_gate import DATA, GATE_FIELDS, pool_gate
 from .mixture import linear_layers, shared_network
 from .twin_network import TwinNetwork, twin_experts
 
@@ -25,9 +25,7 @@ def twin_base(
     check_finite([pool.pretrained(), *pool.experts()], ['the base', *pool.model_names])
     return shared_network(pool, (), scale=scale, device=device).eval()
 
-# %% ../../../nbs/68_mixing/twin_merging.ipynb #f21b5344
-_ROUTER = 'data', 'samples', 'batch_size', 'penalty', 'seed'
-
+# %% ../../../nbs/68_mixing/twin_merging.ipynb #f9a1863a
 @dataclass
 class TwinMerging(BaseAlgorithm):
     "Twin-Merging: a merged model, and low-rank residuals of the experts that a router adds (Lu et al., 2024)."
@@ -49,7 +47,7 @@ class TwinMerging(BaseAlgorithm):
         self.uses = ('pretrained', 'experts', self.data)
     def build(self, pool) -> nn.Module:
         merged = twin_base(pool, self.scaling_factor, self.device)
-        w, b = pool_gate(merged, pool, **{k: getattr(self, k) for k in _ROUTER})
+        w, b = pool_gate(merged, pool, **{k: getattr(self, k) for k in GATE_FIELDS})
         names = linear_layers(merged, meta(pool.pretrained()))
         routed = twin_experts(merged, pool.model_names, pool.experts(), names, rank=self.rank)
         net = TwinNetwork(routed, w.shape[1])
