@@ -222,7 +222,7 @@ def _taskpool(cfg):
         'test_datasets': _named(cfg['tasks'], _dataset),
     }
 
-# %% ../../nbs/00_core/07_legacy.ipynb #d096c72b
+# %% ../../nbs/00_core/07_legacy.ipynb #14abd878
 def _question(name, dataset, kept):
     "A task of GLUE of an older list: its rows, with the question and answers that this book puts."
     own = kept.get(f'glue-{name}', {})
@@ -231,26 +231,31 @@ def _question(name, dataset, kept):
 
 _GLUE_KEYS = ('type', 'tasks', 'tokenizer', 'batch_size', 'num_workers', 'cache_dir', 'description', 'name')
 
-def _glue(cfg):
+def _glue(cfg, name='flan-t5_glue_text_generation'):
     check_known(cfg, (*_GLUE_KEYS, 'fast_dev_run'), 'a task pool of the older schema')
-    ready = plain(OmegaConf.load(CONFIG / 'taskpool/flan-t5_glue_text_generation.yaml'))
+    ready = plain(OmegaConf.load(CONFIG / f'taskpool/{name}.yaml'))
     loader = {k: cfg[k] for k in ('batch_size', 'num_workers') if k in cfg}
     kept, sets = ready['test_datasets'], _named(cfg['tasks'], lambda e: e['dataset'])
     return {
         **{k: cfg[k] for k in ('tokenizer', 'name', 'fast_dev_run') if k in cfg},
         '_target_': ready['_target_'],
         'dataloader_kwargs': loader,
-        'max_length': ready['max_length'],
+        **{k: ready[k] for k in ('max_length',) if k in ready},
         'test_datasets': {n: _question(d.get('name', n), d, kept) for n, d in sets.items()},
     }
 
-# %% ../../nbs/00_core/07_legacy.ipynb #c4f1dc57
+def _gpt2(cfg):
+    "Classifiers of texts, whose older lists may leave out the tokenizer."
+    return _glue({'tokenizer': 'openai-community/gpt2', **cfg}, 'gpt-2_glue')
+
+# %% ../../nbs/00_core/07_legacy.ipynb #cbe317fd
 _TYPES = {
     'modelpool': dict.fromkeys(('huggingface_clip_vision', 'hf_clip_vision', *HUB_TYPES), _modelpool),
     'taskpool': {
         'clip_vit_classification': _taskpool,
         'FlanT5GLUETextGenerationTaskPool': _glue,
         'flan-t5_glue_text_generation': _glue,
+        **dict.fromkeys(('gpt2_text_classification', 'GPT2TextClassification'), _gpt2),
         'dummy': lambda cfg: {'_target_': 'fusionbook.taskpool.DummyTaskPool'},
     },
 }
@@ -260,8 +265,6 @@ _ABSENT_TYPES = {
     ),
     'taskpool': (
         'NYUv2TaskPool',
-        'gpt2_text_classification',
-        'GPT2TextClassification',
         'llama_test_generation',
         'LlamaTestGenerationTaskPool',
     ),
