@@ -65,6 +65,13 @@ def test_gpt2_on_glue(here, made):
     assert 'train' in report['uses'] and 'labels' not in report['uses']
 
 
+def test_heads_of_classifiers_learn_with_the_merge(here, made):
+    hub = stand_ins('gpt-2_glue', made, 'gpt2_classes') | {'openai-community/gpt2': made['gpt2_classes'][0]}
+    call = ['method=symerge', 'method.max_steps=2', 'method.batch_size=4', 'method.data=unlabeled_test', 'modelpool=gpt-2_glue', 'taskpool=gpt-2_glue', mirror(hub)]
+    report = learned(here(*call))
+    assert {'unlabeled_test', 'task_identity'} <= set(report['uses'])
+
+
 def test_flan_t5_on_glue_by_the_first_word(here, made):
     pool = 'Seq2SeqLMPool/flan-t5-base_glue_tta'
     hub = stand_ins(pool, made, 't5')
