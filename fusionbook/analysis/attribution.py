@@ -148,7 +148,7 @@ def _strip(rows, metric, key, method):
     at = {(r['layer'], r['task']): metric.scale * r[key] for r in own}
     return heatmap([[at[l, t] for t in tasks] for l in layers], layers, tasks)
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #0b28afb7
+# %% ../../nbs/75_analysis/07_attribution.ipynb #b070e1d4
 @dataclass
 class LayerAttribution(BaseAnalysis):
     "Which layers of a merged model lose a task: swapped one by one with the expert's, both ways; drift of features."
@@ -162,8 +162,7 @@ class LayerAttribution(BaseAnalysis):
     needs_base, needs_tasks, needs_merged, least = False, True, True, 1
     def bounds(self): return dict(draws=1, examples=0)
     def check(self, pool, taskpool=None, merged=()):
-        tasks_with_experts(self.tasks, pool, taskpool)
-        check_features(self.examples, self.token)
+        check_features(self.examples, self.token, taskpool, tasks_with_experts(self.tasks, pool, taskpool))
         example_metrics(taskpool)
     def run(self, pool, taskpool=None, merged={}):
         check_asked(self, pool, taskpool, merged)

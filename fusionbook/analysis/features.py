@@ -47,14 +47,21 @@ def _row(x, token):
     if x.ndim == 3: x = x[:, 0] if token == 'first' else x.mean(1)
     return x.flatten(2).mean(2) if x.ndim > 3 else x
 
-# %% ../../nbs/75_analysis/03_features.ipynb #156225b7
+# %% ../../nbs/75_analysis/03_features.ipynb #c3225871
 def check_features(
     examples:int, # inputs of each task; 0 for none
     token:str,    # what stands for a sequence
+    taskpool=None, tasks:Iterable[str]=(), # whose inputs they are; not looked at where it has no networks' features
 ) -> None:
     "Refuse a number of inputs from which no CKA can be said, and an unknown token."
     if token not in ('first', 'mean'): raise FusionError(f'expected `token` as first or mean, got `{token}`')
     if examples and examples < 4: raise FusionError(f'expected `examples` as 0 or at least 4, got {examples}')
+    for t in tasks if examples and hasattr(taskpool, 'logits') else ():
+        if (rows := len(taskpool.inputs(t))) < 4:
+            raise FusionError(
+                f'expected at least 4 inputs of task `{t}` to compare features, got {rows}; --examples 0 leaves'
+                ' them out'
+            )
 
 # %% ../../nbs/75_analysis/03_features.ipynb #1bf94a7e
 def layer_features(

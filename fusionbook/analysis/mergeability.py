@@ -96,7 +96,7 @@ def _scales(text):
         raise FusionError(f'expected `scales` as numbers between commas, got `{text}`')
     return found
 
-# %% ../../nbs/75_analysis/08_mergeability.ipynb #1232618d
+# %% ../../nbs/75_analysis/08_mergeability.ipynb #3e541bd6
 @dataclass
 class Mergeability(BaseAnalysis):
     "How well measures that are taken before a merge order pairs by what they keep after it."
@@ -120,7 +120,7 @@ class Mergeability(BaseAnalysis):
         if not _scales(self.scales) and not merged:
             raise FusionError('expected a λ or a method that merges pairs, got none')
         matrix_rule(self.matrices)
-        check_features(self.examples, self.token)
+        check_features(self.examples, self.token, taskpool, tasks)
     def run(self, pool, taskpool=None, merged={}):
         check_asked(self, pool, taskpool, merged)
         tasks, scales = tasks_with_experts(self.tasks, pool, taskpool), _scales(self.scales)

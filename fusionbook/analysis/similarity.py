@@ -321,7 +321,7 @@ def _told(layers, whole, sums, values, names):
     facts = dict(experts=names, kinship={r[0]: r[1] for r in tables['kinship'].rows})
     return Findings(tables, _figures(layers, whole, names, values), facts)
 
-# %% ../../nbs/75_analysis/04_similarity.ipynb #8db63d8d
+# %% ../../nbs/75_analysis/04_similarity.ipynb #056e3b51
 @dataclass
 class TaskSimilarity(BaseAnalysis):
     "Cosine, sign conflict, shared directions, kinship, features and sizes of experts."
@@ -336,7 +336,7 @@ class TaskSimilarity(BaseAnalysis):
     def bounds(self): return dict(rank=0, examples=0, points=1)
     def check(self, pool, taskpool=None, merged=()):
         matrix_rule(self.matrices)
-        check_features(self.examples, self.token)
+        check_features(self.examples, self.token, taskpool, getattr(taskpool, 'task_names', ()))
     def run(self, pool, taskpool=None, merged={}):
         check_asked(self, pool, taskpool)
         base, experts, names = pool.pretrained(), pool.experts(), pool.model_names
