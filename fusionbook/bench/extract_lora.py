@@ -90,7 +90,7 @@ def rank_of(
         (r for p, r in pattern.items() if f'.{module}'.endswith(f'.{p}') or fnmatchcase(module, p)), rank
     )
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #a9b583ea
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #63c1e61b
 def _opened(name, mirror):
     "A model that is whole."
     head = open_head(name, mirror)
@@ -112,9 +112,12 @@ def _check_pair(model, base):
             )
 
 def _state(head):
-    "What reads a tensor, under the names that are used here."
+    "What reads a tensor, under the names that are used here; plain float8 as bfloat16."
     sd = Checkpoint(head.path)
-    return lambda n: sd[head.stored[n]]
+    def read(n): return sd[head.stored[n]].bfloat16() if n in head.small else sd[head.stored[n]]
+    return read
+
+def _described(kind): return torch.empty(kind.shape, dtype=getattr(torch, kind.dtype[6:]), device='meta')
 
 # %% ../../nbs/80_bench/17c_extract_lora.ipynb #5042df97
 class _Names(NamedTuple):
@@ -182,7 +185,7 @@ class Extraction(NamedTuple):
     left: list       # changed tensors that are not in the adapter
     share: float     # of the sum of squares of all changes
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #0b401cb1
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #f927f44b
 def _collected(model, base, names, told, rank, energy, pattern, rest):
     "Factors, whole tensors and what is left out."
     now, before, kinds = _state(model), _state(base), model.kinds
@@ -192,13 +195,15 @@ def _collected(model, base, names, told, rank, energy, pattern, rest):
         if how in ('factors', 'embedding'):
             found = _extracted(name, how, now, before, kinds, rank_of(name, rank, pattern), energy)
             if found: factors[name] = found[0]._replace(stem=_stem(names.called[name])), *found[1:]
-        elif kinds[name].floating and not torch.equal(now(name), before(name).to(now(name).dtype)):
+        elif kinds[name].floating and _differs(now(name), before(name)):
             (whole if how and rest else left).append(name)
     if not factors:
         raise FusionError(
             f'expected a model that differs from `{base.name}` in a matrix, got none in `{model.name}`'
         )
     return factors, whole, left, now, before
+
+def _differs(now, before): return not torch.equal(now, before.to(now.dtype))
 
 def _stem(name): return f'base_model.model.{name.removesuffix(".weight")}'
 
@@ -284,7 +289,7 @@ def _settings(model, base, ranks, factors, modules, biased):
     told = adapter_settings(ranks, like | {'ensure_weight_tying': tied or None}, saved=modules)
     return told | {'bias': 'lora_only' if biased else 'none'}
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #44977b82
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #88ca956b
 def _written(path, model, base, names, factors, whole, left, now, before, dtype):
     "Write an adapter and say what it holds."
     stored, modules = _stored(whole, factors, model.kinds, names)
@@ -297,7 +302,8 @@ def _written(path, model, base, names, factors, whole, left, now, before, dtype)
     given = {n: partial(tensors.get, n) for n in tensors} | {
         n: partial(now, old) for n, old in stored.items()
     }
-    info = {n: torch.empty_like(t(), device='meta') for n, t in given.items()}
+    info = {n: torch.empty_like(t, device='meta') for n, t in tensors.items()}
+    info |= {n: _described(model.kinds[old]) for n, old in stored.items()}
     lines = _told(ranks, kept, share := _share(factors, whole, left, now, before), whole, left)
     write_adapter(path, given, info, settings, _card(model.name, base.name, lines))
     for line in lines: print(line)
