@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['routing_weights', 'collapsed_weights', 'AdaSVDMerging', 'weighted_layers']
 
-# %% ../../../nbs/65_statistics/ada_svd.ipynb #f60a5d21
+# %% ../../../nbs/65_statistics/ada_svd.ipynb #cacf71df
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ...core.state_dict import meta, StateDict
 from ..base import at_least, expert_weights
 from .collected import StatisticsMethod, task_batches
 from ..neurons import load_network
-from ..statistics import matrix_modules, rows_read
+from ..statistics import input_axis, matrix_modules, rows_read
 from ..subspace.spectrum import leading
 
 # %% ../../../nbs/65_statistics/ada_svd.ipynb #66142d61
@@ -30,11 +30,11 @@ def routing_weights(
     "Whose leading directions an input meets."
     return torch.einsum('ni,tig->ntg', rows, axes).norm(dim=2).softmax(1)
 
-# %% ../../../nbs/65_statistics/ada_svd.ipynb #8d2c50ac
+# %% ../../../nbs/65_statistics/ada_svd.ipynb #bdfa828b
 class _Layer:
     "One linear layer of the mixture."
     def __init__(self, module, key, base, experts, gate_k):
-        turned = type(module).__name__ == 'Conv1D'
+        turned = input_axis(module) == 0
         def weight(sd): return sd[key].double().T if turned else sd[key].double()
         own = weight(base)
         self.taus = lambda: torch.stack([weight(e) - own for e in experts])

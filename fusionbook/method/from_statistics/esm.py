@@ -6,7 +6,7 @@
 __all__ = ['even_polar', 'essential_sum', 'by_kind', 'esm_direction', 'ESM', 'essential_direction', 'ESMPlusPlus',
            'residual_network']
 
-# %% ../../../nbs/65_statistics/esm.ipynb #20311129
+# %% ../../../nbs/65_statistics/esm.ipynb #f5097f54
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from ..base import at_least
 from .collected import StatisticsMethod
 from .essential import essential, evened, ResidualNetwork
 from .grams import expert_grams
-from ..statistics import matrix_modules
+from ..statistics import input_axis, is_linear, matrix_modules
 from ..subspace.by_matrix import mean_task_vector, orthogonal_sum, SideBySide
 from ..subspace.spectrum import leading, polar
 
@@ -182,7 +182,7 @@ class ESMPlusPlus(ESM):
         merged = step_along(pool.pretrained(), v, self.scaling_factor, self.device)
         return residual_network(self, pool, pool.load(merged), sums)
 
-# %% ../../../nbs/65_statistics/esm.ipynb #2fff8acd
+# %% ../../../nbs/65_statistics/esm.ipynb #983f033b
 def residual_network(
     method:ESMPlusPlus,
     pool,                       # models
@@ -191,12 +191,15 @@ def residual_network(
 ) -> ResidualNetwork:
     "The merged network with what is missing of every expert."
     linear = matrix_modules(network, method.routed or ('*',))
-    layers = [n for n, m in linear.items() if isinstance(m, nn.Linear) and f'gram/{n}.weight' in sums[0]]
+    layers = [n for n, m in linear.items() if is_linear(m) and f'gram/{n}.weight' in sums[0]]
     net = ResidualNetwork(network, pool.model_names, layers, method.lora_rank)
     experts = list(zip(pool.experts(), sums, strict=True))
     for name, rest in zip(layers, net.residuals, strict=True):
-        key, own = f'{name}.weight', network.get_submodule(name).weight.detach().double()
+        layer, key = network.get_submodule(name), f'{name}.weight'
+        own = layer.weight.detach().double()
         for i, (expert, s) in enumerate(experts):
-            part = essential(expert[key].double() - own, s[f'gram/{key}'], rest.down.shape[1])
+            tau = expert[key].double() - own
+            seen = tau if input_axis(layer) else tau.T # (d_out, d_in)
+            part = essential(seen, s[f'gram/{key}'], rest.down.shape[1])
             rest.up[i], rest.down[i], rest.prototypes[i] = part.left, part.right, s[f'mean/{key}']
     return net

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Essential', 'essential', 'evened', 'Residual', 'ResidualNetwork']
 
-# %% ../../../nbs/65_statistics/04_essential.ipynb #dbc29d5f
+# %% ../../../nbs/65_statistics/04_essential.ipynb #83e1ace3
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
+from ..statistics import input_axis
 from ..subspace.spectrum import eigen
 
 # %% ../../../nbs/65_statistics/04_essential.ipynb #5741dda6
@@ -70,7 +71,7 @@ def _routing(net):
     finally:
         for handle in handles: handle.remove()
 
-# %% ../../../nbs/65_statistics/04_essential.ipynb #afd32f52
+# %% ../../../nbs/65_statistics/04_essential.ipynb #9ee74503
 class ResidualNetwork(nn.Module):
     "A network whose linear layers add what an expert's residual says, expert by input."
     def __init__(self,
@@ -83,8 +84,10 @@ class ResidualNetwork(nn.Module):
         self.network, self.experts, self.layers, self.rank = network, list(experts), list(layers), rank
         self.residuals = nn.ModuleList()
         for name in self.layers:
-            rows, columns = network.get_submodule(name).weight.shape
-            self.residuals.append(Residual(len(self.experts), columns, rows, min(rank, rows, columns)))
+            layer = network.get_submodule(name)
+            shape, axis = layer.weight.shape, input_axis(layer)
+            sizes = shape[axis], shape[1 - axis]
+            self.residuals.append(Residual(len(self.experts), *sizes, min(rank, *sizes)))
         self.eval()
     def recipe(self):
         return dict(network=self.network, experts=self.experts, layers=self.layers, rank=self.rank)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gram_bytes', 'gram_groups', 'expert_grams']
 
-# %% ../../../nbs/65_statistics/01b_grams.ipynb #91129ba0
+# %% ../../../nbs/65_statistics/01b_grams.ipynb #28dfdaef
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,15 +22,15 @@ from fusionbook.method.from_statistics.collected import (
     StatisticsMethod,
 )
 from ..neurons import load_network
-from ..statistics import collect, matrix_modules
+from ..statistics import collect, input_axis, matrix_modules
 
-# %% ../../../nbs/65_statistics/01b_grams.ipynb #c113e670
+# %% ../../../nbs/65_statistics/01b_grams.ipynb #e95adcc9
 def gram_bytes(
     module:nn.Module, # a linear layer, transformers' Conv1D or a convolution
 ) -> int:
     "What the sums of one matrix take."
     shape = module.weight.shape
-    d = shape[0] if type(module).__name__ == 'Conv1D' else prod(shape[1:])
+    d = prod(shape[1:]) if input_axis(module) else shape[0]
     return 8 * d * d
 
 def gram_groups(
