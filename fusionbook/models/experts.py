@@ -71,7 +71,7 @@ def mixed_linear(
     if bias is not None: y = y + (bias if bias_deltas is None else bias + g @ bias_deltas)
     return y.reshape(*x.shape[:-1], len(weight))
 
-# %% ../../nbs/20_models/07c_experts.ipynb #f5e74b8c
+# %% ../../nbs/20_models/07c_experts.ipynb #2f9c2718
 def _all_experts(x, down, up, gates, y):
     "Every expert sees every row, (N, m)."
     z = F.linear(x, down.flatten(0, 1)).unflatten(1, down.shape[:2]) * gates[..., None]
@@ -81,10 +81,11 @@ def _own_rows(x, down, up, gates, y):
     "Every expert sees the rows that ask for it."
     expert, row = gates.T.nonzero(as_tuple=True) # sorted by expert
     sizes, share = expert.bincount(minlength=len(down)).tolist(), gates[row, expert, None]
-    rows = x.index_select(0, row).split(sizes)
-    z = torch.cat([torch.mm(some, v.T) for some, v in zip(rows, down, strict=True)]) * share
-    if up is not None: z = torch.cat([torch.mm(s, u) for s, u in zip(z.split(sizes), up, strict=True)])
-    return y.index_add_(0, row, z) # `y` is this layer's own
+    parts = (t.split(sizes) for t in (row, x.index_select(0, row), share))
+    for e, (at, some, g) in enumerate(zip(*parts, strict=True)): # each group while it is near
+        z = torch.mm(some, down[e].T) * g
+        y.index_add_(0, at, z if up is None else torch.mm(z, up[e])) # `y` is this layer's own
+    return y
 
 # %% ../../nbs/20_models/07c_experts.ipynb #cfeb7db4
 def low_rank_linear(
