@@ -53,7 +53,7 @@ def test_every_data_set_and_every_model_composes_and_names_what_the_hub_could_ha
             assert tree
             check_targets(tree)
             for _, source in named_sources({'models' if group is models else 'test_datasets': tree}):
-                if not Path(source).is_absolute(): validate_repo_id(source)
+                if not (Path(source).is_absolute() or source.startswith('_runs/')): validate_repo_id(source) # a place of ours, or a name of the hub
 
 
 @pytest.fixture(scope='module')
@@ -98,7 +98,7 @@ def test_a_pool_runs_on_stand_ins(pool, here, stand_ins):
     hub = {}
     for i, (key, name) in enumerate(x for x in named_sources(cfg) if 'datasets' not in x[0]):
         hub[name] = stand_ins['lora'] if 'lora-16' in name else stand_ins[kind][i % len(stand_ins[kind])]
-    done = here(f'method={method}', f'modelpool={pool}', 'merged_model_save_path=out', mirror(hub))
+    done = here(f'method={method}', f'modelpool={pool}', 'taskpool=dummy', 'merged_model_save_path=out', mirror(hub))
     assert done.status == 0, done.err
     assert done.report['hashes']['models'].keys() == cfg['models'].keys() and (done.cwd/'out'/'config.json').exists()
     if kind == 'resnet': assert len(json.loads((done.cwd/'out'/'config.json').read_text())['id2label']) == 43
