@@ -57,14 +57,8 @@ def _ties(each, whole):
     how = dict(scaling_factor=whole['lambda'], merge_func=_mean(whole), weights=each['weight'])
     return how | _ELECTED | dict(threshold=_one(each['density']))
 
-# %% ../../nbs/80_bench/13b_merge_methods.ipynb #a9eac5a4
+# %% ../../nbs/80_bench/13b_merge_methods.ipynb #085e1979
 _WEIGHT = {'weight': _REQUIRED}
-
-def _same(values, key, name):
-    "One number for all models, where a method has no more."
-    if len(set(values)) > 1:
-        raise FusionError(f'expected one `{key}` for all models of `{name}`, got {list(values)}')
-    return values[0]
 
 def _shared_weights(each, whole):
     "Weights, divided by their sum where that is asked for."
@@ -72,7 +66,7 @@ def _shared_weights(each, whole):
     total = sum(w) if whole['normalize'] else 1
     return w if abs(total) < 1e-8 else [x / total for x in w]
 
-# %% ../../nbs/80_bench/13b_merge_methods.ipynb #7bb21c08
+# %% ../../nbs/80_bench/13b_merge_methods.ipynb #071bf677
 def _dare(each, whole, name):
     density = _one(each['density'])
     dropped = 1 - density if isinstance(density, (int, float)) else [1 - d for d in density]
@@ -87,24 +81,24 @@ def _dare_ties(each, whole):
     how = dict(merge_func=_mean(whole), threshold=None, weights=each['weight'])
     return dict(_dare(each, whole, 'dare_ties'), **how, **_ELECTED)
 
-def _sampled(each, whole, name, key):
+def _sampled(each, whole, key):
     "What DELLA and breadcrumbs have in common."
-    found = {k: _same(each[k], k, name) for k in ('density', key)}
+    found = {k: _one(each[k]) for k in ('density', key)}
     return dict(found, rescale=whole['rescale'], scaling_factor=whole['lambda'])
 
-# %% ../../nbs/80_bench/13b_merge_methods.ipynb #cda5f8cc
+# %% ../../nbs/80_bench/13b_merge_methods.ipynb #0f5c4ea6
 def _della(each, whole):
-    return dict(_sampled(each, whole, 'della', 'epsilon'), merge_func=_mean(whole), weights=each['weight'])
+    return dict(_sampled(each, whole, 'epsilon'), merge_func=_mean(whole), weights=each['weight'])
 
 def _della_linear(each, whole):
-    return dict(_sampled(each, whole, 'della_linear', 'epsilon'), weights=_shared_weights(each, whole))
+    return dict(_sampled(each, whole, 'epsilon'), weights=_shared_weights(each, whole))
 
 def _crumbs(each, whole):
-    return dict(_sampled(each, whole, 'breadcrumbs', 'gamma'), weights=_shared_weights(each, whole))
+    return dict(_sampled(each, whole, 'gamma'), weights=_shared_weights(each, whole))
 
 def _crumbs_ties(each, whole):
     return dict(
-        _sampled(each, whole, 'breadcrumbs_ties', 'gamma'), merge_func=_mean(whole), weights=each['weight']
+        _sampled(each, whole, 'gamma'), merge_func=_mean(whole), weights=each['weight']
     )
 
 # %% ../../nbs/80_bench/13b_merge_methods.ipynb #a371bf22

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DIGIT', 'BINS', 'SMALL', 'bracket', 'count_bins', 'narrow', 'kth_largest']
 
-# %% ../../nbs/00_core/06_selection.ipynb #a308099b
-from collections.abc import Callable, Iterable
+# %% ../../nbs/00_core/06_selection.ipynb #3be540a6
+from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 from .errors import FusionError
@@ -74,22 +74,27 @@ def narrow(
     if bins == 0 or bins > BINS: return *_whole(kind), False
     return low + ((BINS - bins) << shift), max(0, shift - DIGIT), shift == 0
 
-# %% ../../nbs/00_core/06_selection.ipynb #d0967f3a
+# %% ../../nbs/00_core/06_selection.ipynb #0d5c15dc
 def kth_largest(
     stream:Callable[[int], Iterable[Tensor]], # step -> pieces (T, n_j) with every step-th entry, float32 or float64; float64 where they are mixed
-    k:int,                                    # rank, 1 is the largest
+    k:int|Sequence[int],                      # rank, 1 is the largest; or one for each row
     size:int,                                 # n, entries of a row
 ) -> Tensor:                                  # (T,) the k-th largest magnitude of each row
     "Exact k-th largest magnitude per row of a stream."
-    if not 1 <= k <= size: raise FusionError(f'expected `k` in 1..{size}, got {k}')
+    for rank in [k] if isinstance(k, int) else k:
+        if not 1 <= rank <= size: raise FusionError(f'expected `k` in 1..{size}, got {rank}')
     step = 1 if size <= SMALL else round(size ** (1 / 3) / 2)
     sample = torch.cat(list(stream(step)), 1)
-    if step == 1: return sample.abs().kthvalue(size - k + 1, dim=1).values
-    at, kind, done = [bracket(row, k / size) for row in sample], sample.dtype, [False]
+    ranks = [k] * len(sample) if isinstance(k, int) else k
+    if step == 1:
+        found = [r.kthvalue(size - k + 1).values for r, k in zip(sample.abs(), ranks, strict=True)]
+        return torch.stack(found)
+    at = [bracket(row, k / size) for row, k in zip(sample, ranks, strict=True)]
+    kind, done = sample.dtype, [False]
     while not all(done):
         low, shift = zip(*at)
         counts = torch.zeros(len(at), BINS + 1, dtype=torch.int64, device=sample.device)
         for x in stream(1): count_bins(x.to(kind), low, shift, counts)
-        *at, done = zip(*[narrow(l, s, row, k, kind) for (l, s), row in zip(at, counts)])
+        *at, done = zip(*[narrow(l, s, row, k, kind) for (l, s), row, k in zip(at, counts, ranks)])
         at = list(zip(*at))
     return torch.tensor([l for l, _ in at], device=sample.device, dtype=_INTEGER[kind]).view(kind)

@@ -171,6 +171,25 @@ def test_a_share_for_each_model(tmp_path):
     assert (lost | kept).all() and .45 < lost.float().mean() < .55
 
 
+@pytest.mark.parametrize('name', ['della', 'della_linear', 'breadcrumbs', 'breadcrumbs_ties'])
+def test_shares_of_each_model(name, tmp_path):
+    "A model that keeps everything is added as it is; one that keeps half of its entries, half of them."
+    base, a, b = (plain(tmp_path, n, i) for i, n in enumerate(('base', 'a', 'b')))
+    more = {'epsilon': .2} if 'della' in name else {'gamma': .1}
+    models = [{'model': m, 'parameters': {'weight': w, 'density': d} | more} for m, w, d in ((a, 0., 1.), (b, 1., .5))]
+    told = dict(merge_method=name, base_model=base, parameters={'rescale': False, 'normalize': False})
+    def moved(models, out):
+        out = fusionbook.merge(**told, models=models, out=tmp_path/out)
+        return load_file(Path(out)/'model.safetensors')['h.0.w'] - load_file(Path(base)/'model.safetensors')['h.0.w']
+    half = moved(models, 'half')
+    models[0]['parameters']['weight'], models[1]['parameters']['weight'] = 1., 0.
+    full = moved(models, 'full')
+    x, y = (load_file(Path(f)/'model.safetensors')['h.0.w'] - load_file(Path(base)/'model.safetensors')['h.0.w'] for f in (a, b))
+    assert torch.allclose(full, x, atol=1e-5)
+    kept = torch.isclose(half, y, atol=1e-5)
+    assert (kept | (half.abs() < 1e-5)).all() and .45 < kept.float().mean() < .55
+
+
 def test_plain_float8_is_read_exactly(tmp_path):
     "Numbers of eight bits are numbers of bfloat16; with a scale beside them they are refused."
     folder = Path(plain(tmp_path, 'small', 1))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['middle_entries', 'Breadcrumbs', 'BreadcrumbsTies']
 
-# %% ../../../nbs/63_task_vector/breadcrumbs.ipynb #0eaad440
+# %% ../../../nbs/63_task_vector/breadcrumbs.ipynb #4e317623
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from torch import Tensor
@@ -15,9 +15,9 @@ from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
 from ..pipeline import pool_of_vectors
 from .elect import check_choices, elected_direction
-from .sparsify import l1_kept, summed_direction, thresholds, trim
+from .sparsify import l1_kept, one_each, summed_direction, thresholds, trim
 
-# %% ../../../nbs/63_task_vector/breadcrumbs.ipynb #98259f41
+# %% ../../../nbs/63_task_vector/breadcrumbs.ipynb #2161d1d6
 def _ranks(size, density, gamma):
     "Ranks of the largest and of the smallest entry that is kept."
     keep = max(1, int(density * size))
@@ -25,38 +25,41 @@ def _ranks(size, density, gamma):
     return top + 1, top + keep
 
 def _check_shares(density, gamma):
-    if not 0 < density <= 1: raise FusionError(f'expected `density` in (0, 1], got {density}')
-    if not 0 <= gamma < 1: raise FusionError(f'expected `gamma` in [0, 1), got {gamma}')
+    for d, g in one_each(density=density, gamma=gamma):
+        if not 0 < d <= 1: raise FusionError(f'expected `density` in (0, 1], got {d}')
+        if not 0 <= g < 1: raise FusionError(f'expected `gamma` in [0, 1), got {g}')
 
-# %% ../../../nbs/63_task_vector/breadcrumbs.ipynb #dc966122
+# %% ../../../nbs/63_task_vector/breadcrumbs.ipynb #52bf0bab
 def middle_entries(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
-    *, density:float,            # ρ, share of each tensor that is kept, in (0, 1]
-    gamma:float,                 # share that is dropped from above, in [0, 1)
+    *, density:float|Sequence[float], # ρ, share of each tensor that is kept, in (0, 1]; or one for each expert
+    gamma:float|Sequence[float], # share that is dropped from above, in [0, 1); or one for each expert
     rescale:bool,                # keep each tensor's l1 norm
     device:str='cpu',            # where the arithmetic happens
 ) -> Callable[[Entry], Tensor]:  # entry -> sparse task vectors, (T, n)
     "Task vectors without their largest and their smallest entries."
     _check_shares(density, gamma)
+    each = one_each(len(experts), density=density, gamma=gamma)
+    full = all(d == 1 for d, _ in each)
     def select(which):
-        def rank(n): return _ranks(n, density, gamma)[which]
+        def rank(n): return [_ranks(n, d, g)[which] for d, g in each]
         return thresholds(base, experts, list(base), rank=rank, by='tensor', device=device)
     largest, smallest = select(0), select(1)
     def sparse(e):
         tau = e.tau
-        if density == 1: return tau
+        if full: return tau
         outliers = tau.abs() > largest(e.name)[:, None]
         return trim(tau, smallest(e.name)).masked_fill_(outliers, 0)
     return l1_kept(base, experts, sparse, device=device) if rescale else sparse
 
-# %% ../../../nbs/63_task_vector/breadcrumbs.ipynb #ac70cad1
+# %% ../../../nbs/63_task_vector/breadcrumbs.ipynb #484d8a76
 @dataclass(kw_only=True)
 class _Breadcrumbs(BaseAlgorithm):
     uses = ('pretrained', 'experts')
     paper, year, tune = 'arxiv:2312.06795', 2023, {'scaling_factor': '0.1:1.5:0.1'}
-    density: float = .9        # ρ, share of each tensor that is kept, in (0, 1]; mergekit's 1 drops nothing, the paper keeps 0.14
-    gamma: float = .01         # share of each tensor that is dropped from above, in [0, 1)
+    density: float | list = .9 # ρ, share of each tensor that is kept, in (0, 1], or one for each expert; mergekit's 1 drops nothing, the paper keeps 0.14
+    gamma: float | list = .01  # share of each tensor that is dropped from above, in [0, 1), or one for each expert
     rescale: bool = False      # keep each tensor's l1 norm
     weights: list = None       # w, one number per expert in the order of the pool; 1 each when null
     device: str = 'cpu'        # where the arithmetic happens

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dropped', 'dare', 'DareSimpleAverage', 'DareTaskArithmetic', 'DareTiesMerging']
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #d7c78e81
+# %% ../../../nbs/63_task_vector/dare.ipynb #1531c928
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import torch
@@ -17,7 +17,8 @@ from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
 from ..pipeline import pool_of_vectors
 from .elect import check_choices, elected_direction
-from .sparsify import kept_share, l1_kept, random_keep, summed_direction
+from .sparsify import kept_share, l1_kept, one_each, random_keep
+from .sparsify import summed_direction
 
 # %% ../../../nbs/63_task_vector/dare.ipynb #54bc3236
 def _check_density(density, rescale_by):
@@ -27,15 +28,7 @@ def _check_density(density, rescale_by):
     if rescale_by not in ('density', 'l1'):
         raise FusionError(f'expected `rescale_by` as density or l1, got `{rescale_by}`')
 
-# %% ../../../nbs/63_task_vector/dare.ipynb #4dd2b81e
-def _one_each(density, count):
-    "A number for each expert."
-    if isinstance(density, (int, float)): return [float(density)] * count
-    if len(density) != count:
-        raise FusionError(f'expected a `sparsity_ratio` for each of {count} experts, got {len(density)}')
-    return [float(d) for d in density]
-
-# %% ../../../nbs/63_task_vector/dare.ipynb #5a8fdca1
+# %% ../../../nbs/63_task_vector/dare.ipynb #64a9be59
 def dropped(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
@@ -48,7 +41,8 @@ def dropped(
 ) -> Callable[[Entry], Tensor]:  # entry -> sparse task vectors, (T, n)
     "Task vectors of which a random share is kept."
     _check_density(density, rescale_by)
-    kept, linear = torch.tensor(_one_each(density, len(experts)), dtype=torch.float64), Matrices(heads=True)
+    each, linear = one_each(len(experts), sparsity_ratio=density), Matrices(heads=True)
+    kept = torch.tensor(each, dtype=torch.float64).flatten()
     factor = 1 / kept if rescale and rescale_by == 'density' else torch.ones_like(kept)
     def sparse(e):
         if bool((kept == 1).all()) or only_on_linear_weights and linear(e.name, e.shape) is None: return e.tau

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank_chances', 'ranked_drop', 'DellaLinear', 'Della']
 
-# %% ../../../nbs/63_task_vector/della.ipynb #44fb91b7
+# %% ../../../nbs/63_task_vector/della.ipynb #b6cb3cf5
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import torch
@@ -16,13 +16,13 @@ from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
 from ..pipeline import pool_of_vectors
 from .elect import check_choices, elected_direction
-from .sparsify import l1_kept, random_keep, summed_direction
+from .sparsify import l1_kept, one_each, random_keep, summed_direction
 
-# %% ../../../nbs/63_task_vector/della.ipynb #a57ff8f5
+# %% ../../../nbs/63_task_vector/della.ipynb #768f95f6
 def rank_chances(
     tau:Tensor,      # task vectors, (T, …, n); the last axis is a row
-    *, density:float,# ρ, mean probability to stay, in (0, 1)
-    epsilon:float,   # half the width of the window
+    *, density:float|Tensor, # ρ, mean probability to stay, in (0, 1]; a number, or (T, 1, …)
+    epsilon:float|Tensor,    # half the width of the window, likewise
 ) -> Tensor:         # of the same shape; of equal magnitudes the later entry has the larger
     "The probability of each entry to stay, rising with its rank in its row."
     ranks = tau.abs().argsort(dim=-1, stable=True).argsort(-1).to(tau.dtype)
@@ -30,19 +30,20 @@ def rank_chances(
     place = ranks / steps if tau.shape[-1] > 1 else torch.full_like(tau, .5)
     return density + epsilon * (2 * place - 1)
 
-# %% ../../../nbs/63_task_vector/della.ipynb #1b3a0b9d
+# %% ../../../nbs/63_task_vector/della.ipynb #ebbe4c28
 def _check_window(density, epsilon, rescale_by):
-    if density == 1: return # nothing is dropped
-    if not (epsilon >= 0 and density - epsilon > 0 and density + epsilon < 1):
-        raise FusionError(f'expected `density` ± `epsilon` within (0, 1), got {density} ± {epsilon}')
+    for d, e in one_each(density=density, epsilon=epsilon):
+        if d == 1: continue # nothing is dropped
+        if not (e >= 0 and d - e > 0 and d + e < 1):
+            raise FusionError(f'expected `density` ± `epsilon` within (0, 1), got {d} ± {e}')
     if rescale_by not in ('probability', 'l1'):
         raise FusionError(f'expected `rescale_by` as probability or l1, got `{rescale_by}`')
 
-# %% ../../../nbs/63_task_vector/della.ipynb #5eb2587c
+# %% ../../../nbs/63_task_vector/della.ipynb #4e8d70bb
 def ranked_drop(
     base:StateDict,              # θ₀, the pretrained state dict
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
-    *, density:float, epsilon:float, # as in `rank_chances`
+    *, density:float|Sequence[float], epsilon:float|Sequence[float], # as in `rank_chances`; or one for each expert
     seed:int,
     rescale:bool,                # make up for what is dropped
     rescale_by:str,              # each entry by its own `probability` (the paper), or keep each tensor's `l1` norm (mergekit)
@@ -50,23 +51,27 @@ def ranked_drop(
 ) -> Callable[[Entry], Tensor]:  # whole entry -> sparse task vectors, (T, *shape)
     "Task vectors whose entries stay the more likely the larger they are in their row."
     _check_window(density, epsilon, rescale_by)
+    each = one_each(len(experts), density=density, epsilon=epsilon)
+    windows = torch.tensor([(d, w * (d < 1)) for d, w in each], dtype=torch.float64)
+    full = bool((windows[:, 0] == 1).all())
     def sparse(e):
         tau = e.tau
-        if density == 1: return tau
+        if full: return tau
         rows = tau if tau.ndim > 1 else tau[:, None] # a single number is a row of one
-        stay = rank_chances(rows, density=density, epsilon=epsilon).view_as(tau)
+        mean, half = windows.to(tau).T.reshape(2, -1, *[1] * (rows.ndim - 1))
+        stay = rank_chances(rows, density=mean, epsilon=half).view_as(tau)
         kept = tau * random_keep(e, density=stay, seed=seed)
         return kept / stay if rescale and rescale_by == 'probability' else kept
-    l1 = rescale and rescale_by == 'l1' and density < 1
+    l1 = rescale and rescale_by == 'l1' and not full
     return l1_kept(base, experts, sparse, whole=True, device=device) if l1 else sparse
 
-# %% ../../../nbs/63_task_vector/della.ipynb #c9f88468
+# %% ../../../nbs/63_task_vector/della.ipynb #f805f4f4
 @dataclass(kw_only=True)
 class _Della(BaseAlgorithm):
     uses, symmetric = ('pretrained', 'experts'), False # each expert has a mask of its own
     paper, year, tune = 'arxiv:2406.11617', 2024, {'scaling_factor': '0.1:1.5:0.1'}
-    density: float = .5        # ρ, mean probability of an entry to stay; mergekit's 1 drops nothing
-    epsilon: float = .15       # half the width of the window of probabilities; ρ ± ε lies within (0, 1)
+    density: float | list = .5 # ρ, mean probability of an entry to stay, or one for each expert; mergekit's 1 drops nothing
+    epsilon: float | list = .15 # half the width of the window of probabilities, or one for each expert; ρ ± ε lies within (0, 1)
     rescale: bool = True       # make up for what is dropped
     rescale_by: str = 'l1'     # keep each tensor's l1 norm (mergekit), or 1 / probability of each entry (the paper)
     weights: list = None       # w, one number per expert in the order of the pool; 1 each when null
