@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRACT_HELP', 'Cut', 'cut_change', 'rank_of', 'Extraction', 'extract_lora', 'extract_lora_command']
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #90fd6d89
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #7a52e336
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -17,6 +17,7 @@ from torch import Tensor
 from .adapter_files import adapter_settings, check_adapter_place, factor_tensors, Factors
 from .adapter_files import write_adapter
 from .merge_adapters import check_types, words_of
+from .merge_files import stored_tensor
 from .merge_sources import ModelHead, open_head
 from ..core.adapters import ties_head
 from ..core.checkpoint import Checkpoint
@@ -90,7 +91,7 @@ def rank_of(
         (r for p, r in pattern.items() if f'.{module}'.endswith(f'.{p}') or fnmatchcase(module, p)), rank
     )
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #63c1e61b
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #2c0e55f7
 def _opened(name, mirror):
     "A model that is whole."
     head = open_head(name, mirror)
@@ -112,10 +113,8 @@ def _check_pair(model, base):
             )
 
 def _state(head):
-    "What reads a tensor, under the names that are used here; plain float8 as bfloat16."
-    sd = Checkpoint(head.path)
-    def read(n): return sd[head.stored[n]].bfloat16() if n in head.small else sd[head.stored[n]]
-    return read
+    "What reads a tensor, under the names that are used here."
+    return partial(stored_tensor, head, Checkpoint(head.path))
 
 def _described(kind): return torch.empty(kind.shape, dtype=getattr(torch, kind.dtype[6:]), device='meta')
 

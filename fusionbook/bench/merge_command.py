@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MERGE_HELP', 'merge_words', 'plan_lines', 'merge', 'merge_command']
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #ade9f477
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #04156fd6
 import json, os, sys, time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from .merge_files import check_merge_output
-from .merge_plan import MergePlan, plan_merge, planned_cost
-from .merge_sources import adapter_notes, code_notes
+from .merge_plan import every_head, MergePlan, plan_merge, planned_cost
+from .merge_sources import adapter_notes, code_notes, scale_notes
 from .mixture_recipe import read_mixture
 from .recipe_file import MergeRecipe, read_recipe, recipe_from_words
 from .recipe_values import typed_value
@@ -214,7 +214,7 @@ def _perform(plan, path, device, max_memory, shard_size):
     for line in _next_steps(plan, path): print(line)
     return path
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #1ea38f53
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #b856c79c
 def _mix(recipe, out, settings):
     "Write a mixture of dense models, or say what would be written."
     from fusionbook.bench.mixture_run import mixture_lines, plan_mixture, write_mixture
@@ -224,13 +224,13 @@ def _mix(recipe, out, settings):
     if not dry: check_device(device)
     mirror, limit = settings.get('hub_mirror', {}), settings.get('max_memory')
     plan = plan_mixture(recipe, mirror, device='cpu' if dry else device, max_memory=limit, out=out)
-    print('\n'.join(mixture_lines(plan)))
+    print('\n'.join([f'note: {n}' for n in scale_notes(plan.heads.values())] + mixture_lines(plan)))
     if dry: return None
     path = write_mixture(plan, out, shard_size=settings.get('shard_size'))
     print(f"open it   transformers.AutoModelForCausalLM.from_pretrained('{out}')")
     return path
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #17da0789
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #c1a3d1e8
 def merge(
     recipe:str|Path|Mapping|MergeRecipe|None=None, # a file of ours or of mergekit, or its keys; None where they are given by name
     out:str|Path|None=None,      # the folder of the merged model
@@ -253,8 +253,8 @@ def merge(
     )
     if (mixture := read_mixture(recipe, keys)) is not None: return _mix(mixture, out, settings)
     plan = plan_merge(_recipe_of(recipe, keys), settings.get('hub_mirror', {}))
-    heads = plan.heads.values()
-    for note in code_notes(heads) + adapter_notes(heads): print(f'note: {note}')
+    heads = every_head(plan)
+    for note in code_notes(heads) + adapter_notes(heads) + scale_notes(heads): print(f'note: {note}')
     path = check_merge_output(out, plan.heads, planned_cost(plan)['write']) if out is not None else None
     if settings['dry_run']:
         for line in plan_lines(plan, settings['dry_run'] == 'full'): print(line)

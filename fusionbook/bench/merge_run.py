@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged_state', 'merge_card', 'write_merge']
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #e2752ae7
+# %% ../../nbs/80_bench/16_merge_run.ipynb #4333445b
 import hashlib, json, os, time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -14,7 +14,8 @@ from importlib import import_module
 from pathlib import Path
 import torch
 from .merge_files import merge_versions, source_files, stored_state, while_they_stay
-from .merge_plan import MergePlan, output_config, output_files
+from .merge_plan import every_head, MergePlan, output_config, output_files
+from .merge_sources import scale_notes
 from .merge_tensors import is_vocabulary, tied_embedding, vocabulary_axis
 from .merge_tokens import align_rows
 from .values import human_size
@@ -203,7 +204,7 @@ def _told_fields(plan):
         counts[line] = counts.get(line, 0) + len(g.tensors)
     return counts
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #f723bf8d
+# %% ../../nbs/80_bench/16_merge_run.ipynb #d8112213
 def merge_card(
     plan:MergePlan,
     identities:Mapping[str, str], # model -> what was read of it
@@ -233,6 +234,7 @@ def merge_card(
             f'Computed in float32 (float64 where a model is), rounded once to {types}; {len(plan.tensors)}'
             ' tensors.'
         ),
+        *(f'{note}.' for note in scale_notes(every_head(plan))),
         '',
         '| model | role | checksum |',
         '|---|---|---|',

@@ -202,6 +202,78 @@ def test_plain_float8_is_read_exactly(tmp_path):
     with pytest.raises(FusionError, match='a quantised model .*float8_e4m3'): fusionbook.merge(method='simple_average', models=[str(folder)], out=tmp_path/'never')
 
 
+def in_eight_bits(source, folder, scales, block=(8, 8), **told):
+    "A model whose matrices are codes with scales, beside which stand scales of activations; the weights that they stand for."
+    shutil.copytree(source, folder)
+    stored, weights = {}, load_file(folder/'model.safetensors')
+    for n, w in list(weights.items()):
+        if not n.endswith('proj.weight'): stored[n] = w; continue
+        rows, columns = w.shape if scales == 'tensor' else (1, w.shape[1]) if scales == 'row' else block
+        tiles = [[w[i:i + rows, j:j + columns] for j in range(0, w.shape[1], columns)] for i in range(0, w.shape[0], rows)]
+        s = torch.stack([torch.stack([t.abs().max() / 448 for t in row]) for row in tiles])
+        wide = s.repeat_interleave(rows, 0)[:w.shape[0]].repeat_interleave(columns, 1)[:, :w.shape[1]]
+        stored[n] = (w / wide).to(torch.float8_e4m3fn)
+        stored[f'{n}_scale' + '_inv' * (scales == 'block')] = s.reshape(()) if scales == 'tensor' else s
+        stored[n.replace('weight', 'input_scale')] = torch.ones(1)
+        weights[n] = (stored[n].double() * wide.double()).float()
+    save_file(stored, folder/'model.safetensors', {'format': 'pt'})
+    config = json.loads((folder/'config.json').read_text())
+    told = {'quant_method': 'fp8'} | ({'weight_block_size': list(block)} if scales == 'block' else {}) | told
+    (folder/'config.json').write_text(json.dumps(config | {'quantization_config': told}))
+    return weights
+
+@pytest.mark.parametrize('scales', ['tensor', 'row', 'block'])
+def test_float8_with_scales_is_read_as_its_products(scales, tmp_path, capsys):
+    "Codes times scales, rounded once: the copy is those weights to the bit, opens with transformers as no quantised model, and the plan says how it was read."
+    networks, inputs, (a, _) = made('llama', tmp_path, 2)
+    weights = in_eight_bits(Path(a), tmp_path/'eight', scales)
+    told = dict(method='simple_average', models=[str(tmp_path/'eight')])
+    fusionbook.merge(**told, dry_run=True)
+    assert 'holds float8 with scales: 14 of 21 tensors are read as float32, each product rounded once' in capsys.readouterr().out
+    out = fusionbook.merge(**told, out=tmp_path/'out')
+    found = load_file(out/'model.safetensors')
+    assert found.keys() == weights.keys() and all(found[n].equal(w) for n, w in weights.items())
+    assert 'quantization_config' not in json.loads((out/'config.json').read_text())
+    assert 'holds float8 with scales' in (out/'README.md').read_text()
+    opened = type(networks[0]).from_pretrained(out).eval()
+    networks[0].load_state_dict(weights, strict=False)
+    assert torch.equal(answers(opened, inputs), answers(networks[0], inputs))
+    half = load_file(fusionbook.merge(**told, dtype='bfloat16', out=tmp_path/'half')/'model.safetensors')
+    assert all(half[n].equal(w.bfloat16()) for n, w in weights.items())
+
+def test_float8_with_scales_is_an_expert_and_a_base_like_any_other(tmp_path):
+    "The same numbers as those of the model written out: as a base, and under an adapter."
+    _, _, (a, b, c) = made('llama', tmp_path)
+    weights = in_eight_bits(Path(a), tmp_path/'eight', 'block')
+    shutil.copytree(a, tmp_path/'plain')
+    save_file(weights, tmp_path/'plain'/'model.safetensors', {'format': 'pt'})
+    name = 'model.layers.1.mlp.up_proj'
+    adapter(tmp_path, 'lora', name, rows=24)
+    low = load_file(tmp_path/'lora'/'adapter_model.safetensors')
+    save_file({n: t[:, :16].contiguous() if 'lora_A' in n else t for n, t in low.items()}, tmp_path/'lora'/'adapter_model.safetensors')
+    def merged(one, out):
+        models = [{'model': m, 'parameters': {'weight': .5}} for m in (f'{one}+{tmp_path}/lora', b)]
+        out = fusionbook.merge(merge_method='task_arithmetic', base_model=str(one), models=models, out=tmp_path/out)
+        return load_file(out/'model.safetensors')
+    eight, full = merged(tmp_path/'eight', 'e'), merged(tmp_path/'plain', 'f')
+    assert eight.keys() == full.keys() and all(eight[n].equal(t) for n, t in full.items())
+    assert not eight[f'{name}.weight'].equal(weights[f'{name}.weight'])
+
+@pytest.mark.parametrize('scales, told, change, says', [
+    ('row', {'quant_method': 'awq'}, {}, 'a quantised model .awq.'),
+    ('tensor', {}, {'model.layers.0.mlp.up_proj.weight_scale_2': torch.ones(1)}, 'weight_scale_2` stands beside its scale'),
+    ('block', {'weight_block_size': [128, 128]}, {}, 'by tensor, row or block of 128 × 128'),
+    ('tensor', {}, {'model.layers.0.mlp.up_proj.weight': torch.ones(24, 16, dtype=torch.int8)}, 'scales codes that are no float8'),
+])
+def test_codes_that_are_not_surely_products_are_refused(scales, told, change, says, tmp_path):
+    _, _, (a,) = made('llama', tmp_path, 1)
+    in_eight_bits(Path(a), tmp_path/'eight', scales, **told)
+    file = tmp_path/'eight'/'model.safetensors'
+    save_file(load_file(file) | change, file, {'format': 'pt'})
+    with pytest.raises(FusionError, match=says): fusionbook.merge(method='simple_average', models=[str(tmp_path/'eight')], out=tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+
 def bytes_of(folder): return {f.name: f.read_bytes() for f in sorted(Path(folder).iterdir())}
 
 def test_killed_and_started_again(tmp_path):
