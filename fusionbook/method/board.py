@@ -266,7 +266,7 @@ def _dots(ax, rows, kind, i, scale):
     look = dict(fmt=theme['markers'][i], color=theme['colors'][i], ms=4, elinewidth=.7, lw=0)
     if some: ax.errorbar(x, y, ends, label=kind, **look)
 
-# %% ../../nbs/60_method/08_board.ipynb #946cbc77
+# %% ../../nbs/60_method/08_board.ipynb #0adf6504
 def board_figure(
     board:Mapping,
 ): # Figure
@@ -279,9 +279,12 @@ def board_figure(
     for i, kind in enumerate(kinds): _dots(ax, rows, kind, i, metric.scale)
     named = front(rows, metric.sign)
     small = dict(fontsize=theme['font'] - 2, color=theme['ink'])
+    costs = [r['cpu_seconds'] for r in rows]
+    late = math.sqrt(min(costs) * max(costs))
     for r in (r for r in rows if r['name'] in named):
-        at = r['cpu_seconds'], metric.scale * r['score']
-        ax.annotate(r['name'], at, xytext=(4, 4), textcoords='offset points', **small)
+        at, right = (r['cpu_seconds'], metric.scale * r['score']), r['cpu_seconds'] > late
+        side = dict(xytext=(-4, 4), ha='right') if right else dict(xytext=(4, 4))
+        ax.annotate(r['cls'], at, textcoords='offset points', **side, **small)
     for name, r in board['references'].items():
         height = metric.scale * r['score']
         ax.axhline(height, color=theme['ink'], lw=.6, ls=(0, (4, 3)), zorder=1)
@@ -290,6 +293,5 @@ def board_figure(
     ax.set_xscale('log')
     ax.set_xlabel('CPU seconds of the merge', fontsize=theme['font'])
     ax.set_ylabel(f'{metric.heading}, on {board["pool"]}', fontsize=theme['font'])
-    place = 'lower right' if metric.sign > 0 else 'upper right'
-    ax.legend(frameon=False, fontsize=theme['font'] - 1, loc=place)
+    ax.legend(frameon=False, fontsize=theme['font'] - 1, loc='lower left', bbox_to_anchor=(0, 1), ncols=3)
     return fig
