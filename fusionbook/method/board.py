@@ -251,7 +251,7 @@ def front(
         best = max(best, sign * r['score'])
     return found
 
-# %% ../../nbs/60_method/08_board.ipynb #5d70acc8
+# %% ../../nbs/60_method/08_board.ipynb #95e4e5a4
 def _reach(r, scale):
     "How far the ends of a score's interval lie from it; nothing where there is none."
     if r['low'] is None: return 0., 0.
@@ -266,7 +266,17 @@ def _dots(ax, rows, kind, i, scale):
     look = dict(fmt=theme['markers'][i], color=theme['colors'][i], ms=4, elinewidth=.7, lw=0)
     if some: ax.errorbar(x, y, ends, label=kind, **look)
 
-# %% ../../nbs/60_method/08_board.ipynb #0adf6504
+def _name_front(ax, rows, metric):
+    "Write the classes of the methods that no other one beats beside their points."
+    from fusionbook.core.plot import theme
+    named, costs = front(rows, metric.sign), [r['cpu_seconds'] for r in rows]
+    middle = math.sqrt(min(costs) * max(costs))
+    small = dict(fontsize=theme['font'] - 2, color=theme['ink'], textcoords='offset points')
+    for r in (r for r in rows if r['name'] in named):
+        side = dict(xytext=(-4, 4), ha='right') if r['cpu_seconds'] > middle else dict(xytext=(4, 4))
+        ax.annotate(r['cls'], (r['cpu_seconds'], metric.scale * r['score']), **side, **small)
+
+# %% ../../nbs/60_method/08_board.ipynb #8d70040c
 def board_figure(
     board:Mapping,
 ): # Figure
@@ -277,14 +287,8 @@ def board_figure(
     fig, ((ax,),) = figure(height=4.2)
     kinds = 'weights alone', 'inputs without labels', 'labels'
     for i, kind in enumerate(kinds): _dots(ax, rows, kind, i, metric.scale)
-    named = front(rows, metric.sign)
+    _name_front(ax, rows, metric)
     small = dict(fontsize=theme['font'] - 2, color=theme['ink'])
-    costs = [r['cpu_seconds'] for r in rows]
-    late = math.sqrt(min(costs) * max(costs))
-    for r in (r for r in rows if r['name'] in named):
-        at, right = (r['cpu_seconds'], metric.scale * r['score']), r['cpu_seconds'] > late
-        side = dict(xytext=(-4, 4), ha='right') if right else dict(xytext=(4, 4))
-        ax.annotate(r['cls'], at, textcoords='offset points', **side, **small)
     for name, r in board['references'].items():
         height = metric.scale * r['score']
         ax.axhline(height, color=theme['ink'], lw=.6, ls=(0, (4, 3)), zorder=1)
