@@ -123,7 +123,7 @@ def _fields(group):
 
 def _part(name): return name if len(name) < 48 else f'…{name[-46:]}'
 
-# %% ../../nbs/80_bench/16b_merge_command.ipynb #0f6846c8
+# %% ../../nbs/80_bench/16b_merge_command.ipynb #2d28278c
 def plan_lines(
     plan:MergePlan,
     full:bool=False, # every tensor with its sources, instead of groups
@@ -141,7 +141,7 @@ def plan_lines(
     kinds = sorted({t.kind.dtype[6:] for t in plan.tensors})
     lines.append(
         f'writes    {len(plan.tensors)} tensors, {human_size(cost["write"])} ({", ".join(kinds)})'
-        + (f', {plan.layers} layers' if plan.layers else '')
+        + (f', {" and ".join(map(str, plan.layers.values()))} layers' if plan.layers else '')
     )
     lines.append(f'reads     {human_size(cost["read"])}')
     lines.append(

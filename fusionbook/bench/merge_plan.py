@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PlannedGroup', 'MergePlan', 'every_head', 'output_config', 'output_files', 'plan_merge', 'planned_cost']
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #1d0472ed
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #341622e3
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from .merge_methods import MergeWay, check_model_count, check_settings, way_of
 from .merge_sources import ModelHead, open_head
-from .merge_tensors import PlannedTensor, one_stack, planned_tensors
+from .merge_tensors import PlannedTensor, planned_tensors, stack_blocks
 from .merge_tensors import is_vocabulary, vocabulary_axis, with_base
 from .merge_tokens import TokenPlan, chat_template, check_same_words, moved_ids, OWN_FILES
 from .merge_tokens import plan_tokens, tokenizer_files, with_template
@@ -119,7 +119,7 @@ def _grouped(recipe, way, blocks, tensors):
         found.setdefault(key, (target, fields, models, base, []))[-1].append(t)
     return [PlannedGroup(*g[:-1], tuple(g[-1])) for g in found.values()]
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #12e4429f
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #5c446f2d
 @dataclass(frozen=True)
 class MergePlan:
     "What a merge does."
@@ -129,7 +129,7 @@ class MergePlan:
     reference: ModelHead  # lends names, types, configuration and words
     groups: tuple         # of `PlannedGroup`
     stages: Mapping       # name -> `MergePlan`
-    layers: int|None      # of the output, where it is put together from layers
+    layers: Mapping|None  # stack -> number of layers of the output, where it is put together from layers
     tokens: TokenPlan|None = None # rows of words, where they are aligned
     @property
     def tensors(self) -> list[PlannedTensor]:
@@ -165,9 +165,44 @@ def _stage_head(name, plan):
         name, plan.reference.path, kinds, {n: n for n in kinds}, {}, output_config(plan), plan=plan
     )
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #cca00153
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #3d9d042f
 _LAYER_KEYS = 'num_hidden_layers', 'n_layer', 'n_layers', 'num_layers'
+_SIDES = {
+    'encoder': ('encoder_layers', 'num_encoder_layers', *_LAYER_KEYS),
+    'decoder': ('decoder_layers', 'num_decoder_layers'),
+}
 
+def _counted_in(config, stack):
+    "The part of a configuration that counts the layers of one of several stacks, and the keys that do."
+    parts = stack.split('.') if stack else ['text_model']
+    for k, v in config.items():
+        named = k in parts or k.endswith('_config') and k[:-7] in [p.partition('_')[0] for p in parts]
+        if isinstance(v, dict) and named: return k, _LAYER_KEYS
+    if not stack: return '', _LAYER_KEYS
+    return '', next((keys for side, keys in _SIDES.items() if side in parts), ())
+
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #2b006941
+def _counted(inner, keys, stack, plan):
+    "What changes where the layers of a stack are counted; a T5 whose decoder is as deep as its encoder may not count it."
+    before, after = len(plan.reference.stacks[stack]), plan.layers[stack]
+    changed = {k: after for k in keys if inner.get(k) == before}
+    if 'num_layers' in inner and keys == _SIDES['decoder'] and not changed:
+        changed['num_decoder_layers'] = after
+    if changed or before == after or len(plan.layers) == 1: return changed
+    raise FusionError(
+        f'expected a configuration that counts the layers of `{stack}`, got none in `{plan.reference.name}`'
+    )
+
+def _listed_by_layer(inner, part, stack, numbers, plan):
+    "Lists of a configuration with one value for each layer of a stack."
+    before = len(plan.reference.stacks[stack])
+    return {
+        k: _per_layer(k, part, numbers, plan)
+        for k, v in inner.items()
+        if isinstance(v, list) and len(v) == before and k.startswith('layer')
+    }
+
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #b9155ba4
 def output_config(
     plan:MergePlan,
 ) -> dict: # of `config.json`; empty where the reference has none
@@ -175,13 +210,13 @@ def output_config(
     config = {k: v for k, v in plan.reference.config.items() if k != 'auto_map'}
     if plan.tokens: config = moved_ids(config, plan.tokens)
     if plan.layers is None or not config: return config
-    before = one_stack(plan.reference)[1]
-    inner = config.get('text_config') if isinstance(config.get('text_config'), dict) else config
-    changed = {k: plan.layers for k in _LAYER_KEYS if inner.get(k) == before}
-    for k, v in inner.items():
-        if isinstance(v, list) and len(v) == before and k.startswith('layer'):
-            changed[k] = _per_layer(k, plan)
-    return config | changed if inner is config else config | {'text_config': inner | changed}
+    for stack, numbers in stack_blocks(plan.recipe.blocks, plan.reference).items():
+        part, keys = _counted_in(config, stack if len(plan.layers) > 1 else '')
+        inner = config[part] if part else config
+        changed = _counted(inner, keys, stack, plan)
+        if part or len(plan.layers) == 1: changed |= _listed_by_layer(inner, part, stack, numbers, plan)
+        config = config | ({part: inner | changed} if part else changed)
+    return config
 
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #8bf27c12
 def output_files(
@@ -199,21 +234,23 @@ def output_files(
     template = chat_template(recipe.chat_template, plan.heads.values()) if recipe.chat_template else None
     return with_template(files, template) if template else files
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #df321289
-def _per_layer(key, plan):
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #46f4ac75
+def _per_layer(key, part, numbers, plan):
     "A list of the configuration with one value for each layer."
     found = []
-    for block in plan.recipe.blocks:
-        first = block.sources[0]
+    for b in numbers:
+        first = plan.recipe.blocks[b].sources[0]
         config = plan.heads[first.model].config
-        found += (config.get('text_config') or config)[key][slice(*first.layers)]
+        found += (config.get(part) or config)[key][slice(*first.layers)]
     return found
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #a02c881f
-def _layer_count(blocks):
-    "Layers of an output that is put together from layers."
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #7eb44734
+def _layer_counts(blocks, reference):
+    "Layers of every stack of an output that is put together from layers."
     ranges = [b.sources[0].layers for b in blocks]
-    return None if ranges[0] is None else sum(last - first for first, last in ranges)
+    if ranges[0] is None: return None
+    found = stack_blocks(blocks, reference)
+    return {s: sum(ranges[b][1] - ranges[b][0] for b in numbers) for s, numbers in found.items()}
 
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #6ecb611b
 def _words_of(recipe, heads, reference, stages):
@@ -244,7 +281,7 @@ def _open_heads(recipe, stages, mirror):
         found[m] = _stage_head(m, stages[m]) if m in stages else open_head(m, mirror, found.get(base))
     return found
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #04e5a6cb
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #ba6cb74f
 def plan_merge(
     recipe:MergeRecipe,
     mirror:Mapping[str, str]={}, # hub name -> local folder
@@ -261,7 +298,7 @@ def plan_merge(
     reference = heads[recipe.base or recipe.blocks[0].sources[0].model]
     needed = [b.base or recipe.base if way.base != 'unused' else None for b in recipe.blocks]
     blocks = [with_base(b, base) for b, base in zip(recipe.blocks, needed, strict=True)]
-    layers = _layer_count(blocks)
+    layers = _layer_counts(blocks, reference)
     if layers is not None and not way.by_tensor:
         raise FusionError(f'expected `models` for `{way.name}`, which looks at whole models, got `slices`')
     tensors = planned_tensors(
@@ -270,7 +307,9 @@ def plan_merge(
     tokens = _words_of(recipe, heads, reference, stages)
     tensors = [_aligned_kind(t, tokens, reference) for t in tensors]
     groups = tuple(_grouped(recipe, way, blocks, tensors))
-    return MergePlan(recipe, way, heads, reference, groups, stages, layers, tokens)
+    plan = MergePlan(recipe, way, heads, reference, groups, stages, layers, tokens)
+    output_config(plan) # layers that no configuration counts are refused now
+    return plan
 
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #00280e84
 def planned_cost(

@@ -15,7 +15,7 @@ from .recipe_values import read_documents, typed_value
 from ..core.errors import FusionError, check_known, nearest
 from ..core.files import SHORT, read_text
 
-# %% ../../nbs/80_bench/13_recipe_file.ipynb #416d217f
+# %% ../../nbs/80_bench/13_recipe_file.ipynb #23466bff
 @dataclass(frozen=True)
 class BlockSource:
     "A model in a block, with the layers that it gives."
@@ -29,6 +29,7 @@ class MergeBlock:
     sources: tuple                              # of `BlockSource`
     base: str|None = None                       # the base of this block, where it is not the recipe's
     parameters: Mapping = field(default_factory=dict) # settings of all its models
+    module: str|None = None                     # the stack of layers that it is a part of, where a file names it
 
 # %% ../../nbs/80_bench/13_recipe_file.ipynb #73b35f13
 @dataclass(frozen=True)
@@ -148,28 +149,24 @@ def _listed(models):
         raise FusionError(f'expected `models` as a list, such as [a/, b/], got {models!r:.60}')
     return [_source(m, ('model', 'parameters', 'layer_range')) for m in models], {}
 
-# %% ../../nbs/80_bench/13_recipe_file.ipynb #10f6445e
-def _one_module(modules):
-    "The slices of a model that is one stack; several stacks are merged by `models`."
-    if not isinstance(modules, Mapping) or len(modules) != 1:
-        names = ', '.join(map(str, modules)) if isinstance(modules, Mapping) else repr(modules)[:60]
-        raise FusionError(
-            f'expected `modules` with one stack of layers, got {names}; several are merged by `models`'
-        )
-    name, inside = next(iter(modules.items()))
-    if not isinstance(inside, Mapping) or not inside.get('slices'):
-        raise FusionError(f'expected `slices` in the module `{name}`, got {inside!r:.60}')
-    check_known(inside, ('slices',), f'the module `{name}`')
-    return inside
+# %% ../../nbs/80_bench/13_recipe_file.ipynb #139eff3c
+def _module_blocks(modules):
+    "The blocks of every stack of layers, under its name."
+    if not isinstance(modules, Mapping):
+        raise FusionError(f'expected `modules` as names of stacks with their `slices`, got {modules!r:.60}')
+    for name, inside in modules.items():
+        if not isinstance(inside, Mapping) or not inside.get('slices'):
+            raise FusionError(f'expected `slices` in the module `{name}`, got {inside!r:.60}')
+        check_known(inside, ('slices',), f'the module `{name}`')
+        yield from (replace(_block(b), module=str(name)) for b in inside['slices'])
 
 def _blocks(keys):
     "The blocks of a file, and what its models are called."
     given = [k for k in ('models', 'slices', 'modules') if keys.get(k)]
     if len(given) != 1:
         raise FusionError(f'expected one of `models` and `slices`, got {" and ".join(given) or "neither"}')
-    if given == ['modules']:
-        keys, given = _one_module(keys['modules']), ['slices']
-    if given == ['slices']: blocks, names = tuple(_block(b) for b in keys['slices']), {}
+    if given == ['modules']: blocks, names = tuple(_module_blocks(keys['modules'])), {}
+    elif given == ['slices']: blocks, names = tuple(_block(b) for b in keys['slices']), {}
     else:
         sources, names = _listed(keys['models'])
         blocks = (MergeBlock(tuple(sources)),)

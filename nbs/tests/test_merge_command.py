@@ -156,8 +156,35 @@ def test_a_module_of_slices_is_its_slices(tmp_path):
     told = {'slices': dict(slices=slices), 'modules': dict(modules={'text_decoder': {'slices': slices}})}
     found = [load_file(fusionbook.merge(merge_method='passthrough', **keys, out=tmp_path/name)/'model.safetensors') for name, keys in told.items()]
     assert found[0].keys() == found[1].keys() and len(found[0]) == 7 and all(t.equal(found[1][k]) for k, t in found[0].items())
-    with pytest.raises(FusionError, match='got encoder, decoder; several are merged by `models`'):
+    with pytest.raises(FusionError, match='one module for the stack `h` of .*, got `encoder` and `decoder`'):
         fusionbook.merge(merge_method='passthrough', modules={n: {'slices': slices} for n in ('encoder', 'decoder')}, out=tmp_path/'never')
+
+def test_encoder_and_decoder_have_slices_of_their_own(tmp_path):
+    "Layers of two T5, as deep as the recipe says: the network that transformers opens answers as one put together by hand."
+    (x, y), inputs, (a, b) = made('t5', tmp_path, 2)
+    def given(*slices): return {'slices': [{'sources': [{'model': m, 'layer_range': list(r)}]} for m, *r in slices]}
+    modules = {'encoder': given((a, 0, 1), (b, 0, 2)), 'decoder': given((b, 1, 2))}
+    out = fusionbook.merge(merge_method='passthrough', modules=modules, out=tmp_path/'out')
+    opened = type(x).from_pretrained(out).eval()
+    assert (opened.config.num_layers, opened.config.num_decoder_layers) == (3, 1)
+    bias = y.decoder.block[1].layer[0].SelfAttention
+    bias.relative_attention_bias, bias.has_relative_attention_bias = y.decoder.block[0].layer[0].SelfAttention.relative_attention_bias, True
+    later = y.encoder.block[0].layer[0].SelfAttention
+    later.relative_attention_bias, later.has_relative_attention_bias = None, False
+    x.encoder.block = torch.nn.ModuleList([x.encoder.block[0], *y.encoder.block])
+    x.decoder.block = torch.nn.ModuleList([y.decoder.block[1]])
+    x.encoder.final_layer_norm, x.decoder.final_layer_norm = y.encoder.final_layer_norm, y.decoder.final_layer_norm
+    assert load_file(out/'model.safetensors').keys() <= x.state_dict().keys()
+    assert torch.allclose(answers(opened, inputs), answers(x, inputs), atol=1e-6)
+
+def test_modules_with_all_layers_are_the_models(tmp_path):
+    "Every stack with all of its layers: the bytes of `models`."
+    _, _, (base, a, b) = made('t5', tmp_path)
+    sources = [{'model': m, 'parameters': {'weight': w}} for m, w in ((a, .5), (b, .25))]
+    slices = [{'sources': [dict(s, layer_range=[0, 2]) for s in sources]}]
+    told = {'models': {'models': sources}, 'modules': {'modules': {n: {'slices': slices} for n in ('encoder', 'decoder')}}}
+    found = [load_file(fusionbook.merge(merge_method='task_arithmetic', base_model=base, **keys, out=tmp_path/n)/'model.safetensors') for n, keys in told.items()]
+    assert found[0].keys() == found[1].keys() and all(t.equal(found[1][n]) for n, t in found[0].items())
 
 
 def test_a_share_for_each_model(tmp_path):
