@@ -48,6 +48,9 @@ def test_commands_in_prose_work_as_typed(here, line, monkeypatch):
     elif words[:1] == ['compare']:
         done = here(*words)
         assert done.status == 2 and 'A/report.json' in done.line # the reader's own reports
+    elif words[:1] == ['path/to/model']:
+        done = here(*words)
+        assert done.status == 2 and 'path/to/model' in done.line # the reader's own model
     elif words in (['sweep'], ['analyse']): assert here(*words, '--help').status == 0 # named, not typed
     elif words[:1] == ['sweep']:
         done = here(*words, '--cfg', 'job')
