@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['MODES', 'extracted', 'DataAdaptiveNetwork', 'put_vectors']
 
-# %% ../../../nbs/68_mixing/06d_adaptive_network.ipynb #22901c83
+# %% ../../../nbs/68_mixing/06d_adaptive_network.ipynb #7ddf411f
 from collections.abc import Callable, Sequence
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from ...core.engine import entries_of
 from ...core.errors import FusionError, check_known
 from ...core.state_dict import StateDict, meta, shared
 from .feature_gate import summary_of
+from .mixture import fill_places
 from ..task_vector.sparsify import thresholds, trim
 from ...models.routed import LearnedGate
 
@@ -145,7 +145,7 @@ def combined_logits(self:DataAdaptiveNetwork,
             outputs.append(functional_call(called, own, (rows,)))
     return _joined(outputs)
 
-# %% ../../../nbs/68_mixing/06d_adaptive_network.ipynb #acbe2700
+# %% ../../../nbs/68_mixing/06d_adaptive_network.ipynb #3358fb42
 def put_vectors(
     net:DataAdaptiveNetwork,     # changed in place
     base:StateDict,              # θ₀
@@ -155,12 +155,10 @@ def put_vectors(
 ) -> DataAdaptiveNetwork:        # the same
     "Fill in the task vectors; a tensor that is not merged keeps zeros."
     info = meta(base)
-    keys = [k for k in net.vectors.names if k in info]
-    def rank(size): return max(1, round(size * (1 - sparsity)))
-    smallest = thresholds(base, experts, keys, rank=rank, by='tensor', device=device) if sparsity else None
-    for k in keys:
-        place = net.vectors[k]
-        rows = place.view(len(place), -1)
-        for e in entries_of(k, base, experts, device):
-            rows[:, e.at] = (trim(e.tau, smallest(k)) if sparsity else e.tau).to(place)
+    places, how = {k: net.vectors[k] for k in net.vectors.names if k in info}, {}
+    if sparsity:
+        def rank(size): return max(1, round(size * (1 - sparsity)))
+        smallest = thresholds(base, experts, list(places), rank=rank, by='tensor', device=device)
+        how = dict(vectors=lambda e: trim(e.tau, smallest(e.name)))
+    fill_places(places, base, experts, device=device, **how)
     return net

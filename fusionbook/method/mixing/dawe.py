@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['feature_extractor', 'DataAdaptiveWeightEnsemblingForCLIP']
 
-# %% ../../../nbs/68_mixing/dawe.ipynb #18d2ccdf
+# %% ../../../nbs/68_mixing/dawe.ipynb #86d53c2c
 from dataclasses import KW_ONLY, dataclass, replace
 import fusionbook, torch
 from fastcore.basics import patch
@@ -15,11 +15,12 @@ from ...core.files import read_json
 from ...core.folders import beside
 from ...core.places import find
 from ..adaptive.learning import AdaptiveMethod
-from ..adaptive.objective import check_task_inputs, loss_of, task_logits
+from ..adaptive.objective import check_task_inputs, task_logits
 from ..base import at_least, check_finite
 from .adaptive_network import DataAdaptiveNetwork, MODES, extracted, put_vectors
 from .feature_gate import summary_of
 from .mixture import base_network
+from .routers import gate_objective
 
 # %% ../../../nbs/68_mixing/dawe.ipynb #71e75c1b
 _IMAGENET = dict(image_mean=[.485, .456, .406], image_std=[.229, .224, .225])
@@ -102,7 +103,7 @@ def network(self:DataAdaptiveWeightEnsemblingForCLIP,
     net.gate.start(self.init_lambda, self.seed, 'gate')
     return put_vectors(net, base, experts, sparsity=self.task_vector_sparsity, device=self.device)
 
-# %% ../../../nbs/68_mixing/dawe.ipynb #b217367b
+# %% ../../../nbs/68_mixing/dawe.ipynb #21ffd754
 @patch
 def learn(self:DataAdaptiveWeightEnsemblingForCLIP,
     pool,                    # with inputs and heads
@@ -110,15 +111,8 @@ def learn(self:DataAdaptiveWeightEnsemblingForCLIP,
 ) -> list[float]:            # the curve
     "Lower the entropy of the answers by steps on the gate."
     if self.skip_training and not self.checkpoint: return []
-    heads = task_logits(pool, net.tasks)
     parameters = {k: p.requires_grad_() for k, p in net.gate.named_parameters()}
-    def objective(batch):
-        total = 0.
-        for task, x in batch.items():
-            value = loss_of(heads[task](net, x.to(self.device)))
-            value.backward()
-            total += value.item()
-        return total
+    objective = gate_objective(net, task_logits(pool, net.tasks), self.device)
     how = dict(every=self.save_interval) | (dict(steps=None) if self.skip_training else {})
     same = replace(self, skip_training=False) # a checkpoint does not ask what is done with it
     curve = same.follow(pool, parameters, objective, tasks=net.tasks, **how)

@@ -103,9 +103,9 @@ class RouterMethod(AdaptiveMethod):
         self.learn_gates(pool, net)
         return net
 
-# %% ../../../nbs/68_mixing/03_routers.ipynb #e8249d35
+# %% ../../../nbs/68_mixing/03_routers.ipynb #1560efb5
 def gate_objective(
-    net:RoutedNetwork, # its gates get gradients
+    network:nn.Module, # its gates get gradients
     heads:dict,        # task -> (network, inputs) -> logits (n, C)
     device:str='cpu',  # where the network is
 ) -> Callable:         # {task: inputs (n, …)} -> sum over tasks of the mean entropy
@@ -113,13 +113,13 @@ def gate_objective(
     def objective(batch):
         total = 0.
         for task, x in batch.items():
-            value = loss_of(heads[task](net.network, x.to(device)))
+            value = loss_of(heads[task](network, x.to(device)))
             value.backward()
             total += value.item()
         return total
     return objective
 
-# %% ../../../nbs/68_mixing/03_routers.ipynb #978cce89
+# %% ../../../nbs/68_mixing/03_routers.ipynb #6c01c9d5
 @patch
 def learn_gates(self:RouterMethod,
     pool,              # with inputs and heads
@@ -132,7 +132,7 @@ def learn_gates(self:RouterMethod,
     net.to(self.device)
     for g in gates.values(): g.batch_reduce = self.batch_reduce
     try:
-        objective = gate_objective(net, task_logits(pool, net.tasks), self.device)
+        objective = gate_objective(net.network, task_logits(pool, net.tasks), self.device)
         curve = self.follow(pool, parameters, objective, tasks=net.tasks)
     finally:
         for g in gates.values(): g.batch_reduce = False
