@@ -6,7 +6,7 @@
 __all__ = ['root_defaults', 'complete', 'restricted', 'run_summary', 'write_report', 'check_places', 'build_part', 'check_inputs',
            'run_config', 'run_model_fusion']
 
-# %% ../../nbs/80_bench/04_configured.ipynb #57614d33
+# %% ../../nbs/80_bench/04_configured.ipynb #7207cf10
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ from ..core.config import CONFIG, known_keys, locate, plain
 from ..core.errors import FusionError, check_known, nearest
 from ..core.foreign import IDLE
 from ..core.hub import mirrored
-from ..core.legacy import build, run_values, translate
+from ..core.legacy import DEVICE_KEYS, build, run_values, translate
 from ..core.resolve import check_allowed_targets
 
 # %% ../../nbs/80_bench/04_configured.ipynb #b7713ea1
@@ -160,7 +160,7 @@ def _targets(cfg, folder):
     suffixes = [f', seed {k}' for k in check_seeds(cfg['seeds'])] or ['']
     return copy, saved, [seed_path(saved, s) for s in ['', *suffixes]] if saved else []
 
-# %% ../../nbs/80_bench/04_configured.ipynb #13694073
+# %% ../../nbs/80_bench/04_configured.ipynb #426f548a
 def check_places(
     cfg:Mapping, # a completed run
     folder:Path, # of the run
@@ -174,7 +174,8 @@ def check_places(
         outputs.append(check_output(model, 'merged_model_save_path', of_model=True))
     check_distinct(outputs)
     check_sources(outputs, cfg['method'], cfg['modelpool'], cfg['taskpool'], cfg['hub_mirror'])
-    check_device(cfg['device'])
+    used = [cfg['device'], *(cfg['method'].get(k) for k in DEVICE_KEYS)]
+    for device in dict.fromkeys(d for d in used if d): check_device(device)
     if cfg['threads']: torch.set_num_threads(cfg['threads'])
     return copy, saved
 

@@ -298,3 +298,13 @@ def test_their_file_of_weights_by_the_input_is_read():
     file = OmegaConf.load(FILES/'dawe'/'dawe_for_clip.yaml')
     method = build(OmegaConf.to_container(file, resolve=True), 'method')
     assert (method.dict_feature_extractor, method.lr, method.data, method.batch_size) == ('microsoft/resnet-18', 1e-5, 'unlabeled_test', 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a machine with CUDA does what is asked')
+def test_a_device_that_is_not_there(run, here):
+    "FusionBench's files ask for CUDA by habit and work where the run does; who asks here is told before any work."
+    done = run(their(method={'_target_': 'fusion_bench.method.ISO_C_Merge', 'device': 'cuda', 'scaling_factor': 1.}))
+    assert done.status == 0 and '`device: cuda` of FusionBench is not used' in done.err, done.err
+    for key in ('device', 'upscaling_accelerator'):
+        done = here('method=smile_upscaling/smile_upscaling', f'method.{key}=cuda', 'dry_run=true')
+        assert done.status == 2 and 'expected a device of this machine, got `cuda`' in done.line
