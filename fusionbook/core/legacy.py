@@ -364,7 +364,7 @@ def _inner(node):
     ours = isinstance(node, Mapping) and str(node.get('_target_', '')).startswith('fusion_bench.method.')
     return translate(node, 'method') if ours else node
 
-# %% ../../nbs/00_core/07_legacy.ipynb #e043c016
+# %% ../../nbs/00_core/07_legacy.ipynb #158ab035
 DEVICE_KEYS = 'device', 'accelerator', 'svd_accelerator', 'upscaling_accelerator' # of methods
 
 def _where_it_can(cfg):
@@ -373,7 +373,8 @@ def _where_it_can(cfg):
     if not asked: return cfg
     import torch # a configuration is read without it otherwise
     if torch.cuda.is_available(): return cfg
-    for k in asked: note(f'`{k}: {cfg[k]}` of FusionBench is not used: no CUDA here, it works where the run does')
+    for k in asked:
+        note(f'`{k}: {cfg[k]}` of FusionBench is not used: no CUDA here, it works where the run does')
     return {k: v for k, v in cfg.items() if k not in asked}
 
 # %% ../../nbs/00_core/07_legacy.ipynb #351a3d28
