@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['swapped', 'attribute', 'drift', 'tasks_with_experts', 'scattered', 'LayerAttribution']
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #d2c9c69d
+# %% ../../nbs/75_analysis/07_attribution.ipynb #838e4e48
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 from torch import nn
-from .base import BaseAnalysis, Findings, Table, by_layer, check_asked, state_of
+from .base import BaseAnalysis, Findings, Table, by_layer, check_asked, names_in, state_of
 from fusionbook.analysis.features import (
     check_features,
     feature_layers,
@@ -112,14 +112,14 @@ def drift(
         *(layer_features(net, call, batches, layers, token=token) for net in (merged, expert))
     )
 
-# %% ../../nbs/75_analysis/07_attribution.ipynb #a4526595
+# %% ../../nbs/75_analysis/07_attribution.ipynb #218dd978
 def tasks_with_experts(
     text:str,       # names between commas; all when empty
     pool, taskpool, # models and tasks
 ) -> list[str]:     # tasks that an expert is called like
     "The tasks that can be compared with an expert."
     both = [t for t in taskpool.task_names if t in pool.model_names]
-    names = [t.strip() for t in text.split(',') if t.strip()]
+    names = names_in(text)
     if not both:
         got = f'{", ".join(taskpool.task_names)} and {", ".join(pool.model_names)}'
         raise FusionError(f'expected tasks called like experts, got {got}')

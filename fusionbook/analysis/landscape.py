@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chosen_names', 'chosen_models', 'plane_points', 'surface_figure', 'LossLandscape']
 
-# %% ../../nbs/75_analysis/06_landscape.ipynb #11713bfa
+# %% ../../nbs/75_analysis/06_landscape.ipynb #e817849c
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations, cycle
@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .base import BaseAnalysis, Findings, Table, check_asked, state_of
+from .base import BaseAnalysis, Findings, Table, check_asked, names_in, state_of
 from .curves import bezier, check_independent, connect, coordinates, filter_normalised
 from fusionbook.analysis.points import (
     Heights,
@@ -48,7 +48,7 @@ def _default(kind, pool):
     if kind == 'random': return [pool.host]
     return pool.model_names[:_WANTS[kind] or None]
 
-# %% ../../nbs/75_analysis/06_landscape.ipynb #303f3c7b
+# %% ../../nbs/75_analysis/06_landscape.ipynb #b23b584f
 def chosen_names(
     kind:str,         # line, plane, tasks, random, curve or barriers
     text:str,         # names between commas; a default when empty
@@ -58,7 +58,7 @@ def chosen_names(
     "The names of the models that a picture is about, checked without opening one."
     check_known([kind], _WANTS, 'the kinds of landscapes')
     known = [*(['_pretrained_'] if pool.has_pretrained else []), *pool.model_names, *merged]
-    names = [n.strip() for n in text.split(',') if n.strip()] or _default(kind, pool)
+    names = names_in(text) or _default(kind, pool)
     if lost := [n for n in names if n not in known]:
         raise FusionError(
             f'expected a model of the pool or of --methods, got `{lost[0]}`; {nearest(lost[0], known)}'
@@ -88,12 +88,10 @@ def _grid(low, high, points):
     axis = _axis(low, high, points)
     return [((s, t), (1 - s - t, s, t)) for t in axis for s in axis]
 
-# %% ../../nbs/75_analysis/06_landscape.ipynb #826ee90a
+# %% ../../nbs/75_analysis/06_landscape.ipynb #181c2989
 def _frame(anchors):
     "Of three models: width ‖b - a‖, height of c above that line, and where its foot is, as a share of the width."
-    g = added(pair_sums(anchors[0], anchors[1:]).values()).gram
-    check_independent(g)
-    return plane_frame(g)
+    return plane_frame(added(pair_sums(anchors[0], anchors[1:]).values()).gram)
 
 # %% ../../nbs/75_analysis/06_landscape.ipynb #3d716213
 def plane_points(
@@ -140,10 +138,10 @@ def surface_figure(
     fig.colorbar(drawn, ax=ax).set_label(label, fontsize=theme['font'], color=theme['ink'])
     return fig
 
-# %% ../../nbs/75_analysis/06_landscape.ipynb #26729659
+# %% ../../nbs/75_analysis/06_landscape.ipynb #bcfa6648
 def _tasks(text, taskpool, models):
     "Those that are named, or those of the models, or all."
-    names = [t.strip() for t in text.split(',') if t.strip()]
+    names = names_in(text)
     check_known(names, taskpool.task_names, 'the tasks')
     return names or [t for t in taskpool.task_names if t in models] or list(taskpool.task_names)
 
@@ -188,7 +186,7 @@ def _drawn_plane(places, found, marks, labels, name):
         return surface_figure(x, y, values, marks, label=h.metric.label, xlabel=labels[0], ylabel=labels[1])
     return {f'{name}_{h.metric.name}': one(h) for h in found}
 
-# %% ../../nbs/75_analysis/06_landscape.ipynb #36fcbfe0
+# %% ../../nbs/75_analysis/06_landscape.ipynb #f500e5d9
 _LEARNING = ('steps', 'lr', 'batch_size', 'data')
 _READS = dict( # fields that not every kind reads
     line=('low', 'high'),
@@ -215,14 +213,8 @@ def _check_read(ask):
 
 def _check_learning(ask, pool, tasks):
     "Refuse data that no curve can be learned from."
-    tables = dict(train='train_datasets', validation='val_datasets')
-    check_known([ask.data], tables, 'the kinds of labelled data')
-    own = getattr(pool, f'_{tables[ask.data]}', None) or {}
-    if lost := [t for t in tasks if t not in own]:
-        raise FusionError(
-            f'expected {ask.data} inputs of task `{lost[0]}` to learn a curve, got none; give a data set as '
-            f'`modelpool.{tables[ask.data]}.{lost[0]}`'
-        )
+    check_known([ask.data], ('train', 'validation'), 'the kinds of labelled data')
+    for task in tasks: pool.check_source(task, ask.data)
 
 # %% ../../nbs/75_analysis/06_landscape.ipynb #a16fabc1
 @dataclass

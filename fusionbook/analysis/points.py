@@ -87,16 +87,16 @@ def refilled(
     device = next((p.device for p in network.parameters()), torch.device('cpu'))
     return fill(network.to('cpu'), sd).to(device)
 
-# %% ../../nbs/75_analysis/05_points.ipynb #52a248c1
+# %% ../../nbs/75_analysis/05_points.ipynb #9bcebee0
 def _kept(folder, key, answer):
-    "KeptAnswers from the disk where they are known."
+    "Answers from the disk where they are known."
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
     def compute(): return {k: torch.from_numpy(v) for k, v in answer().items()}
     found = remembered(Path(folder)/f'{name}.safetensors', compute, kind='landscape point', key=key)
     return {k: v.numpy() for k, v in found.items()}
 
 def _answered(space, network, weights, task):
-    "KeptAnswers at one point."
+    "Answers at one point."
     facts = {k: v for k, v in space.facts.items() if k != 'data'}
     key = facts | dict(weights=[float(w) for w in weights], data=space.facts['data'][task])
     return _kept(space.folder, key, lambda: space.taskpool.predict(network(weights), task))
@@ -139,7 +139,7 @@ def _quietly(f):
         with silent(): return f(p)
     return call
 
-# %% ../../nbs/75_analysis/05_points.ipynb #9967097e
+# %% ../../nbs/75_analysis/05_points.ipynb #ce768993
 @dataclass
 class KeptAnswers:
     "What a network answers, with its own weights or others, remembered on disk."
@@ -160,7 +160,7 @@ class KeptAnswers:
             torch=torch.__version__,
         )
     def __call__(self, task:str, sd:StateDict|None=None) -> dict:
-        "KeptAnswers to a task; with the weights `sd`, or with those that are there."
+        "Answers to a task; with the weights `sd`, or with those that are there."
         if task not in self._prints: self._prints[task] = self.taskpool.fingerprint(task)
         hashed = content_hash(module_state(self.network) if sd is None else sd)
         key = self.facts | dict(tensors=hashed, data=self._prints[task])

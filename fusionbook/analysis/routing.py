@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['routes', 'expert_names', 'gate_entropy', 'load', 'confusion', 'RoutingAnalysis']
 
-# %% ../../nbs/75_analysis/09_routing.ipynb #2aee4e1f
+# %% ../../nbs/75_analysis/09_routing.ipynb #84d501a2
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
 import numpy as np
 import torch
 from torch import Tensor, nn
-from .base import BaseAnalysis, Findings, Table, check_asked
+from .base import BaseAnalysis, Findings, Table, check_asked, names_in, without_routes
 from .similarity import input_batches
 from ..core.errors import FusionError, check_known
 from ..core.plot import curves, heatmap
@@ -73,7 +73,7 @@ def confusion(
         right[t] = dict(share=hits / len(g), low=low, high=high)
     return matrix, right
 
-# %% ../../nbs/75_analysis/09_routing.ipynb #8609005f
+# %% ../../nbs/75_analysis/09_routing.ipynb #7a665a0b
 def _depth(gates):
     "The mean over places that have a gate for every sample and expert."
     found = [g for g in gates.values() if g.shape == next(iter(gates.values())).shape]
@@ -99,17 +99,14 @@ def _sample_rows(method, task, gates, experts):
         rows.append(head | dict(zip(experts, row.tolist(), strict=True)))
     return rows
 
-def _named_tasks(text): return [t.strip() for t in text.split(',') if t.strip()]
-
-# %% ../../nbs/75_analysis/09_routing.ipynb #49059e0f
+# %% ../../nbs/75_analysis/09_routing.ipynb #08460fbc
 def _check_routed(merged):
     "Refuse networks without gates, and say which method has some."
     for name, net in merged.items():
         try: expert_names(net)
-        except FusionError as e:
-            raise FusionError(f'{name}: {e}; --methods smile_upscaling/smile_upscaling has some') from None
+        except FusionError: raise without_routes(name, f'a {type(net).__name__} without') from None
 
-# %% ../../nbs/75_analysis/09_routing.ipynb #0b4d60f4
+# %% ../../nbs/75_analysis/09_routing.ipynb #9b9fc482
 @dataclass
 class RoutingAnalysis(BaseAnalysis):
     "Which experts routed networks take for which task: matrix, entropy, load, samples, confusion with the true task."
@@ -121,11 +118,11 @@ class RoutingAnalysis(BaseAnalysis):
     needs_states, needs_built = False, True
     def bounds(self): return dict(examples=1)
     def check(self, pool, taskpool=None, merged=()):
-        check_known(_named_tasks(self.tasks), taskpool.task_names, 'the tasks')
+        check_known(names_in(self.tasks), taskpool.task_names, 'the tasks')
     def run(self, pool, taskpool=None, merged={}):
         check_asked(self, pool, taskpool, merged)
         _check_routed(merged)
-        tasks = _named_tasks(self.tasks)
+        tasks = names_in(self.tasks)
         places, samples, confused, figures, facts = [], [], [], {}, {}
         for i, (name, net) in enumerate(merged.items(), 1):
             experts = expert_names(net)

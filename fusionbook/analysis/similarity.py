@@ -244,7 +244,7 @@ def input_batches(
     count = min(count, len(rows))
     return [rows[list(range(i, min(i + batch_size, count)))].to(device) for i in range(0, count, batch_size)]
 
-# %% ../../nbs/75_analysis/04_similarity.ipynb #d1557aef
+# %% ../../nbs/75_analysis/04_similarity.ipynb #652dbaee
 def pair_features(
     pool, taskpool,      # networks and tasks
     *, count:int,        # inputs of each task
@@ -252,21 +252,22 @@ def pair_features(
     names:Sequence[str]|None=None, # T experts; all when None
     own_tasks:bool=False, # a pair sees the inputs of its two tasks, called like the experts, and of no other
     device:str='cpu',
-) -> dict[str, Tensor]:  # layer -> (T, T), mean over tasks
+) -> dict[str, Tensor]:  # layer -> (T, T), mean over the tasks whose features vary; NaN where none do
     "CKA of the features of all pairs of experts."
     names = list(names or pool.model_names)
     nets = [pool.load_model(n).to(device).eval() for n in names]
-    layers, counts = feature_layers(nets[0]), torch.eye(len(names)).double()
-    sums = {l: torch.eye(len(names)).double() for l in layers}
+    layers = feature_layers(nets[0])
+    sums, counts = ({l: torch.eye(len(names)).double() for l in layers} for _ in range(2))
     for task in track(names if own_tasks else list(taskpool.task_names), 'comparing features'):
         batches, call = input_batches(taskpool, task, count, device=device), taskpool.logits(task)
         own = [layer_features(net, call, batches, layers, token=token) for net in nets]
         for i, j in _pairs(names):
             if own_tasks and task not in (names[i], names[j]): continue
-            counts[i, j] = counts[j, i] = counts[i, j] + 1
             for l, v in layer_similarity(own[i], own[j]).items():
+                if math.isnan(v): continue # features that do not vary say nothing
                 sums[l][i, j] = sums[l][j, i] = sums[l][i, j] + v
-    return {l: s / counts for l, s in sums.items()}
+                counts[l][i, j] = counts[l][j, i] = counts[l][i, j] + 1
+    return {l: s / counts[l] for l, s in sums.items()}
 
 # %% ../../nbs/75_analysis/04_similarity.ipynb #daa96f61
 def _rows(tables, names):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['accumulation', 'entropy_rank', 'matrix_spectra', 'SpectrumOfMerge']
 
-# %% ../../nbs/75_analysis/07b_spectra.ipynb #fb97fb91
+# %% ../../nbs/75_analysis/07b_spectra.ipynb #3b8bd47c
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
 import torch
 from torch import Tensor
 from .base import BaseAnalysis, Findings, Table, check_asked, layer_name, state_of
-from .subspaces import energy_directions, share_inside
+from .subspaces import LEFT_OUT, energy_directions, leading_directions, share_inside
 from .task_vectors import compared_names
 from ..core.errors import FusionError
 from ..core.matrices import matrix_rule
@@ -56,10 +56,12 @@ def matrix_spectra(
             experts=torch.stack([moved(e) for e in experts]), merged={n: moved(m) for n, m in merged.items()}
         )
 
-# %% ../../nbs/75_analysis/07b_spectra.ipynb #bdefb355
+# %% ../../nbs/75_analysis/07b_spectra.ipynb #3b39260d
 def _row(taus, accumulated, summed, merged):
     "The numbers of one matrix of one merged model, and its singular values; those of the experts are known."
-    s, outputs = torch.linalg.svdvals(merged).cpu(), energy_directions(merged, .05)
+    d = leading_directions(merged, min(merged.shape))
+    s, outputs = torch.zeros(min(merged.shape)).double(), energy_directions(d, LEFT_OUT)
+    s[:len(d.values)] = d.values.cpu() # what is 10⁻⁶ of the first counts as zero
     kept = [x for t in taus if (x := share_inside(t, outputs)) == x]
     numbers = accumulated, entropy_rank(summed), entropy_rank(s), float(s[0]), float(summed[0])
     return [*numbers, sum(kept) / len(kept) if kept else math.nan], s

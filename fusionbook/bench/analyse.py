@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['analyses', 'analysis_flags', 'analysis_from', 'analyse_arguments', 'asked_methods', 'pair_merge', 'analyse_command']
 
-# %% ../../nbs/80_bench/98c_analyse.ipynb #4a26b605
+# %% ../../nbs/80_bench/98c_analyse.ipynb #3e56b9f3
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from fastcore.docments import docments
-from ..analysis.base import BaseAnalysis, Findings, check_asked
+from ..analysis.base import BaseAnalysis, Findings, check_asked, without_routes
 from .arguments import composition, search_folders, split_words
 from .board import methods_requested
 from .configured import build_part, complete, restricted
@@ -152,15 +152,12 @@ def pair_merge(
         return merged_model(method, some.attach(pool.taskpool))
     return merge
 
-# %% ../../nbs/80_bench/98c_analyse.ipynb #f85faa0f
+# %% ../../nbs/80_bench/98c_analyse.ipynb #ea44548a
 def _check_built(cls, methods):
     "Refuse methods whose merged models an analysis of other architectures can not look at."
     for name, method in methods.items() if cls.needs_built else ():
         if method.build is None:
-            raise FusionError(
-                f'{name}: expected a network with routed layers, got a method that keeps the architecture of the'
-                ' base; --methods smile_upscaling/smile_upscaling has some'
-            )
+            raise without_routes(name, 'a method that keeps the architecture of the base')
 
 # %% ../../nbs/80_bench/98c_analyse.ipynb #2bca09f3
 def _place(args, name):

@@ -5,22 +5,16 @@
 # %% auto #0
 __all__ = ['program_cost']
 
-# %% ../../nbs/80_bench/05d_processes.ipynb #12a207e6
+# %% ../../nbs/80_bench/05d_processes.ipynb #c17377c5
 import os, subprocess, tempfile, time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from .provenance import status_memory
 from ..core.errors import FusionError
 
-# %% ../../nbs/80_bench/05d_processes.ipynb #09c0a6a9
-_MEMORY = 'RssAnon:', 'VmHWM:' # of /proc, in kB: asked for, highest resident
-
-def _memory(pid):
-    "Anonymous and highest resident memory of a process in MB; none once it is gone."
-    try: lines = Path(f'/proc/{pid}/status').read_text().splitlines()
-    except OSError: return [0., 0.]
-    found = {line.split()[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith(_MEMORY)}
-    return [found.get(k, 0.) for k in _MEMORY]
+# %% ../../nbs/80_bench/05d_processes.ipynb #f604b6d6
+_MEMORY = 'RssAnon', 'VmHWM' # of /proc: asked for, highest resident
 
 def _surroundings(threads):
     "Environment of a program that is measured: its threads, no network, no notebook's settings."
@@ -28,26 +22,31 @@ def _surroundings(threads):
     offline = dict(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', OMP_WAIT_POLICY='passive')
     return {k: v for k, v in os.environ.items() if k != 'MPLBACKEND'} | count | offline
 
-# %% ../../nbs/80_bench/05d_processes.ipynb #3b7febaf
+# %% ../../nbs/80_bench/05d_processes.ipynb #7ba3dc8c
 def _watched(process):
     "Wait for a process; its account and its peaks of memory in MB."
-    peak = [0., 0.]
-    while True:
-        peak = [max(p) for p in zip(peak, _memory(process.pid))]
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if pid: break
-        time.sleep(.02)
+    peak, pid = [0., 0.], 0
+    try:
+        while not pid:
+            now = [status_memory(k, process.pid) or 0. for k in _MEMORY]
+            peak = [max(p) for p in zip(peak, now, strict=True)]
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if not pid: time.sleep(.02)
+    except BaseException: # nothing goes on that nobody waits for
+        process.kill()
+        process.wait()
+        raise
     process.returncode = os.waitstatus_to_exitcode(status)
     return usage, peak
 
-# %% ../../nbs/80_bench/05d_processes.ipynb #84ff3cc7
+# %% ../../nbs/80_bench/05d_processes.ipynb #e754cb5a
 def program_cost(
     argv:Sequence[str], # program and arguments
     *, threads:int=1,   # of its arithmetic
     folder:str|Path|None=None, # where it runs; here when None
 ) -> SimpleNamespace:   # cpu and wall in seconds, anonymous and resident in MB, printed: characters
     "Run a program from start to exit and say what it cost."
-    with tempfile.TemporaryFile('w+') as log:
+    with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as log:
         start = time.perf_counter()
         how = dict(stdout=log, stderr=subprocess.STDOUT, env=_surroundings(threads), cwd=folder)
         process = subprocess.Popen([str(a) for a in argv], **how)

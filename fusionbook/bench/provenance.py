@@ -40,12 +40,13 @@ def versions() -> dict[str, str]:
         | {'platform': platform.platform(terse=True), 'threads': str(torch.get_num_threads())}
     )
 
-# %% ../../nbs/80_bench/02_provenance.ipynb #9e13505b
+# %% ../../nbs/80_bench/02_provenance.ipynb #cdb32a45
 def status_memory(
-    line:str, # of `/proc/self/status`: VmHWM, the high-water mark, or VmRSS, what is resident now
-) -> float|None: # MB; None where the system does not say
-    "Memory of this process as Linux reports it."
-    try: lines = Path('/proc/self/status').read_text().splitlines()
+    line:str, # of `/proc/…/status`: VmHWM, the high-water mark, VmRSS, what is resident now, or RssAnon, what was asked for
+    pid:int|str='self', # of a process; this one when left out
+) -> float|None: # MB, thousands of the system's kB; None where the system does not say, or the process is gone
+    "Memory of a process as Linux reports it."
+    try: lines = Path(f'/proc/{pid}/status').read_text().splitlines()
     except OSError: return None
     return next((int(l.split()[1]) / 1e3 for l in lines if l.startswith(line)), None)
 

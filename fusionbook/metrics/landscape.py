@@ -82,13 +82,13 @@ def barrier(
         barrier=max(v - (1 - t) * values[0] - t * values[-1] for t, v in zip(line, values)),
     )
 
-# %% ../../nbs/40_metrics/03f_landscape.ipynb #098d79ba
+# %% ../../nbs/40_metrics/03f_landscape.ipynb #a70f1161
 def plane_frame(
     gram:Tensor, # (2, 2), inner products of b - a and c - a, float64
 ) -> tuple[float, float, float]: # ‖b - a‖, height of c above that line, and where its foot is as a share of the width
     "Lengths in the plane through three networks."
     (uu, uw), (_, ww) = gram.tolist()
-    if not uu or ww - uw ** 2 / uu <= 1e-12 * ww:
+    if not uu or ww - uw ** 2 / uu <= 2e-9 * ww: # the square of the sine
         raise FusionError('expected three networks that span a plane, got three on one line')
     return uu ** .5, (ww - uw ** 2 / uu) ** .5, uw / uu
 

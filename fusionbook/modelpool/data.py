@@ -28,25 +28,38 @@ def attach(self:BaseModelPool,
     self.taskpool, self._inputs = taskpool if hasattr(taskpool, 'logits') else None, {}
     return self
 
-# %% ../../nbs/50_modelpool/00b_data.ipynb #748d85a2
+# %% ../../nbs/50_modelpool/00b_data.ipynb #fcfb8238
 _TABLE = {'train': 'train_datasets', 'validation': 'val_datasets', 'unlabeled_test': 'test_datasets'}
+
+def _table(pool, kind):
+    "Task -> data set of one kind."
+    if kind not in _TABLE:
+        raise FusionError(f'expected a kind of data, got `{kind}`; {nearest(str(kind), _TABLE)}')
+    return getattr(pool, f'_{_TABLE[kind]}') or {}
+
+@patch
+def check_source(self:BaseModelPool,
+    task:str, # name of an expert and of its task
+    kind:str, # train, validation or unlabeled_test
+) -> None:    # raises `FusionError`
+    "Refuse a task without inputs of a kind; opens none."
+    lent = kind == 'unlabeled_test' and task in getattr(self.taskpool, 'task_names', ())
+    if task not in _table(self, kind) and not lent:
+        raise FusionError(
+            f'expected {kind} inputs of task `{task}`, got none; give a data set as '
+            f'`modelpool.{_TABLE[kind]}.{task}`'
+        )
 
 def _source(pool, task, kind):
     "The data set of one kind; None for the test set of the task pool."
-    if kind not in _TABLE:
-        raise FusionError(f'expected a kind of data, got `{kind}`; {nearest(str(kind), _TABLE)}')
+    table = _table(pool, kind)
     if pool.taskpool is None:
         raise FusionError(
             f'expected a task pool that says what inputs of `{task}` are, got none; give `taskpool=…`, or '
             f'call `pool.attach(taskpool)`'
         )
-    table = getattr(pool, f'_{_TABLE[kind]}') or {}
-    if task in table: return opened(table[task], pool.allow_target)
-    if kind == 'unlabeled_test' and task in pool.taskpool.task_names: return None
-    raise FusionError(
-        f'expected {kind} inputs of task `{task}`, got none; give a data set as '
-        f'`modelpool.{_TABLE[kind]}.{task}`'
-    )
+    pool.check_source(task, kind)
+    return opened(table[task], pool.allow_target) if task in table else None
 
 # %% ../../nbs/50_modelpool/00b_data.ipynb #c5fdd5c0
 @patch
