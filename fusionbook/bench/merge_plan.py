@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PlannedGroup', 'MergePlan', 'every_head', 'output_config', 'output_files', 'plan_merge', 'planned_cost']
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #341622e3
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #07e86df3
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from .merge_methods import MergeWay, check_model_count, check_settings, way_of
 from .merge_sources import ModelHead, open_head
-from .merge_tensors import PlannedTensor, planned_tensors, stack_blocks
+from .merge_tensors import needed_ties, output_ties, PlannedTensor
+from .merge_tensors import planned_tensors, stack_blocks
 from .merge_tensors import is_vocabulary, vocabulary_axis, with_base
 from .merge_tokens import TokenPlan, chat_template, check_same_words, moved_ids, OWN_FILES
 from .merge_tokens import plan_tokens, tokenizer_files, with_template
@@ -119,7 +120,7 @@ def _grouped(recipe, way, blocks, tensors):
         found.setdefault(key, (target, fields, models, base, []))[-1].append(t)
     return [PlannedGroup(*g[:-1], tuple(g[-1])) for g in found.values()]
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #5c446f2d
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #dd4adb36
 @dataclass(frozen=True)
 class MergePlan:
     "What a merge does."
@@ -131,6 +132,11 @@ class MergePlan:
     stages: Mapping       # name -> `MergePlan`
     layers: Mapping|None  # stack -> number of layers of the output, where it is put together from layers
     tokens: TokenPlan|None = None # rows of words, where they are aligned
+    ties: tuple = ()      # see `needed_ties`
+    @property
+    def tied(self) -> dict:
+        "Second name -> name of a tensor of the output."
+        return output_ties(self.reference, self.layers is not None)
     @property
     def tensors(self) -> list[PlannedTensor]:
         "Every tensor of the output, in the order of the reference."
@@ -149,7 +155,7 @@ def every_head(
     "The models of a plan and of its stages."
     return [*plan.heads.values(), *(h for s in plan.stages.values() for h in every_head(s))]
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #f5be12fb
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #d3901554
 @dataclass(frozen=True)
 class _StageHead(ModelHead):
     "A model that a stage is going to compute."
@@ -161,8 +167,9 @@ class _StageHead(ModelHead):
 
 def _stage_head(name, plan):
     kinds = {t.name: t.kind for t in plan.tensors}
+    stored, second = {n: n for n in kinds}, {a: kinds[o] for a, o in plan.tied.items()}
     return _StageHead(
-        name, plan.reference.path, kinds, {n: n for n in kinds}, {}, output_config(plan), plan=plan
+        name, plan.reference.path, kinds | second, stored, plan.tied, output_config(plan), plan=plan
     )
 
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #3d9d042f
@@ -281,7 +288,7 @@ def _open_heads(recipe, stages, mirror):
         found[m] = _stage_head(m, stages[m]) if m in stages else open_head(m, mirror, found.get(base))
     return found
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #ba6cb74f
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #89be5b70
 def plan_merge(
     recipe:MergeRecipe,
     mirror:Mapping[str, str]={}, # hub name -> local folder
@@ -307,7 +314,8 @@ def plan_merge(
     tokens = _words_of(recipe, heads, reference, stages)
     tensors = [_aligned_kind(t, tokens, reference) for t in tensors]
     groups = tuple(_grouped(recipe, way, blocks, tensors))
-    plan = MergePlan(recipe, way, heads, reference, groups, stages, layers, tokens)
+    ties = tuple(needed_ties(blocks, heads, reference))
+    plan = MergePlan(recipe, way, heads, reference, groups, stages, layers, tokens, ties)
     output_config(plan) # layers that no configuration counts are refused now
     return plan
 

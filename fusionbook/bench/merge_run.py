@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged_state', 'merge_card', 'write_merge']
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #4333445b
+# %% ../../nbs/80_bench/16_merge_run.ipynb #1d7e0c84
 import hashlib, json, os, time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ import torch
 from .merge_files import merge_versions, source_files, stored_state, while_they_stay
 from .merge_plan import every_head, MergePlan, output_config, output_files
 from .merge_sources import scale_notes
-from .merge_tensors import is_vocabulary, tied_embedding, vocabulary_axis
+from .merge_tensors import is_vocabulary, vocabulary_axis
 from .merge_tokens import align_rows
 from .values import human_size
 
@@ -134,28 +134,18 @@ def _group_state(group, plan, states, device):
     for m in group.models: pool[names.get(m, m)] = _view(group, m, plan, states, not pool)
     return _method(group, device).merge(BaseModelPool(pool))
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #4cfabea1
-def _second_names(plan, model):
-    "Names of a model that the reference makes equal to another one, with that one, but the model's file does not."
-    reference, head = plan.reference, plan.heads[model]
-    for n, first in reference.tied.items():
-        if {n, first} <= head.kinds.keys() and head.tied.get(n) != first: yield n, first
-    for n in head.kinds.keys() - reference.kinds.keys() - head.tied.keys():
-        if embedding := tied_embedding(head.kinds, head.kinds[n]): yield n, embedding
-
+# %% ../../nbs/80_bench/16_merge_run.ipynb #854b7b20
 def _check_ties(plan, states):
-    "What the reference ties, such as a head to its embedding, must be the same in every model."
-    used = {m for g in plan.groups for t in g.tensors for m in t.sources}
-    for m in sorted(used - {*plan.stages}) if plan.layers is None else ():
-        for n, first in _second_names(plan, m):
-            if not torch.equal(states[m][n], states[m][first]):
-                kind = 'head' if is_head(n) else 'tensor'
-                raise FusionError(
-                    f'expected `{n}` of `{m}` to be its `{first}`, as in `{plan.reference.name}`, '
-                    f'got a {kind} of its own'
-                )
+    "What the reference ties, such as a head to its embedding, must be the same in every model that lends it."
+    for m, n, first in plan.ties:
+        if first in meta(states[m]) and torch.equal(states[m][n], states[m][first]): continue
+        kind = 'head' if is_head(n) else 'tensor'
+        raise FusionError(
+            f'expected `{n}` of `{m}` to be its `{first}`, as in `{plan.reference.name}`, '
+            f'got a {kind} of its own'
+        )
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #4bd60c29
+# %% ../../nbs/80_bench/16_merge_run.ipynb #0d140ccf
 def merged_state(
     plan:MergePlan,
     log:ReadLog,       # notes what is read
@@ -173,11 +163,10 @@ def merged_state(
         parts |= {n: p for n, p in getattr(part, 'parts', {}).items() if n in names}
         memory = max(memory, getattr(part, 'memory', memory))
     order = [t.name for t in plan.tensors]
-    tied = {a: o for a, o in plan.reference.tied.items() if o in table} if plan.layers is None else {}
     merged = Lazy(
         {n: table[n] for n in order},
-        {n: info[n] for n in order} | {a: info[o] for a, o in tied.items()},
-        tied,
+        {n: info[n] for n in order} | {a: info[o] for a, o in plan.tied.items()},
+        plan.tied,
     )
     merged.memory, merged.parts = memory, parts
     return merged

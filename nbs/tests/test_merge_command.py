@@ -70,6 +70,64 @@ def test_tensors_that_one_file_ties_and_another_does_not(tmp_path):
     with pytest.raises(FusionError, match='expected `head` of `.*apart` to be its `embed`, as in `.*tied`, got a head of its own'): merged('tied', 'apart')
 
 
+def kept(sd, path, **config):
+    "A file of ours, which notes ties, with a configuration where one is given."
+    from fusionbook.core.checkpoint import save
+    save(sd, path)
+    if config: (path/'config.json').write_text(json.dumps(config))
+    return str(path)
+
+def test_ties_of_a_stage(tmp_path):
+    "A stage has the second names of what it is made of: they are written where it is the reference, and looked at where it is not."
+    from fusionbook.core.checkpoint import Checkpoint
+    one = torch.arange(6.).view(3, 2)
+    tied, twice = kept({'embed': one, 'head': one}, tmp_path/'tied'), kept({'embed': one + 1, 'head': one + 1.}, tmp_path/'twice')
+    apart = kept({'embed': one + 1, 'head': one - 3}, tmp_path/'apart')
+    def merged(name, stage, *models):
+        text = ['name: stage', 'method: simple_average', f'models: [{", ".join(stage)}]', '---', 'method: simple_average', f'models: [{", ".join(models)}]']
+        (tmp_path/f'{name}.yml').write_text('\n'.join(text))
+        return Checkpoint(fusionbook.merge(tmp_path/f'{name}.yml', tmp_path/name))
+    found = merged('first', [tied, twice], 'stage', twice)
+    assert {*found} == {'embed', 'head'} and torch.equal(found['head'], one + .75) and torch.equal(found['embed'], one + .75)
+    assert {*merged('second', [tied, twice], apart, 'stage')} == {'embed', 'head'}
+    for name, stage, models in (('stage', [tied], ['stage', apart]), ('other', [apart], [tied, 'stage'])):
+        with pytest.raises(FusionError, match='expected `head` of `.*(apart|stage)` to be its `embed`, as in `.*(tied|stage)`'): merged(name, stage, *models)
+
+def test_ties_behind_a_prefix(tmp_path):
+    "A model whose names have a prefix: its head is looked at where the reference ties its own, and merged where it does not."
+    from fusionbook.core.checkpoint import Checkpoint
+    one = torch.arange(6.).view(3, 2)
+    tied, apart = kept({'a': one, 'b': one}, tmp_path/'tied'), kept({'model.a': one + 1, 'model.b': one - 3}, tmp_path/'apart')
+    with pytest.raises(FusionError, match='expected `model.b` of `.*apart` to be its `model.a`, as in `.*tied`'):
+        fusionbook.merge(method='simple_average', models=[tied, apart], out=tmp_path/'never')
+    names = 'embed.weight', 'head.weight'
+    own = [kept({f'{p}{n}': one + i for i, n in enumerate(names)}, tmp_path/f'own{p}') for p in ('', 'model.')]
+    found = Checkpoint(fusionbook.merge(method='simple_average', models=own, out=tmp_path/'out'))
+    assert {*found} == {*names} and all(torch.equal(found[n], one + i) for i, n in enumerate(names))
+
+@pytest.mark.parametrize('key', ['slices', 'modules'])
+def test_ties_of_layers(key, tmp_path):
+    "A head that a file ties is written with layers put together; a head of its own in the last block is refused, in the middle it is of no account; layers are no second names."
+    from fusionbook.core.checkpoint import Checkpoint
+    one = torch.arange(6.).view(3, 2)
+    def net(name, i, head, layer=None):
+        sd = {'embed.weight': one + i, 'h.0.w': torch.ones(2) * i, 'h.1.w': torch.ones(2) * i + 1, 'head.weight': head}
+        if head is None: sd['head.weight'] = sd['embed.weight']
+        if layer: sd['h.1.w'] = sd['h.0.w']
+        return kept(sd, tmp_path/name, model_type='tiny', num_hidden_layers=2)
+    a, tied, apart, like = net('a', 1, None), net('tied', 2, None), net('apart', 3, one), net('like', 4, None, True)
+    def merged(name, *models):
+        slices = [{'sources': [{'model': m, 'layer_range': [0, 2]}]} for m in models]
+        keys = {'slices': slices} if key == 'slices' else {'modules': {'text': {'slices': slices}}}
+        return Checkpoint(fusionbook.merge(merge_method='passthrough', **keys, out=tmp_path/name))
+    for i, models in enumerate(([a, tied], [a, apart, tied])):
+        found = merged(f'out{i}', *models)
+        assert len(found) == 2 + 2*len(models) and torch.equal(found['head.weight'], one + 1) and torch.equal(found['embed.weight'], one + 1)
+    with pytest.raises(FusionError, match='expected `head.weight` of `.*apart` to be its `embed.weight`, as in `.*a`'): merged('never', a, apart)
+    found = merged('layers', like, a)
+    assert sorted(n for n in found if n[0] == 'h' and n != 'head.weight') == [f'h.{i}.w' for i in range(4)] and torch.equal(found['h.1.w'], torch.ones(2)*4)
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_transformers_opens_the_result(kind, tmp_path):
     "Task arithmetic of two experts: the network that transformers opens answers as one whose parameters were computed by hand."
