@@ -1,4 +1,5 @@
 """Methods that learn: interrupted at any step they go on to the same bytes; an objective that is no number stops; frozen parameters and foreign coefficients."""
+import shutil
 import sys
 from dataclasses import fields
 
@@ -88,16 +89,52 @@ def test_a_checkpoint_of_another_run_is_refused(name, tmp_path):
     kept = {f: f.read_bytes() for f in tmp_path.rglob('*.safetensors')}
     assert kept
     for other, said in [
-        (pool(spoil=2.), 'inputs'),
+        (pool(spoil=2.), 'task_inputs'),
         (pool(names='acb'), 'order'),
         (pool(seeds=(1, 3, 2)), 'models'),
-        (pool(Doubled()), 'heads'),
+        (pool(Doubled()), 'task_heads'),
     ]:
         with pytest.raises(FusionError, match=f'expected the checkpoint of this run, got .* of one with another .*{said}'):
             fuse(made(name, checkpoint=file), other)
     with pytest.raises(FusionError, match='expected the checkpoint of this run, got .* of one with another .*seed'):
         fuse(made(name, checkpoint=file, seed=1), pool())
     assert {f: f.read_bytes() for f in tmp_path.rglob('*.safetensors')} == kept
+
+
+def others(name):
+    "What else a method may be told that a checkpoint could forget: each switch the other way, coefficients that are given."
+    plain = made(name)
+    for f in fields(KEPT[name]):
+        if isinstance(value := getattr(plain, f.name), bool): yield {f.name: not value}
+        if f.name == 'weights': yield from ({f.name: [x] * 3} for x in (.1, .2))
+
+
+def test_a_switch_of_symerge_is_no_head_of_a_task(tmp_path):
+    "Heads that learn and heads that do not are two runs, whatever the heads of the pool are called."
+    file = str(tmp_path/'state.safetensors')
+    fuse(made('SyMerge', heads=True, checkpoint=file), pool())
+    with pytest.raises(FusionError, match='expected the checkpoint of this run, got .* of one with another heads;'):
+        fuse(made('SyMerge', heads=False, checkpoint=file), pool())
+
+
+@pytest.mark.parametrize('name', KEPT)
+def test_a_checkpoint_of_another_setting_is_refused_or_decides_nothing(name, tmp_path):
+    "A run beside a checkpoint of every other setting ends as it does without one."
+    made_of = {}
+    for i, more in enumerate([{}, *others(name)]):
+        try: made_of[i] = more, state(fuse(made(name, **more), pool()))
+        except FusionError: continue # a setting that the method does not have
+        fuse(made(name, **more, checkpoint=str(tmp_path/f'{i}.safetensors')), pool())
+    assert 0 in made_of
+    for i in made_of:
+        for more, wanted in made_of.values():
+            shutil.rmtree(tmp_path/'now', ignore_errors=True)
+            shutil.copytree(tmp_path, tmp_path/'now', ignore=shutil.ignore_patterns('now'))
+            try: found = state(fuse(made(name, **more, checkpoint=str(tmp_path/f'now/{i}.safetensors')), pool()))
+            except FusionError as e:
+                assert 'expected the checkpoint of this run' in str(e) or 'expected a checkpoint of at most' in str(e)
+                continue
+            assert found.keys() == wanted.keys() and all(found[k].equal(v) for k, v in wanted.items()), more
 
 
 @pytest.mark.parametrize('name', KEPT)

@@ -145,6 +145,8 @@ def _optimizer(name, parameters, lr, weight_decay):
 
 def _most(steps, taken, checkpoint):
     "The number of steps; a checkpoint of a longer run has lost the numbers of a shorter one."
+    if steps is None and checkpoint and not taken:
+        raise FusionError(f'expected a checkpoint of learned steps, got none at `{checkpoint}`')
     if steps is None or taken <= steps: return taken if steps is None else steps
     raise FusionError(
         f'expected a checkpoint of at most {steps} steps, got `{checkpoint}` after {taken}; ask for at least '

@@ -113,7 +113,7 @@ def follow(self:AdaptiveMethod,
     file = checkpoint or self.checkpoint
     own = dict(steps=self.max_steps, lr=self.lr, optimizer=self.optimizer, patience=self.patience)
     own |= dict(label=type(self).__name__) | how
-    if self.fast_dev_run: own['steps'] = 1
+    if self.fast_dev_run and own['steps'] is not None: own['steps'] = 1
     read = dict(tasks=tasks, data=settings['data'], labels=labels)
     facts = run_identity(self, pool, **read, **identity) if file else {}
     def of_pool(step): return rounds(pool, tasks, **settings, start=first + step)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from .adapt import entropy
 from .coefficients import Mixture
@@ -155,7 +156,11 @@ def run_identity(
     "What a checkpoint must agree with: settings, models and their order, inputs and heads."
     hashes = {n: pool.hash(n) for n in pool.all_model_names}
     idle = *_IDLE, *getattr(method, 'idle', ())
-    found = {k: v for k, v in method.config.items() if k not in idle}
-    found |= dict(models=hashes, order=list(pool.model_names), heads={t: pool.head_hash(t) for t in tasks})
+    settings = {k: v for k, v in method.config.items() if k not in idle}
     kind = data or (method.data if tasks else None)
-    return found | dict(inputs={t: pool.inputs_hash(t, kind, labels=labels) for t in tasks}) | more
+    found = dict(models=hashes, order=list(pool.model_names)) | more
+    found |= dict(task_heads={t: pool.head_hash(t) for t in tasks})
+    found |= dict(task_inputs={t: pool.inputs_hash(t, kind, labels=labels) for t in tasks})
+    if both := sorted(method.config.keys() & found.keys()):
+        raise FusionError(f'expected settings with other names than a checkpoint keeps, got `{both[0]}`')
+    return settings | found

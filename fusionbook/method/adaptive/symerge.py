@@ -220,6 +220,7 @@ def learn(self:SyMerge,
         learned |= {f'{k}/{t}': p[i] for k, p in net.changes().items() for i, t in enumerate(net.tasks)}
     objective = coefficient_objective(mixture, w, _learning_heads(pool, net), loss=_loss)
     how = dict(tasks=net.tasks, batches=_lessons(self, pool, taught), project=project)
+    if self.weights is not None: how['identity'] = dict(merged=w.tolist())
     curve = self.follow(pool, learned, objective, **how)
     return w.detach(), curve
 

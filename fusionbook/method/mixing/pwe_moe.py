@@ -28,14 +28,6 @@ def _checked(method):
             f'expected `batch_size` of `dataloader_kwargs` as a whole number from 1, got {size!r:.40}'
         )
 
-_IDLE = 'checkpoint_path', 'run_train', 'save_interval', 'eval_grid', 'eval_grid_n' # no step depends on it
-_IDLE += 'eval_grid_m', 'run_eval', 'num_evaluation_samples'
-
-def _identity(method, pool):
-    "What a checkpoint must agree with."
-    found = run_identity(method, pool, tasks=pool.model_names, data='train', labels=True)
-    return {k: v for k, v in found.items() if k not in _IDLE}
-
 # %% ../../../nbs/68_mixing/pwe_moe.ipynb #a0a9016c
 def _learned(method, pool, mlp, attn, steps, points, shares=None):
     "The network of a pool, with routers that have learned."
@@ -48,7 +40,8 @@ def _learned(method, pool, mlp, attn, steps, points, shares=None):
         return zip(*(pool.labelled(t, 'train', **how) for t in tasks), strict=True)
     def draw(step): return drawn_preference(len(tasks), method.alpha, method.seed, step)
     where = dict(checkpoint=method.checkpoint_path, every=method.save_interval)
-    if method.checkpoint_path: where['identity'] = _identity(method, pool)
+    seen = dict(tasks=tasks, data='train', labels=True)
+    if method.checkpoint_path: where['identity'] = run_identity(method, pool, **seen)
     how = dict(steps=steps, lr=method.lr, schedule=cosine(method.num_steps), shares=shares)
     curve = learn_preferences(net, batches, heads, draw, **how, **where)
     front = [] if points is None else pareto_front(net, heads, next(batches(0)), points)
@@ -61,6 +54,7 @@ class PWEMoELinearScalarizationForCLIP(BaseAlgorithm):
     "PWE-MoE: a model for every preference, learned by linear scalarisation (Tang et al., 2024)."
     uses, config_names = ('pretrained', 'experts', 'train', 'labels'), ('pwe_moe/pwe_moe_ls_for_clip',)
     paper, year, symmetric = 'arxiv:2406.09770', 2024, False
+    idle = 'checkpoint_path', 'save_interval', 'eval_grid', 'eval_grid_n', 'eval_grid_m'
     upscale_mlp: bool = True       # MLPs get task vectors with a router
     upscale_attn: bool = True      # all other linear layers, too
     init_lambda: float = 0.3       # λ of what has no router, and where routers begin
@@ -109,6 +103,7 @@ class PWEMoELinearScalarizationForOpenCLIP(BaseAlgorithm):
     "PWE-MoE for OpenCLIP: a model for every preference, by linear scalarisation (Tang et al., 2024)."
     uses, config_names = ('pretrained', 'experts', 'train', 'labels'), ('pwe_moe/ls_for_openclip',)
     paper, year, symmetric = 'arxiv:2406.09770', 2024, False
+    idle = 'checkpoint_path', 'save_interval', 'run_train', 'run_eval', 'num_evaluation_samples'
     partial: bool = True           # only MLPs have routers
     init_lambda: float = 0.3       # λ of what has no router, and where routers begin
     router_hidden_layers: int = 2  # layers of a router: 0, 1 or 2
