@@ -6,7 +6,7 @@
 __all__ = ['feature_extractor', 'DataAdaptiveWeightEnsemblingForCLIP']
 
 # %% ../../../nbs/68_mixing/dawe.ipynb #86d53c2c
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 import fusionbook, torch
 from fastcore.basics import patch
 from torch import nn
@@ -63,6 +63,7 @@ class DataAdaptiveWeightEnsemblingForCLIP(AdaptiveMethod):
     "DAWE: shares of whole task vectors by features of the input, learned without labels."
     config_names, symmetric = ('dawe/dawe_for_clip',), False
     tune = {'lr': '0.0001,0.001', 'merge_mode': 'task_wise,layer_wise'}
+    idle = 'skip_training', 'eval_batch_reduce', 'save_interval' # no step depends on them
     _: KW_ONLY
     merge_mode: str = 'task_wise'  # a number for each expert, or layer_wise: for each expert and tensor
     init_lambda: float = .3        # λ, where all shares begin
@@ -114,8 +115,7 @@ def learn(self:DataAdaptiveWeightEnsemblingForCLIP,
     parameters = {k: p.requires_grad_() for k, p in net.gate.named_parameters()}
     objective = gate_objective(net, task_logits(pool, net.tasks), self.device)
     how = dict(every=self.save_interval) | (dict(steps=None) if self.skip_training else {})
-    same = replace(self, skip_training=False) # a checkpoint does not ask what is done with it
-    curve = same.follow(pool, parameters, objective, tasks=net.tasks, **how)
+    curve = self.follow(pool, parameters, objective, tasks=net.tasks, **how)
     for p in parameters.values(): p.requires_grad_(False)
     return curve
 
