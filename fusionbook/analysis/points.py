@@ -180,7 +180,7 @@ def example_metrics(
         raise FusionError(f'expected a metric that is a mean over examples, got {taskpool.primary.name}')
     return list(found.values())
 
-# %% ../../nbs/75_analysis/05_points.ipynb #1d5f8eea
+# %% ../../nbs/75_analysis/05_points.ipynb #52462bb5
 @dataclass
 class Heights:
     "A metric at some points."
@@ -188,15 +188,16 @@ class Heights:
     values: np.ndarray               # (P,)
     draws: np.ndarray                # the same of resampled examples, (D, P); NaN where there is no band
     by_task: dict = field(default_factory=dict) # task -> (P,)
+    ends: tuple = (-np.inf, np.inf)  # least and largest height that the scores allow, (P,) each
     @property
     def low(self): return self._end(.025)
     @property
     def high(self): return self._end(.975)
     def _end(self, share):
         if np.isnan(self.draws).all(): return np.full(len(self.values), np.nan)
-        return np.nanquantile(self.draws, share, 0)
+        return np.clip(np.nanquantile(self.draws, share, 0), *self.ends)
 
-# %% ../../nbs/75_analysis/05_points.ipynb #c8734559
+# %% ../../nbs/75_analysis/05_points.ipynb #57c419ff
 def heights(
     answers:Sequence[Mapping], # of `measure`
     metric:Metric,             # a mean over examples
@@ -205,17 +206,18 @@ def heights(
 ) -> Heights:
     "A metric at every point, mean over tasks, with resamples."
     if draws < 1: raise FusionError(f'expected at least 1 draw, got {draws}')
-    rng, by_task, samples = np.random.default_rng(seed), {}, []
+    rng, link, by_task, samples, ends = np.random.default_rng(seed), metric.through_link, {}, [], []
     clusters = {t: a.get('clusters') for t, a in answers[0].items()}
     few = {t for t, c in clusters.items() if few_sources(c)}
     for task in answers[0]:
         scores = np.stack([metric.examples(a[task]) for a in answers]) # (P, N)
         how = dict(clusters=None if task in few else clusters[task], draws=draws, rng=rng)
-        by_task[task], sample = resampled_values(scores, metric.through_link, **how)
-        samples.append(sample)
-    drawn = np.mean(samples, 0)
-    if len(few) == len(samples): drawn = np.full_like(drawn, np.nan)
-    return Heights(metric, np.mean(list(by_task.values()), 0), drawn, by_task)
+        mean, sample = resampled_values(scores, np.asarray, **how)
+        by_task[task] = link(mean)
+        samples.append(link(sample))
+        ends.append(link([scores.min(1), scores.max(1)]))
+    drawn = np.full_like(samples[0], np.nan) if few else np.mean(samples, 0)
+    return Heights(metric, np.mean(list(by_task.values()), 0), drawn, by_task, np.mean(ends, 0))
 
 # %% ../../nbs/75_analysis/05_points.ipynb #d85a4fea
 def barrier_height(
