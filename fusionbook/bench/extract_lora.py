@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRACT_HELP', 'Cut', 'cut_change', 'rank_of', 'Extraction', 'extract_lora', 'extract_lora_command']
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #7a52e336
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #bbe66878
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -17,15 +17,15 @@ from torch import Tensor
 from .adapter_files import adapter_settings, check_adapter_place, factor_tensors, Factors
 from .adapter_files import write_adapter
 from .merge_adapters import check_types, words_of
-from .merge_files import stored_tensor
+from .merge_files import stored_state
 from .merge_sources import ModelHead, open_head
 from ..core.adapters import ties_head
-from ..core.checkpoint import Checkpoint
 from ..core.errors import check_known, FusionError
 from ..core.mergeable import is_finite
 from ..core.matrices import is_embedding, is_head
 from ..core.per_tensor import layer_of
 from ..core.progress import track
+from ..core.state_dict import meta
 from ..method.subspace.spectrum import leading
 
 # %% ../../nbs/80_bench/17c_extract_lora.ipynb #d715f3f9
@@ -91,7 +91,7 @@ def rank_of(
         (r for p, r in pattern.items() if f'.{module}'.endswith(f'.{p}') or fnmatchcase(module, p)), rank
     )
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #2c0e55f7
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #61aee3d9
 def _opened(name, mirror):
     "A model that is whole."
     head = open_head(name, mirror)
@@ -112,11 +112,11 @@ def _check_pair(model, base):
                 f' {list(kind.shape)} in `{model.name}`'
             )
 
-def _state(head):
-    "What reads a tensor, under the names that are used here."
-    return partial(stored_tensor, head, Checkpoint(head.path))
-
-def _described(kind): return torch.empty(kind.shape, dtype=getattr(torch, kind.dtype[6:]), device='meta')
+def _ties(model, base):
+    "Second names that both models have, and names that are one tensor in the base alone: no adapter can part them."
+    def one(head, *names): return len({head.tied.get(n, n) for n in names}) == 1
+    both = {n for n, first in model.tied.items() if one(base, n, first)}
+    return both, {n for pair in base.tied.items() if not one(model, *pair) for n in pair}
 
 # %% ../../nbs/80_bench/17c_extract_lora.ipynb #5042df97
 class _Names(NamedTuple):
@@ -139,10 +139,10 @@ def _names_in_network(head):
         else: stuck.add(back[owner])
     return _Names(called, heads, stuck)
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #b8dabcab
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #924a688a
 def _extracted(name, how, model, base, kinds, rank, energy):
     "One matrix: its factors and what they keep; None where nothing was changed."
-    now, before = (read(name).to(torch.float64) for read in (model, base))
+    now, before = (sd[name].to(torch.float64) for sd in (model, base))
     change = now - before
     if not is_finite(change):
         raise FusionError(
@@ -184,17 +184,18 @@ class Extraction(NamedTuple):
     left: list       # changed tensors that are not in the adapter
     share: float     # of the sum of squares of all changes
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #f927f44b
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #9815e788
 def _collected(model, base, names, told, rank, energy, pattern, rest):
     "Factors, whole tensors and what is left out."
-    now, before, kinds = _state(model), _state(base), model.kinds
-    factors, whole, left = {}, [], []
-    for name in track([n for n in kinds if n not in model.tied], 'extracting', len(kinds) - len(model.tied)):
-        how = told(name, kinds[name]) if name in names.called and name not in names.stuck else ''
+    now, before, kinds = stored_state(model), stored_state(base), model.kinds
+    second, parted = _ties(model, base)
+    factors, whole, left, stuck = {}, [], [], names.stuck | parted
+    for name in track([n for n in kinds if n not in second], 'extracting', len(kinds) - len(second)):
+        how = told(name, kinds[name]) if name in names.called and name not in stuck else ''
         if how in ('factors', 'embedding'):
             found = _extracted(name, how, now, before, kinds, rank_of(name, rank, pattern), energy)
             if found: factors[name] = found[0]._replace(stem=_stem(names.called[name])), *found[1:]
-        elif kinds[name].floating and _differs(now(name), before(name)):
+        elif kinds[name].floating and _differs(now[name], before[name]):
             (whole if how and rest else left).append(name)
     if not factors:
         raise FusionError(
@@ -206,7 +207,7 @@ def _differs(now, before): return not torch.equal(now, before.to(now.dtype))
 
 def _stem(name): return f'base_model.model.{name.removesuffix(".weight")}'
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #c0b08fc5
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #f72105d5
 def _stored(whole, factors, kinds, names):
     "Name in the adapter's file -> tensor that is stored as a whole; and the modules that PEFT saves, with all their tensors."
     called, found, modules = names.called, {}, set()
@@ -223,7 +224,7 @@ def _stored(whole, factors, kinds, names):
 
 def _total(names, now, before):
     "Sum of squares of changes."
-    return sum((now(n).double() - before(n).double()).square().sum().item() for n in names)
+    return sum((now[n].double() - before[n].double()).square().sum().item() for n in names)
 
 def _told(ranks, kept, share, whole, left):
     "What was extracted, in lines."
@@ -288,7 +289,7 @@ def _settings(model, base, ranks, factors, modules, biased):
     told = adapter_settings(ranks, like | {'ensure_weight_tying': tied or None}, saved=modules)
     return told | {'bias': 'lora_only' if biased else 'none'}
 
-# %% ../../nbs/80_bench/17c_extract_lora.ipynb #88ca956b
+# %% ../../nbs/80_bench/17c_extract_lora.ipynb #dc72aff1
 def _written(path, model, base, names, factors, whole, left, now, before, dtype):
     "Write an adapter and say what it holds."
     stored, modules = _stored(whole, factors, model.kinds, names)
@@ -299,10 +300,10 @@ def _written(path, model, base, names, factors, whole, left, now, before, dtype)
     tensors, kind = {}, getattr(torch, dtype)
     for f, *_ in factors.values(): tensors |= factor_tensors(f, kind)
     given = {n: partial(tensors.get, n) for n in tensors} | {
-        n: partial(now, old) for n, old in stored.items()
+        n: partial(now.__getitem__, old) for n, old in stored.items()
     }
     info = {n: torch.empty_like(t, device='meta') for n, t in tensors.items()}
-    info |= {n: _described(model.kinds[old]) for n, old in stored.items()}
+    info |= {n: meta(now)[old] for n, old in stored.items()}
     lines = _told(ranks, kept, share := _share(factors, whole, left, now, before), whole, left)
     write_adapter(path, given, info, settings, _card(model.name, base.name, lines))
     for line in lines: print(line)

@@ -30,16 +30,17 @@ def stored_tensor(
     how = head.scaled[name]
     return scaled_product(found, sd[how.scale], how.block)
 
-# %% ../../nbs/80_bench/15b_merge_files.ipynb #9a64369c
+# %% ../../nbs/80_bench/15b_merge_files.ipynb #6c293bad
 def stored_state(
     head:ModelHead, # of a model without an adapter
-    log,            # a `ReadLog`, in which what is read is noted
+    log=None,       # a `ReadLog`, in which what is read is noted
 ):                  # a `Lazy`, under the names that are used here
     "The tensors of a model's files, with all their names."
     import torch
     from fusionbook.core.checkpoint import Checkpoint
     from fusionbook.core.state_dict import Lazy, meta
-    sd = log.watch(head.name, Checkpoint(head.path))
+    sd = Checkpoint(head.path)
+    if log is not None: sd = log.watch(head.name, sd)
     info = meta(sd)
     wide = dict.fromkeys(head.small, torch.bfloat16) | dict.fromkeys(head.scaled, torch.float32)
     def kind(n): return info[head.stored[n]].to(wide.get(n, info[head.stored[n]].dtype))
