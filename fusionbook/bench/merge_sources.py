@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TensorKind', 'locate_model', 'ModelHead', 'open_head', 'adapter_notes', 'scale_notes', 'code_notes']
 
-# %% ../../nbs/80_bench/14_merge_sources.ipynb #012f7dbf
-import os, re
+# %% ../../nbs/80_bench/14_merge_sources.ipynb #66bf0a58
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from .scaled_float8 import scaled_tensors
+from .scaled_float8 import SCALE_NAMES, scaled_tensors
 from ..core.adapters import Adapter, adapter_parts, is_adapter_folder, open_adapter
 from ..core.errors import FusionError
 from ..core.files import read_json
@@ -182,9 +182,7 @@ def _with_adapter(name, head, path):
     kinds |= {a: kinds[o] for a, o in head.tied.items()}
     return ModelHead(name, head.path, kinds, head.stored, head.tied, head.config, head, adapter, parts)
 
-# %% ../../nbs/80_bench/14_merge_sources.ipynb #d87dc6ee
-_SCALES = re.compile(r'scale|amax|zero_point', re.IGNORECASE)
-
+# %% ../../nbs/80_bench/14_merge_sources.ipynb #7057ef16
 _SCALED = 'fp8', 'fbgemm_fp8', 'compressed-tensors', 'modelopt' # may be float8 with scales; tensors decide
 _RUNTIME = 'quantization_config', 'compression_config'              # of codes, not of weights
 
@@ -196,7 +194,7 @@ def _may_be_scaled(config):
 def _plain_small(kinds):
     "Tensors of plain float8 numbers; none where anything that scales them lies beside them."
     small = frozenset(n for n, k in kinds.items() if k.code in ('F8_E4M3', 'F8_E5M2'))
-    return frozenset() if any(_SCALES.search(n) for n in kinds) else small
+    return frozenset() if any(SCALE_NAMES.search(n) for n in kinds) else small
 
 def _told_config(path):
     "What `config.json` says; nothing where there is none."
