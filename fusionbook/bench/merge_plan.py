@@ -188,14 +188,15 @@ def _counted_in(config, stack):
     if not stack: return '', _LAYER_KEYS
     return '', next((keys for side, keys in _SIDES.items() if side in parts), ())
 
-# %% ../../nbs/80_bench/15_merge_plan.ipynb #2b006941
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #168efe64
 def _counted(inner, keys, stack, plan):
     "What changes where the layers of a stack are counted; a T5 whose decoder is as deep as its encoder may not count it."
     before, after = len(plan.reference.stacks[stack]), plan.layers[stack]
     changed = {k: after for k in keys if inner.get(k) == before}
     if 'num_layers' in inner and keys == _SIDES['decoder'] and not changed:
         changed['num_decoder_layers'] = after
-    if changed or before == after or len(plan.layers) == 1: return changed
+    nobody_counts = len(plan.layers) == 1 and not plan.reference.config.get('model_type')
+    if changed or before == after or nobody_counts: return changed
     raise FusionError(
         f'expected a configuration that counts the layers of `{stack}`, got none in `{plan.reference.name}`'
     )

@@ -209,7 +209,7 @@ def plain(folder, name, seed, size=64, **config):
 
 def test_a_module_of_slices_is_its_slices(tmp_path):
     "mergekit's `modules` with the one stack that a language model has: the same bytes as its slices alone."
-    a, b = plain(tmp_path, 'a', 1), plain(tmp_path, 'b', 2)
+    a, b = (plain(tmp_path, n, i, num_hidden_layers=4) for i, n in enumerate('ab', 1))
     slices = [{'sources': [{'model': a, 'layer_range': [0, 3]}]}, {'sources': [{'model': b, 'layer_range': [1, 4]}]}]
     told = {'slices': dict(slices=slices), 'modules': dict(modules={'text_decoder': {'slices': slices}})}
     found = [load_file(fusionbook.merge(merge_method='passthrough', **keys, out=tmp_path/name)/'model.safetensors') for name, keys in told.items()]
@@ -378,7 +378,7 @@ def test_killed_and_started_again(tmp_path):
     assert bytes_of(tmp_path/'out') == bytes_of(tmp_path/'whole')
 
 def test_a_changed_source_is_noticed(tmp_path, capsys, monkeypatch):
-    a, b = plain(tmp_path, 'a', 1), plain(tmp_path, 'b', 2)
+    a, b = (plain(tmp_path, n, i, num_hidden_layers=4) for i, n in enumerate('ab', 1))
     told = dict(method='simple_average', models=[a, b], out=tmp_path/'out')
     import fusionbook.core.resumable as resumable
     put, count = resumable._put, []
