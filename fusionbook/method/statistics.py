@@ -22,13 +22,18 @@ from ..core.progress import track
 def _linear(module, x): return x.reshape(-1, x.shape[-1])
 
 # %% ../../nbs/60_method/02_statistics.ipynb #8ac1c0dd
+def _padding(module):
+    "Entries that a convolution adds before and after, the last axis first, as `F.pad` wants them."
+    if module.padding == 'valid': return [0, 0, 0, 0]
+    if module.padding != 'same': return [p for p in module.padding[::-1] for _ in range(2)]
+    sizes = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    return [n for size in sizes[::-1] for n in (size // 2, size - size // 2)]
+
 def _convolution(module, x):
     "Patches under the kernel, one a row: (positions, in kernel_h kernel_w)."
-    if module.groups != 1:
-        raise FusionError(f'expected a convolution of one group, got {module.groups} groups')
-    if isinstance(module.padding, str):
-        raise FusionError(f'expected padding as numbers, got `{module.padding}`')
-    patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    mode = 'constant' if module.padding_mode == 'zeros' else module.padding_mode
+    x = F.pad(x, _padding(module), mode=mode)
+    patches = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 # %% ../../nbs/60_method/02_statistics.ipynb #a0e90ee2
@@ -37,7 +42,7 @@ def _turned(module): return type(module).__name__ == 'Conv1D'
 def _reader(module):
     "The function that turns a module's input into rows; None for modules without a matrix."
     if is_linear(module): return _linear
-    return _convolution if isinstance(module, nn.Conv2d) else None
+    return _convolution if isinstance(module, nn.Conv2d) and module.groups == 1 else None
 
 # %% ../../nbs/60_method/02_statistics.ipynb #ddaadef0
 def is_linear(
@@ -59,14 +64,16 @@ def rows_read(
 ) -> Tensor:          # (rows, d_in)
     "The rows that the matrix of a module is applied to."
     reader = _reader(module)
-    if reader is None: raise FusionError(f'expected a module with a matrix, got {type(module).__name__}')
+    if reader is None:
+        groups = f' of {g} groups' if (g := getattr(module, 'groups', 1)) != 1 else ''
+        raise FusionError(f'expected a module with one matrix, got {type(module).__name__}{groups}')
     return reader(module, x)
 
 def matrix_modules(
     network:nn.Module,            # any network
     include:Sequence[str]=('*',), # shell patterns of module names
 ) -> dict[str, nn.Module]:        # name -> module, in the network's order
-    "The modules of a network with a matrix; embeddings, which look rows up, are none."
+    "The modules of a network with one matrix; embeddings, which look rows up, and convolutions in groups have none."
     found = {n: m for n, m in network.named_modules() if _reader(m)}
     chosen = {n: m for n, m in found.items() if any(fnmatchcase(n, p) for p in include)}
     if not chosen:

@@ -76,6 +76,14 @@ def resnet():
     return supervised(lambda: t.ResNetForImageClassification(config), pictures)
 
 
+def convnext():
+    "Depthwise convolutions, which are many small matrices."
+    t = transformers
+    config = t.ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=4, num_labels=3)
+    def pictures(seed): return torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return supervised(lambda: t.ConvNextForImageClassification(config), pictures)
+
+
 def clip():
     names = 'digits', 'shapes'
     def part(kind): return {n: mini8.load(n, kind).select(slice(0, 8)) for n in names}
@@ -96,7 +104,7 @@ def text(folder):
 
 
 WORDS = ['sports news', 'business news', 'the match was won today']
-POOLS = dict(gpt2=gpt2, bert=bert, resnet=resnet, clip=clip, text=lambda: text(tempfile.mkdtemp()))
+POOLS = dict(gpt2=gpt2, bert=bert, resnet=resnet, convnext=convnext, clip=clip, text=lambda: text(tempfile.mkdtemp()))
 made = {}
 
 
@@ -121,7 +129,7 @@ def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('FUSIONBOOK_CACHE', str
 @pytest.mark.parametrize('name', STATISTICS + CONTINUAL)
 def test_every_name_merges_every_kind_of_pool(kind, name):
     "A network with the base's names, finite numbers, and something of the experts in it."
-    pool, kernels = pool_of(kind), dict(matrices='linear_and_convolutions') if kind == 'resnet' else {}
+    pool, kernels = pool_of(kind), dict(matrices='linear_and_convolutions') if kind in ('resnet', 'convnext') else {}
     found = fuse(named(name, **kernels), pool)
     steps = found['steps'] if isinstance(found, dict) else [found]
     assert len(steps) == (2 if name in CONTINUAL and name != 'magmax/magmax' else 1)
