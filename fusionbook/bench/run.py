@@ -18,7 +18,7 @@ from .provenance import git_commit, measured, versions
 from .report import Report, check_task_names
 from .rows import last_step, spread
 from .seeded import check_seeds, seed_path, seeded
-from .unbuilt import Unbuilt, cast, float_type, unbuilt
+from .unbuilt import Unbuilt, cast, cast_models, float_type, unbuilt
 from ..core.cached import remembered
 from ..core.checkpoint import model_card
 from ..core.engine import check_memory
@@ -60,9 +60,16 @@ def cached_predictions(
 # %% ../../nbs/80_bench/03_run.ipynb #82f257d1
 def _streams(method): return type(method).run is BaseAlgorithm.run and method.build is None
 
-def _checked(method, pool):
-    "Refuse models that differ before any work, unless the method takes networks as they are."
+def _checked(method, pool, max_memory=None):
+    "Refuse models that differ before any work, unless the method takes networks as they are; then a limit is no promise."
     if _streams(method): method.part_of(pool).reference()
+    elif max_memory is not None:
+        raise FusionError(
+            'expected `max_memory` beside a method that merges tensor by tensor, got '
+            f'`{_name(method)}`, which makes whole networks: what they need is not known before; leave it out'
+        )
+
+def _name(method): return method.config_names[0] if method.config_names else type(method).__name__
 
 def _notes(lineage, shard_size):
     "How a merged model is written: shards, card, lineage, a progress bar."
@@ -110,7 +117,9 @@ def merged_model(
     method.on_run_start()
     try:
         if not _streams(method):
+            _checked(method, pool, max_memory)
             model = method.run(pool)
+            if dtype: model = cast_models(model, dtype)
             if save_path: pool.save_model(_single(model), save_path, built=method.build is not None, **notes)
             return model
         sd = method.merge(pool)
@@ -190,8 +199,6 @@ def _readable(x):
     if isinstance(x, (list, tuple)): return [_readable(v) for v in x]
     return x if x is None or isinstance(x, (str, int, float, bool)) else f'<{type(x).__name__}>'
 
-def _name(method): return method.config_names[0] if method.config_names else type(method).__name__
-
 # %% ../../nbs/80_bench/03_run.ipynb #1a1ad1b0
 def _hyper(method): return {k: v for k, v in method.config.items() if k != '_target_'}
 
@@ -228,7 +235,8 @@ class Run:
 def load(self:Run):
     "Check the models and identify them; what that reads is not what the method sees."
     with measured(self.cost, 'loading'):
-        _checked(self.method, self.pool.attach(lending(self.taskpool, self.pool)))
+        self.pool.attach(lending(self.taskpool, self.pool))
+        _checked(self.method, self.pool, self.settings.get('max_memory'))
         self.lineage = _lineage(self.method, self.pool)
     self.pool.seen.clear()
 
