@@ -32,18 +32,9 @@ class MergeWay:
 _REQUIRED = ...
 _TASK = dict(normalize=False, rescale=False, int8_mask=False) | {'lambda': 1.0}
 
-def _refuse_rescale(whole, name):
-    if whole['rescale']:
-        raise FusionError(
-            f'expected `rescale: false` for `{name}`, got true: scaled task vectors are those of `dare_…` and'
-            ' `della`'
-        )
-
 def _weighted(each, whole): return dict(weights=each['weight'], normalize=whole['normalize'])
 
-def _arithmetic(each, whole):
-    _refuse_rescale(whole, 'task_arithmetic')
-    return dict(_weighted(each, whole), scaling_factor=whole['lambda'])
+def _arithmetic(each, whole): return dict(_weighted(each, whole), scaling_factor=whole['lambda'])
 
 # %% ../../nbs/80_bench/13b_merge_methods.ipynb #1a3000b4
 _ELECTED = dict(trim='tensor', elect='weighted_sum', tie='plus')
@@ -53,9 +44,8 @@ def _mean(whole): return 'weighted_mean' if whole['normalize'] else 'sum'
 def _one(values): return values[0] if len(set(values)) == 1 else list(values)
 
 def _ties(each, whole):
-    _refuse_rescale(whole, 'ties')
     how = dict(scaling_factor=whole['lambda'], merge_func=_mean(whole), weights=each['weight'])
-    return how | _ELECTED | dict(threshold=_one(each['density']))
+    return how | _ELECTED | dict(threshold=_one(each['density']), rescale=whole['rescale'])
 
 # %% ../../nbs/80_bench/13b_merge_methods.ipynb #085e1979
 _WEIGHT = {'weight': _REQUIRED}

@@ -15,7 +15,7 @@ from ...core.entries import Entry
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict, check_same
 from ..settings import weights_at
-from .sparsify import count_kept, full_vectors, mergeable_names
+from .sparsify import count_kept, full_vectors, l1_kept, mergeable_names
 from .sparsify import thresholds, trim
 
 # %% ../../../nbs/63_task_vector/01_elect.ipynb #1670c7a1
@@ -101,6 +101,7 @@ def election(
     weights:Sequence[float]|Callable, # w, (T,); or a function from a tensor's name to them
     vectors:Callable[[Entry], Tensor]=full_vectors, # what is trimmed, (T, n); the task vectors
     whole:bool=False,            # whether `vectors` wants whole tensors
+    rescale:bool=False,          # whether what is kept gets the l1 norm of the whole, tensor by tensor
     keep_base:Sequence[str]=(),  # names that stay the base's
     device:str='cpu',            # where the arithmetic happens
 ) -> Callable[[Entry], Tensor]:  # entry -> (n,); thresholds are found when they are first asked for
@@ -110,7 +111,8 @@ def election(
     by = 'count' if elect == 'count' else 'sum'
     how = dict(vectors=vectors, whole=whole, device=device)
     smallest = _smallest(base, experts, names, share, trim_by, how)
-    def sparse(e): return vectors(e) if share is None else trim(vectors(e), smallest(e.name))
+    def trimmed(e): return vectors(e) if share is None else trim(vectors(e), smallest(e.name))
+    sparse = l1_kept(base, experts, trimmed, whole, device) if rescale else trimmed
     def every(): return (e for n in names for e in entries_of(n, base, experts, device, whole))
     def ballot(e): return weights_at(weights, e) if elect == 'weighted_sum' else None
     draw = cache(lambda: 1. if tie == 'plus' else _majority(every, sparse, ballot, by))

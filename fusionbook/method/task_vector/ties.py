@@ -40,6 +40,7 @@ class TiesMerging(BaseAlgorithm):
     elect: str = 'sum'         # sum of entries, weighted_sum (mergekit), count of signs (PEFT's frequency)
     tie: str = 'majority'      # a draw takes the model's majority sign (the authors' code, FusionBench), or plus (mergekit, PEFT)
     weights: list | dict = None # w, one per expert in the order of the pool or by name, each a number, a gradient over the layers or a list of {filter, value}; 1 each when null
+    rescale: bool = False      # what is kept gets the l1 norm of the whole task vector, tensor by tensor (an option of mergekit)
     device: str = 'cpu'        # where the arithmetic happens
     def __post_init__(self):
         check_fields(self)
@@ -57,6 +58,7 @@ class TiesMerging(BaseAlgorithm):
             experts,
             share=kept_shares(numbers_for(self.threshold, base, pool.model_names, 'threshold')),
             weights=weights,
+            rescale=self.rescale,
             keep_base=self.remove_keys,
             **how,
         )
