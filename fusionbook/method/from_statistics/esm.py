@@ -36,7 +36,8 @@ def even_polar(
 def essential_sum(
     taus:Tensor,  # task vectors of one matrix, (T, m, n)
     grams:Tensor, # what each reads, (T, n, n)
-    *, tasks:bool, columns:bool, # scale by task, by column
+    *, rows:Sequence[int]=None, # how many inputs each is of; any number when None
+    tasks:bool, columns:bool, # scale by task, by column
     eigen_power:float, norm_power:float, gain:float, # 0.15, 2, 2 in the paper
 ) -> Tensor:      # (m, n), float64
     "The merged task vector of one matrix (Li et al., 2026)."
@@ -44,7 +45,7 @@ def essential_sum(
     lengths = taus.flatten(1).norm(dim=1)
     if not lengths.mean() > 0: return torch.zeros_like(taus[0])
     share = (lengths / lengths.mean()) ** norm_power if tasks else torch.ones_like(lengths)
-    parts = [essential(t, g, k) for t, g in zip(taus, grams, strict=True)]
+    parts = [essential(t, g, k, n) for t, g, n in zip(taus, grams, rows or [None] * len(taus), strict=True)]
     e = [evened(p.values, power=eigen_power) for p in parts]
     U = torch.cat([p.left * w for p, w in zip(parts, e, strict=True)], 1)
     C = torch.cat([s * w[:, None] * p.right for p, w, s in zip(parts, e, share, strict=True)])
@@ -88,7 +89,8 @@ class _Matrix:
         G = torch.stack([s[f'gram/{e.name}'].to(e.base.device) for s in self.grams])
         turned = self.grams[0][f'input_axis/{e.name}'].item() == 0
         taus = e.tau.transpose(1, 2) if turned else e.tau
-        merged = essential_sum(taus, G, **self.how)
+        rows = [s[f'rows/{e.name}'].item() for s in self.grams] if f'rows/{e.name}' in self.grams[0] else None
+        merged = essential_sum(taus, G, rows=rows, **self.how)
         return merged.T if turned else merged
 
 # %% ../../../nbs/65_statistics/esm.ipynb #bae54481
@@ -200,6 +202,6 @@ def residual_network(
         for i, (expert, s) in enumerate(experts):
             tau = expert[key].double() - own
             seen = tau if input_axis(layer) else tau.T # (d_out, d_in)
-            part = essential(seen, s[f'gram/{key}'], rest.down.shape[1])
+            part = essential(seen, s[f'gram/{key}'], rest.down.shape[1], s[f'rows/{key}'].item())
             rest.up[i], rest.down[i], rest.prototypes[i] = part.left, part.right, s[f'mean/{key}']
     return net

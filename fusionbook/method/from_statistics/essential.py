@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from ..statistics import input_axis
-from ..subspace.spectrum import eigen
+from ..subspace.spectrum import ROUNDING, eigen
 
 # %% ../../../nbs/65_statistics/04_essential.ipynb #5741dda6
 class Essential(NamedTuple):
@@ -25,11 +25,15 @@ def essential(
     tau:Tensor,   # a task vector, (m, n)
     gram:Tensor,  # G, (n, n)
     k:int,        # how many directions
-) -> Essential:   # float64
+    rows:int|None=None, # how many inputs the Gram matrix is of: no more directions are seen
+) -> Essential:   # float64; zeros for directions that no input is moved along
     "Principal components of what a task vector does to the outputs."
     tau = tau.double()
     values, P = eigen(tau @ gram.double() @ tau.T, k)
-    return Essential(P, values.clamp(min=0), P.T @ tau)
+    moved = values > ROUNDING * values[:1].clamp(min=0)
+    if rows is not None: moved[rows:] = False
+    P = P * moved
+    return Essential(P, values.where(moved, 0), P.T @ tau)
 
 def evened(
     values:Tensor, # λ, (k,)
