@@ -35,6 +35,7 @@ def essential(
     P = P * moved
     return Essential(P, values.where(moved, 0), P.T @ tau)
 
+# %% ../../../nbs/65_statistics/04_essential.ipynb #5246f1ff
 def evened(
     values:Tensor, # λ, (k,)
     *, power:float, # 0.15 in the paper
