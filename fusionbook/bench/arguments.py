@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from ..core.compose import CONFIG, compose_words
 from ..core.errors import FusionError, check_known, nearest
-from ..core.files import check_yaml, read_yaml
+from ..core.files import read_yaml, yaml_documents
 from ..core.resolve import allowing, plain, resolving
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #73c62233
@@ -105,9 +105,7 @@ def _flow(value):
     return _quote(value) if isinstance(value, str) else 'null' if value is None else str(value).lower()
 
 def _read_flow(text):
-    import yaml
-    check_yaml(text, 'the command line')
-    return yaml.safe_load(text)
+    return next(iter(yaml_documents(text, 'the command line')), None)
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #c5501af6
 def readable(

@@ -33,6 +33,9 @@ from ..core.foreign import IDLE
 from ..core.hub import mirrored
 from ..core.legacy import DEVICE_KEYS, build, run_values, translate
 from ..core.resolve import check_allowed_targets
+from ..method.base import BaseAlgorithm
+from ..modelpool.base import BaseModelPool
+from ..taskpool.base import BaseTaskPool
 
 # %% ../../nbs/80_bench/04_configured.ipynb #b7713ea1
 def root_defaults() -> dict:
@@ -57,6 +60,7 @@ def complete(
     check_models(out['modelpool'])
     if 'device' in out['method']: device_name(out['method']['device'], 'method.device')
     out['allow_target'] = check_allowed_targets(out['allow_target'])
+    out['hub_mirror'] = out['hub_mirror'] or {}
     if cfg.get('report_save_path') and not out['save_report']: out['save_report'] = cfg['report_save_path']
     if out['fast_dev_run'] and 'fast_dev_run' in known_keys(
         locate(out['taskpool']['_target_'], out['allow_target'])
@@ -185,7 +189,10 @@ def build_part(
     kind:str,    # method, modelpool or taskpool
 ):               # the object
     "Build one part of a run; a method works on the run's device unless it names its own."
-    part = build(cfg[kind], kind, allow=cfg['allow_target'], mirror=cfg['hub_mirror'] or {})
+    part = build(cfg[kind], kind, allow=cfg['allow_target'], mirror=cfg['hub_mirror'])
+    wanted = dict(method=BaseAlgorithm, modelpool=BaseModelPool, taskpool=BaseTaskPool)[kind]
+    if not isinstance(part, wanted):
+        raise FusionError(f'expected `{kind}` as a {wanted.__name__}, got a {type(part).__name__}')
     if kind == 'method' and getattr(part, 'device', None) == 'cpu': part.device = cfg['device']
     return part
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from ..core.errors import FusionError, check_known
-from ..core.files import check_yaml
+from ..core.files import yaml_documents
 
 # %% ../../nbs/80_bench/12b_recipe_values.ipynb #8b60317b
 _NUMBER = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?')
@@ -87,7 +87,7 @@ def _loader():
                 )
             return super().construct_mapping(node, deep)
     Once.add_implicit_resolver('tag:yaml.org,2002:float', _EXPONENT, list('-+.0123456789'))
-    return yaml, Once
+    return Once
 
 # %% ../../nbs/80_bench/12b_recipe_values.ipynb #4a4c8f48
 def typed_value(
@@ -95,18 +95,16 @@ def typed_value(
     text:str, # as typed after it
 ):
     "What a text means in YAML."
-    check_yaml(text, f'{key}=')
-    yaml, loader = _loader()
-    return yaml.load(text, Loader=loader)
+    found = yaml_documents(text, f'{key}=', _loader())
+    if len(found) < 2: return found[0] if found else None
+    raise FusionError(f'expected one value of `{key}`, got {len(found)}')
 
 def read_documents(
     text:str, # of a file
     name,     # of the file, for the message
 ) -> list[dict]: # at least one
     "The recipes of a file, one after the other, as keys."
-    check_yaml(text, name)
-    yaml, loader = _loader()
-    found = [d for d in yaml.load_all(text, Loader=loader) if d is not None]
+    found = [d for d in yaml_documents(text, name, _loader()) if d is not None]
     if not found: raise FusionError(f'expected a merge in `{name}`, got an empty file')
     for d in found:
         if not isinstance(d, Mapping):

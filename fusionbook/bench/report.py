@@ -23,6 +23,7 @@ from fusionbook.bench.rows import (
 )
 from .tables import markdown_table, print_table
 from ..core.atomic import atomic, json_text
+from ..core.cached import sealed_table, unsealed_table
 from ..core.errors import FusionError, nearest
 from ..core.files import read_json
 from ..metrics.metric import Metric
@@ -206,7 +207,7 @@ def save_predictions(
     split = [k for k in columns if pa.types.is_floating(table[k].type)]
     with atomic(path) as new:
         parquet.write_table(
-            table,
+            sealed_table(table),
             new,
             compression='zstd',
             use_dictionary=[k for k in table.column_names if k not in (*split, 'index', 'cluster')],
@@ -220,14 +221,16 @@ def read_predictions(
 ) -> list[dict]:   # as `save_predictions` takes them; one entry for each model and task, in their order
     "Read answers."
     import numpy as np
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import parquet
     if not Path(path).exists():
         raise FusionError(
             f'expected the answers behind a report, got no file `{path}`; run the report again to make them'
         )
-    try: table = parquet.read_table(path)
-    except (ArrowInvalid, OSError) as e:
-        raise FusionError(f'expected answers in Parquet, got `{path}` ({str(e).splitlines()[0]})') from None
+    try: table = unsealed_table(parquet.read_table(path))
+    except Exception as e: # of a library, of any kind
+        raise FusionError(
+            f'expected answers in Parquet, got `{path}` ({" ".join(str(e).split()):.120})'
+        ) from None
     names, index = {k: table[k].to_numpy() for k in _NAMES}, table['index'].to_numpy()
     starts, vectors = np.flatnonzero(index == 0).tolist(), {new: old for old, new in _COLUMNS.items()}
     def one(i, j):

@@ -9,7 +9,7 @@ __all__ = ['AdapterPart', 'Adapter', 'adapter_scale', 'is_adapter_folder', 'open
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from .errors import FusionError
 from .files import read_json
@@ -49,8 +49,27 @@ _UNKNOWN = ('layer_replication', 'target_parameters', 'trainable_token_indices',
             'alora_invocation_tokens', 'arrow_config', 'kasa_config', 'monteclora_config')
 _MOVES_BASE = 'pissa', 'olora', 'corda', 'lora_ga', 'loftq'
 
+_NUMBERS = {'r': 'rank_pattern', 'lora_alpha': 'alpha_pattern'}
+
+def _check_types(config, folder):
+    "Refuse ranks and factors that are no numbers, and modules that are no names."
+    for key, pattern in _NUMBERS.items():
+        table = config.get(pattern) or {}
+        values = [config.get(key, 8), *table.values()] if isinstance(table, Mapping) else [table]
+        if wrong := [v for v in values if type(v) not in (int, float) or not isfinite(v)]:
+            raise FusionError(
+                f'expected numbers as `{key}` and `{pattern}` in `{folder}/adapter_config.json`, got'
+                f' {wrong[0]!r:.40}'
+            )
+    modules = config.get('modules_to_save') or []
+    if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
+        raise FusionError(
+            f'expected names as `modules_to_save` in `{folder}/adapter_config.json`, got {modules!r:.40}'
+        )
+
 def _check_settings(config, folder):
     "Refuse settings under which factors are not all."
+    _check_types(config, folder)
     if (kind := config.get('peft_type', 'LORA')) != 'LORA':
         raise FusionError(f'expected a LoRA adapter, got `peft_type` {kind!r} in `{folder}`')
     for key in _UNKNOWN:

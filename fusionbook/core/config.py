@@ -14,11 +14,12 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from omegaconf import OmegaConf
+from .atomic import atomic
 from .compose import CONFIG, compose_words
 from .errors import FusionError, check_known, nearest
-from .files import read_yaml
+from .files import read_json, read_yaml
 from .resolve import plain
-from .targets import FILLED, check_loader, check_size, check_targets
+from .targets import FILLED, check_config, check_loader, check_size, check_targets
 
 # %% ../../nbs/00_core/03_config.ipynb #a0319d97
 def composed(
@@ -108,10 +109,16 @@ def _translated(cfg, kind):
     return plain(cfg)
 
 # %% ../../nbs/00_core/03_config.ipynb #c0ffee01
+def _check_beside(path):
+    "Refuse a folder of this machine whose `config.json` names code or a model elsewhere."
+    file = Path(str(path)).expanduser()/'config.json'
+    if file.is_file(): check_config(read_json(file), f'`{file}`')
+
 def _called(target, obj, args, kwargs, allow):
     "Call what a target names."
     if target not in allow:
         if target.startswith('transformers.') and target.endswith('.from_pretrained'):
+            _check_beside(kwargs.get('pretrained_model_name_or_path', next(iter(args), '')))
             kwargs = kwargs | {'trust_remote_code': False}
         if target.startswith('torch.') and not inspect.isclass(obj): check_size(obj, args, kwargs)
     return obj(*args, **kwargs)
@@ -171,7 +178,7 @@ class BaseYAMLSerializable:
         }
     def to_yaml(self, path:str|Path) -> None:
         "Write `config` to a file."
-        Path(path).write_text(OmegaConf.to_yaml(self.config))
+        with atomic(path) as new: new.write_text(OmegaConf.to_yaml(self.config), encoding='utf-8')
     @classmethod
     def from_yaml(cls, path:str|Path):
         "Build from a file, or from the part of a whole run's file that belongs to this kind of object."

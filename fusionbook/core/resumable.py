@@ -40,10 +40,20 @@ class WriteJob:
 
 def _plain(x): return json.loads(json.dumps(x))
 
+
+# %% ../../nbs/00_core/02b_resumable.ipynb #caa8da6c
+def _line(said):
+    "A line of a journal: its checksum, and what it says."
+    text = json.dumps(said)
+    return f'{zlib.crc32(text.encode()):08x} {text}\n'
+
 def _lines(file):
-    "Whole lines of a journal."
-    with suppress(FileNotFoundError, ValueError):
-        for line in file.read_text(encoding='utf-8').splitlines(): yield json.loads(line)
+    "The lines of a journal, up to the first that is not as it was written."
+    if not file.is_file(): return
+    for line in file.read_text(encoding='utf-8', errors='replace').splitlines():
+        text = line.partition(' ')[2]
+        if line[:8] != f'{zlib.crc32(text.encode()):08x}': return
+        yield json.loads(text)
 
 # %% ../../nbs/00_core/02b_resumable.ipynb #b1469667
 def _believed(room, job):
@@ -62,7 +72,7 @@ def _begin(room, job, lines):
     "A journal with what is believed, open for more."
     text = [{'key': job.key, 'stamp': job.stamp}, *lines]
     new = room/'journal.new'
-    new.write_text(''.join(json.dumps(t) + '\n' for t in text), encoding='utf-8')
+    new.write_text(''.join(map(_line, text)), encoding='utf-8')
     os.replace(new, room/'journal')
     return open(room/'journal', 'a', encoding='utf-8')
 
@@ -215,11 +225,8 @@ def _write_model(sd, info, plan, metadata, room, job, extras, track, tell):
     with _begin(room, job, lines) as journal:
         for file, names in plan.items():
             def note(name, crc, file=file):
-                print(
-                    json.dumps(dict(file=file, name=name, crc=crc, seen=dict(job.witness()))),
-                    file=journal,
-                    flush=True,
-                )
+                journal.write(_line(dict(file=file, name=name, crc=crc, seen=dict(job.witness()))))
+                journal.flush()
             part = {k: info[k] for k in names}
             _fill(room/'model'/file, sd, part, metadata, done.get(file, {}), note, track)
     for name, data in {**shard_index(info, plan, metadata), **extras()}.items():

@@ -15,6 +15,7 @@ from ..core.config import FILLED, check_loader, check_targets, instantiate
 from ..core.errors import FusionError, nearest
 from ..core.numbers import whole
 from ..core.hub import current_id
+from ..core.pictures import without_postscript
 
 # %% ../../nbs/10_data/01_datasets.ipynb #d8188169
 def _in_range(labels, classes):
@@ -113,6 +114,7 @@ def load(
 ):                      # a `datasets.Dataset`
     "The rows of one split, from a local folder or the hub; `FusionError` says in one line what is missing."
     import datasets
+    without_postscript()
     if kw.pop('trust_remote_code', False):
         raise FusionError(f'{path}: data sets that run their own code are not loaded')
     local = Path(path).expanduser()

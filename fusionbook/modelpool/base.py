@@ -262,7 +262,9 @@ def _own_model(pool, name):
     model = pool._models[name]
     if isinstance(model, nn.Module): return copy.deepcopy(model)
     if _is_state(model): return {k: v.clone() for k, v in model.items()}
-    return pool.build_model(model)
+    made = pool.build_model(model)
+    if isinstance(made, (nn.Module, Mapping)): return made
+    raise FusionError(f'expected a network or a state dict as `{name}`, got a {type(made).__name__}')
 
 @patch
 def load_model(self:BaseModelPool, name:str) -> nn.Module|dict:

@@ -17,6 +17,7 @@ from ..core.checkpoint import find
 from ..core.errors import FusionError, check_known, nearest
 from ..core.files import read_json
 from ..core.folders import beside, companions, described, model_files
+from ..core.identity import plain_config
 from ..core.state_dict import Lazy, StateDict
 from ..core.targets import FILLED
 from ..core.views import completed, finite
@@ -30,6 +31,7 @@ from fusionbook.models.hub import (
     hub_network,
     labelled,
     module_names,
+    number_type,
     parameter_sizes,
     scoped,
     weights_alone,
@@ -62,6 +64,11 @@ def entry_of(
 _MODEL_KWARGS = ('torch_dtype', 'dtype', 'attn_implementation', 'low_cpu_mem_usage', 'device_map')
 _OWN = ('auto', 'scope', 'tokenizer', 'processor', 'model_kwargs')
 
+def _dtype(pool):
+    "The type of networks, as `model_kwargs` says."
+    settings = pool.model_kwargs or {}
+    return str(settings.get('torch_dtype') or settings.get('dtype') or 'float32').removeprefix('torch.')
+
 class AutoModelPool(BaseModelPool):
     "Models of `transformers` by name: a text is a hub name, a folder or a file."
     auto, scope = None, 'all' # the class that `config.json` names; what of each model is merged
@@ -77,9 +84,10 @@ class AutoModelPool(BaseModelPool):
     ):
         check_known(model_kwargs or {}, _MODEL_KWARGS, '`model_kwargs`')
         super().__init__(models, **kwargs)
-        self.auto = type(self).auto if auto is None else auto
+        self.auto, self.model_kwargs = type(self).auto if auto is None else auto, model_kwargs
+        number_type(_dtype(self))
         self.scope = check_scope(type(self).scope if scope is None else scope)
-        self.tokenizer, self.processor, self.model_kwargs = tokenizer, processor, model_kwargs
+        self.tokenizer, self.processor = tokenizer, processor
         self.has_words = type(self).has_words and self.scope != 'blocks' # blocks know no words
     @property
     def config(self) -> dict:
@@ -143,7 +151,24 @@ def place(self:AutoModelPool, model) -> Path|None:
     entry = entry_of(model)
     return self.located(_adapter_of(self, entry)[0]) if entry else None
 
+# %% ../../nbs/50_modelpool/00e_hub.ipynb #ffea840a
+def _network_name(pool, settings):
+    "The class that makes a network, as far as names tell: two spellings of one class should agree."
+    named, auto = settings.get('architectures'), pool.auto
+    one = isinstance(named, list) and len(named) == 1
+    task = str(auto).removeprefix('AutoModel')
+    return named if auto is None or one and task and str(named[0]).endswith(task) else [auto]
+
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #08f9d117
+@patch
+def path_facts(self:AutoModelPool, path:str|Path) -> dict|None:
+    "The configuration beside a path, the class that computes with it, the type of its numbers and its attention."
+    file = beside(self.located(path))/'config.json'
+    if not file.is_file(): return None
+    settings, attention = read_json(file), (self.model_kwargs or {}).get('attn_implementation')
+    how = _network_name(self, settings), _dtype(self), attention
+    return dict(config=plain_config(settings), network=how)
+
 @patch
 def entry_facts(self:AutoModelPool, model):
     "What computes with an entry's tensors; None where only its network knows."
@@ -172,11 +197,6 @@ def parameters(self:AutoModelPool) -> list|None:
     return None if self.tensors(self._models[self.host]) is None else parameter_sizes(self.whole())
 
 # %% ../../nbs/50_modelpool/00e_hub.ipynb #f37b5213
-def _dtype(pool):
-    "The type of networks, as `model_kwargs` says."
-    settings = pool.model_kwargs or {}
-    return str(settings.get('torch_dtype') or settings.get('dtype') or 'float32').removeprefix('torch.')
-
 @patch
 def network(self:AutoModelPool, path, sd:StateDict, classnames=None) -> nn.Module:
     "The network of the configuration beside `path` with the tensors of a whole model."

@@ -15,12 +15,14 @@ from ..core.checkpoint import Checkpoint
 from ..core.errors import FusionError
 from ..core.files import read_json
 from ..core.folders import beside, check_whole, described
+from ..core.identity import identity
 from ..core.places import WEIGHTS, check_packaged, find
 from ..core.state_dict import content_hash, meta
+from ..core.targets import check_config
 from .base import fill
 from .saving import FORMAT, RECIPE
 from ..models.clip import vision_model, vision_state
-from ..models.recipe import adopt, check_config, network_class, network_from
+from ..models.recipe import adopt, network_class, network_from
 
 # %% ../../nbs/50_modelpool/05_opening.ipynb #cf48de40
 def _recipe(file):
@@ -51,8 +53,9 @@ def from_recipe(
             f'expected the recipe of a network in `{file}`, got one that is nested too deeply'
         ) from None
     except FusionError as e: raise FusionError(f'{e} (`{file}`)') from None
-    if content_hash(network.state_dict()) != recipe['tensors']:
-        raise FusionError(f'expected the tensors that `{file}` was written with, got others')
+    own = content_hash(network.state_dict())
+    if recipe['tensors'] not in (own, identity(own, recipe['network'])): # earlier versions noted the tensors alone
+        raise FusionError(f'expected the network and tensors that `{file}` was written with, got others')
     return network
 
 # %% ../../nbs/50_modelpool/05_opening.ipynb #ca076f8f

@@ -76,14 +76,21 @@ def openclip_entry(
         f'{len(files)}'
     )
 
+# %% ../../nbs/50_modelpool/01b_presets.ipynb #117fde3c
+def _architecture(name, path):
+    "The architecture of a file: what its entry says, else what its path says; None where neither does."
+    found = re.search(r'ViT-[BLHg]-\d+(-\w+)?', str(path))
+    if name is None: return found and found[0]
+    if isinstance(name, str) and re.fullmatch(r'[\w.+-]+', name): return name
+    raise FusionError(
+        f'expected `model_name` as an architecture of OpenCLIP, such as ViT-B-32, got {name!r:.60}'
+    )
+
 # %% ../../nbs/50_modelpool/01b_presets.ipynb #6df42a2b
 def _open_clip(name, path):
     "An image encoder of OpenCLIP with first weights."
-    if name is None:
-        found = re.search(r'ViT-[BLHg]-\d+(-\w+)?', str(path))
-        if found is None:
-            raise FusionError(f'expected `model_name` beside `{path}`, such as ViT-B-32, got none')
-        name = found[0]
+    if (name := _architecture(name, path)) is None:
+        raise FusionError(f'expected `model_name` beside `{path}`, such as ViT-B-32, got none')
     try: import open_clip
     except ImportError:
         raise FusionError(
@@ -110,6 +117,12 @@ def tensors(self:OpenCLIPVisionModelPool, model) -> Lazy|None:
     "The tensors of an entry's file, lazy."
     path, _ = openclip_entry(model)
     return None if path is None else self.open_path(path)
+
+@patch
+def entry_facts(self:OpenCLIPVisionModelPool, model) -> dict|None:
+    "The architecture that computes with an entry's tensors: some have the same tensors and another activation."
+    path, name = openclip_entry(model)
+    return None if path is None else dict(architecture=_architecture(name, path))
 
 @patch
 def parameters(self:OpenCLIPVisionModelPool) -> list|None:

@@ -156,10 +156,11 @@ def recipe_file(
     versions = dict(fusionbook=fusionbook.__version__, torch=str(torch.__version__)) | dict(
         lineage.pop('versions', {})
     )
+    node = recipe_of(network)
     recipe = dict(
         format=FORMAT,
-        network=recipe_of(network),
-        tensors=content_hash(network.state_dict()),
+        network=node,
+        tensors=identity(content_hash(network.state_dict()), node), # of both, so that both are as they were
         **lineage,
         versions=versions,
     )

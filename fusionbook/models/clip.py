@@ -19,7 +19,7 @@ from ..core.errors import FusionError, nearest
 from ..core.files import read_json
 from ..core.folders import described
 from ..core.identity import code_hash, identity, plain_config
-from ..core.pictures import rgb
+from ..core.pictures import check_channels, rgb
 from ..core.stamped import cache_folder
 from ..core.state_dict import content_hash, meta, select
 from .tower import vision_config, vision_model, vision_state
@@ -141,6 +141,7 @@ class Processor:
         facts = {k: v for k, v in _processor_config(source).items() if k not in skip}
         self.slow = described(lambda c: CLIPImageProcessorPil(**c), facts, source)
         s, crop, edge = self.slow, dict(self.slow.crop_size or {}), dict(self.slow.size or {})
+        if s.do_normalize: check_channels(vars(s), source)
         self.size = tuple(
             (crop if s.do_center_crop else edge).get(k) or edge.get('shortest_edge')
             for k in ('height', 'width')

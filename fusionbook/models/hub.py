@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY_MODELS', 'SCOPES', 'tiny_hub', 'in_scope', 'check_scope', 'scoped', 'weights_alone', 'parameter_sizes',
-           'hub_config', 'labelled', 'auto_class', 'hub_network', 'module_names', 'second_names', 'with_new_head']
+           'hub_config', 'labelled', 'auto_class', 'number_type', 'hub_network', 'module_names', 'second_names',
+           'with_new_head']
 
 # %% ../../nbs/20_models/07_hub.ipynb #224de575
 import re
@@ -20,7 +21,8 @@ from ..core.files import read_json
 from ..core.folders import beside, described
 from ..core.matrices import is_head
 from ..core.state_dict import Lazy, StateDict, generator, meta, shared
-from .recipe import check_config, network_class
+from ..core.targets import check_config
+from .recipe import network_class
 
 # %% ../../nbs/20_models/07_hub.ipynb #f50807e2
 _SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
@@ -183,19 +185,30 @@ def _check_found(found, kind, path):
             + f' and {len(lost) - 3} more' * (len(lost) > 3)
         )
 
+# %% ../../nbs/20_models/07_hub.ipynb #1e55fc3f
+def number_type(
+    name:str, # as `torch_dtype` has it
+):            # a type of torch, or `auto` for that of the file
+    "A type of numbers, by its name."
+    found = name if name == 'auto' else getattr(torch, str(name).removeprefix('torch.'), None)
+    if name == 'auto' or isinstance(found, torch.dtype) and found.is_floating_point: return found
+    raise FusionError(
+        f'expected `torch_dtype` as auto, float32, bfloat16, float16 or float64, got {name!r:.40}'
+    )
+
 # %% ../../nbs/20_models/07_hub.ipynb #2370a85e
 def hub_network(
     path,             # where its `config.json` lies
     sd:StateDict,     # its tensors under the names of its file
     auto:str|None,    # see `auto_class`; the class that `config.json` names when None
-    *, dtype:str='float32', # type of its numbers
+    *, dtype:str='float32', # see `number_type`
     classnames:Sequence[str]|None=None, # see `hub_config`
     attention:str|None=None,# implementation of attention; the library's choice when None
 ) -> nn.Module:       # in evaluation mode
     "The network of a configuration and tensors."
     config = hub_config(path, classnames)
     kind, tied = _class(auto, config, path), shared(sd)
-    how = dict(config=config, dtype=getattr(torch, dtype), output_loading_info=True)
+    how = dict(config=config, dtype=number_type(dtype), output_loading_info=True)
     if attention: how |= dict(attn_implementation=attention)
     own = {k: sd[k] for k in sd if k not in tied}
     with torch.random.fork_rng(devices=[]):

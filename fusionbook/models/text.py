@@ -20,6 +20,7 @@ from ..core.files import read_json
 from ..core.folders import described
 from ..core.state_dict import Lazy
 from ..core.views import without_wrappers
+from ..core.vocabulary import check_rows
 
 # %% ../../nbs/20_models/05_text.ipynb #8abd9c96
 _MARKS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
@@ -179,6 +180,7 @@ def embed(
 ) -> Tensor:         # (n, D) float32, rows of length 1
     "The mean of each text's last hidden states, scaled to length 1 (Reimers and Gurevych, 2019)."
     ids, parts, mask = batch.unbind(1)
+    check_rows(int(ids.max()), model)
     out = model(input_ids=ids, token_type_ids=parts, attention_mask=mask)
     hidden = getattr(out, 'last_hidden_state', out)
     if not isinstance(hidden, Tensor) or hidden.shape[:2] != ids.shape:

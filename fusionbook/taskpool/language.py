@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.config import plain
 from ..core.errors import FusionError, check_known, nearest
 from ..core.progress import track
+from ..core.vocabulary import check_rows
 from ..data import datasets as data
 from ..metrics.metric import ACCURACY, CLASSIFICATION, LOSS, PERPLEXITY
 from ..models.text import Tokens, padded
@@ -100,13 +101,7 @@ class LanguageTask:
 # %% ../../nbs/55_taskpool/05_language.ipynb #171f4879
 def _check_words(task, model):
     "Refuse words beyond the vocabulary of a model before it is asked."
-    size = getattr(getattr(model, 'config', None), 'vocab_size', None)
-    largest = max(int(t[0].max()) for t in task.tokens)
-    if size is not None and largest >= size:
-        raise FusionError(
-            f'expected words of the vocabulary of {type(model).__name__}, {size} of them, got number {largest}; '
-            f'give its own `tokenizer`'
-        )
+    check_rows(max(int(t[0].max()) for t in task.tokens), model)
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #a57c4132
 def _shortest_first(task, count):

@@ -76,6 +76,18 @@ def _foreign(path):
     try: return 'curve' not in (found := Checkpoint(path)) and not any(k.startswith('value/') for k in found)
     except FusionError: return False
 
+def _fits(found, parameters):
+    "Whether a state holds what these steps learn, and finite numbers alone."
+    curve, shapes = found.tensors.get('curve'), {k: p.shape for k, p in parameters.items()}
+    if not isinstance(found.key, dict) or curve is None or curve.ndim != 1: return False
+    for name, t in found.tensors.items():
+        kind, _, of = name.partition('/')
+        if not t.isfinite().all() or of and kind != 'step' and t.shape != shapes.get(of): return False
+    values = {k: found.tensors.get(f'value/{k}') for k in parameters}
+    return all(v is not None and v.dtype == parameters[k].dtype for k, v in values.items())
+
+
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #bcc1fbe0
 def _restore(path, parameters, optimizer, identity):
     "Put the stored state back; the curve so far, an empty one where there is no whole file."
     check_suffix(path, '.safetensors', 'checkpoint')
@@ -86,12 +98,14 @@ def _restore(path, parameters, optimizer, identity):
             f'or remove it'
         )
     if found is None: return []
-    mine, theirs = _plain(identity), found.key
+    mine, theirs = _plain(identity), found.key if isinstance(found.key, dict) else {}
     if other := [k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)]:
         raise FusionError(
             f'expected the checkpoint of this run, got `{path}` of one with another '
             f'{", ".join(sorted(other))}; name another file or remove it'
         )
+    if not _fits(found, parameters):
+        raise FusionError(f'expected finite values of {", ".join(parameters)} in `{path}`, got others')
     for k, p in parameters.items():
         p.data.copy_(found.tensors[f'value/{k}'])
         moments = {

@@ -171,11 +171,12 @@ def stored_logits(
             f'expected `mask_checkpoint` as the `.safetensors` file that a run with `checkpoint` has '
             f'written, got `{path}`'
         )
-    own = (found.key or {}).get('models', {})
+    own = dict(found.key or {}).get('models', {})
     if other := [k for k in own.keys() | models.keys() if own.get(k) != models.get(k)]:
         raise FusionError(
             f'expected the mask of these models in `{path}`, got one of another {", ".join(sorted(other))}'
         )
     x = found.tensors['value/logits']
-    if len(x) != size: raise FusionError(f'expected {size} logits in `{path}`, got {len(x)}')
+    if x.shape != (size,): raise FusionError(f'expected {size} logits in `{path}`, got {tuple(x.shape)}')
+    if not x.isfinite().all(): raise FusionError(f'expected finite logits in `{path}`, got NaN or infinity')
     return x

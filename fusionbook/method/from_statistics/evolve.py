@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from ...core.cached import read_record, write_record
 from ...core.errors import FusionError, check_known, check_suffix
+from ...core.files import read_json
 from ...core.identity import rows_hash
 from ...core.per_tensor import layer_of
 from ...core.progress import track
@@ -137,13 +138,34 @@ def _told(strategy, candidates, values):
 # %% ../../../nbs/65_statistics/evolve.ipynb #b282cf67
 def _short(point): return [round(v, 4) for v in point[:4]]
 
+def _earlier(path):
+    "Key and rows of a file; None for none or a damaged one. One of another kind is refused, for it would be lost."
+    found = read_record(path, kind='evolution')
+    try: other = found is None and Path(path).is_file() and 'digest' not in read_json(path, object)
+    except (FusionError, TypeError): other = False
+    rows = found['content'] if found else []
+    right = isinstance(rows, list) and all(isinstance(r, list) and len(r) == 2 and _numeric(r) for r in rows)
+    if other or not right or found and not isinstance(found['key'], dict):
+        raise FusionError(
+            f'expected the checkpoint of this search, got `{path}` with other things in it; name another '
+            f'file or remove it'
+        )
+    return found
+
+def _numeric(row):
+    "Whether a row is a point and its value."
+    point, value = row
+    numbers = [*point, value] if isinstance(point, list) else [None]
+    return all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers)
+
+
+# %% ../../../nbs/65_statistics/evolve.ipynb #cbf47e7c
 class _History:
     "Values that were found, in order, kept as they come."
     def __init__(self, path, key):
         self.path, self.key, self.rows, self.used = path, key, [], 0
         if path is None: return
-        found = read_record(path, kind='evolution')
-        if found is None: return
+        if (found := _earlier(path)) is None: return
         other = [k for k in key if found['key'].get(k) != json.loads(json.dumps(key[k]))]
         if other:
             raise FusionError(

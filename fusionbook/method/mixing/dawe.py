@@ -14,6 +14,7 @@ from ...core.errors import FusionError, check_known
 from ...core.files import read_json
 from ...core.folders import beside
 from ...core.places import find
+from ...core.pictures import check_channels
 from ..adaptive.learning import AdaptiveMethod
 from ..adaptive.objective import check_task_inputs, task_logits
 from ..base import at_least, check_finite
@@ -37,6 +38,7 @@ def feature_extractor(
     folder = find(path)
     network, file = fusionbook.open_model(folder), beside(folder)/'preprocessor_config.json'
     own = _IMAGENET | (read_json(file) if file.is_file() else {})
+    check_channels(own, file)
     base = pool.load_processor().settings
     pairs = list(zip(base['image_mean'], base['image_std'], own['image_mean'], own['image_std'], strict=True))
     scale, shift = [s / t for _, s, _, t in pairs], [(m - n) / t for m, _, n, t in pairs]
