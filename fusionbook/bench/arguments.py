@@ -304,6 +304,9 @@ def _through_hydra(words, task, **how):
     old, sys.argv = sys.argv, ['fusionbook', *words, *quiet]
     try: return hydra.main(version_base='1.3', **how)(guarded)()
     except _Stop as stop: raise stop.args[0]
+    except Exception as e:
+        if not type(e).__module__.startswith(('hydra', 'omegaconf')): raise
+        raise FusionError(' '.join(str(e).split())[:300]) from e
     finally: sys.argv = old
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #b02d025a

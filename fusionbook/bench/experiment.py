@@ -202,6 +202,14 @@ def _manager():
             await super().start_kernel(stderr=subprocess.DEVNULL, **kwargs)
     return Manager
 
+# %% ../../nbs/80_bench/05_experiment.ipynb #1126c094
+def _of_a_person(nb):
+    "Whether what a file holds would be lost: code without a note of a run, or something else than a notebook."
+    if not isinstance(nb, dict) or not isinstance(nb.get('metadata', {}), dict): return True
+    cells = nb.get('cells') if isinstance(nb.get('cells'), list) else []
+    ran = {'fusionbook', 'papermill'} & set(nb.get('metadata', {}))
+    return not ran and any(isinstance(c, dict) and c.get('cell_type') == 'code' for c in cells)
+
 # %% ../../nbs/80_bench/05_experiment.ipynb #0d51a73b
 def check_copy(
     copy:Path,  # where an executed copy is to be written
@@ -217,9 +225,8 @@ def check_copy(
             f'expected another notebook to write than the one that is run, got `{copy}` for both'
         )
     try: nb = json.loads(copy.read_text(encoding='utf-8'))
-    except ValueError: nb = {} # a copy that was cut off
-    ran = {'fusionbook', 'papermill'} & set(nb.get('metadata', {}))
-    if not ran and any(c['cell_type'] == 'code' for c in nb.get('cells', [])):
+    except (ValueError, RecursionError): nb = {} # a copy that was cut off
+    if _of_a_person(nb):
         raise FusionError(
             f'expected a new file or an executed copy to write, got `{copy}`, a notebook that was not made '
             f'by a run'

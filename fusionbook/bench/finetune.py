@@ -16,6 +16,7 @@ from .provenance import versions
 from .values import check_device
 from ..core.checkpoint import Checkpoint, atomic, find
 from ..core.errors import FusionError
+from ..core.files import read_json
 from ..core.parameters import trainable
 from ..data import datasets as data
 from ..data.classes import by_name
@@ -194,10 +195,10 @@ def _kind(args):
     if args.base in PACKAGED: return 'text'
     found = find(args.base)
     file = (found if found.is_dir() else found.parent)/'config.json'
-    try: kind = json.loads(file.read_text(encoding='utf-8')).get('model_type')
-    except (OSError, ValueError): kind = None
+    try: kind = read_json(file).get('model_type')
+    except (OSError, FusionError): kind = None
     kinds = {'bert': 'text', 'clip': 'clip', 'clip_vision_model': 'clip'}
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise FusionError(
             f'expected a BERT encoder or a CLIP with its config.json as --base, got `{args.base}` of type '
             f'{kind!r}'
@@ -283,12 +284,13 @@ def trained_before(
     folder, # of an expert
 ) -> dict:  # what `finetune_expert` returned
     "How an expert was made."
-    found = Checkpoint(folder).metadata.get('finetune')
-    if found is None:
+    try: found = json.loads(Checkpoint(folder).metadata['finetune'])
+    except (LookupError, ValueError) as e:
+        if isinstance(e, FusionError): raise
         raise FusionError(
             f'expected an expert of `fusionbook finetune`, got `{folder}`, which was made otherwise'
-        )
-    return json.loads(found)
+        ) from None
+    return found
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #155ff0e3
 def _there(folder, wanted):
@@ -410,15 +412,18 @@ def write_pools(
     return out/'config'
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #9aa903af
+_FACTS = {'kind', 'base', 'clip', 'max_length', 'validation'} # of each expert
+
 def _registered(args, kind):
     "The experts that are in the folder; another base than theirs is refused."
     file = Path(args.out)/'config'/'experts.json'
-    try: found = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-    except ValueError:
+    try: found = read_json(file) if file.exists() else {}
+    except FusionError: found = None
+    if found is None or not all(isinstance(e, dict) and _FACTS <= e.keys() for e in found.values()):
         raise FusionError(
             f'expected a list of experts, got a damaged file `{file}`; remove it, and train the experts '
             f'again or write a pool by hand'
-        ) from None
+        )
     for name, e in found.items():
         if name != args.name and e['base'] != _absolute(args.base):
             raise FusionError(

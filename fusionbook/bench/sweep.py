@@ -218,9 +218,27 @@ def _hashes(pool, taskpool):
     )
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #fe2af7b4
-def _known(file, point, hashes):
+_OUTPUTS = (
+    'save_report',
+    'merged_model_save_path',
+    'shard_size',
+    'print_config',
+    'dry_run',
+    'threads',
+    'references',
+)
+
+def _facts(run):
+    "What decides the numbers of a completed run, beside models and data."
+    return [fusionbook.__version__, {k: v for k, v in run.items() if k not in _OUTPUTS}]
+
+def _key(run, point, hashes):
+    "What a point was computed from."
+    return [point, hashes, hashlib.sha256(_text(_facts(run)).encode()).hexdigest()]
+
+def _known(file, key):
     "A point that was computed before from the same models and data."
-    found = read_record(file, kind='sweep point', key=[point, hashes])
+    found = read_record(file, kind='sweep point', key=key)
     return found and found['content']
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #40c34e6b
@@ -246,16 +264,6 @@ def score(
     return means_of(rows, taskpool.metrics) | dict(rows=rows)
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #9574e394
-_OUTPUTS = (
-    'save_report',
-    'merged_model_save_path',
-    'shard_size',
-    'print_config',
-    'dry_run',
-    'threads',
-    'references',
-)
-
 def _split(cfg, validation):
     "The completed run of a point, and the same with the validation tasks."
     cfg = plain(cfg)
@@ -272,11 +280,7 @@ def sweep_folder(
     root:str|Path='_runs',            # where runs are kept
 ) -> Path:
     "The folder of a sweep, such as `_runs/sweep_1f0e9a6bc2d4`."
-    facts = [
-        fusionbook.__version__,
-        list(grid.items()),
-        [{k: v for k, v in r.items() if k not in _OUTPUTS} for r in runs],
-    ]
+    facts = [list(grid.items()), *map(_facts, runs)]
     return Path(root)/f'sweep_{hashlib.sha256(_text(facts).encode()).hexdigest()[:12]}'
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #059f3afe
@@ -293,7 +297,8 @@ def _walk(runs, pts, folder, pools):
         for i in track(_in_order(runs), 'sweep'):
             pool, taskpool = pools(runs[i], 'modelpool'), pools(runs[i], 'taskpool')
             file, hashes, start = folder/'points'/f'{i:04}.json', _hashes(pool, taskpool), time.perf_counter()
-            found[i] = _known(file, pts[i], hashes)
+            key = _key(runs[i], pts[i], hashes)
+            found[i] = _known(file, key)
             if found[i]:
                 old += 1
                 continue
@@ -303,7 +308,7 @@ def _walk(runs, pts, folder, pools):
                 | scored
                 | dict(seconds=round(time.perf_counter() - start, 3))
             )
-            write_record(file, found[i], kind='sweep point', key=[pts[i], hashes])
+            write_record(file, found[i], kind='sweep point', key=key)
     return [found[i] for i in range(len(runs))], old
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #7bc048e8

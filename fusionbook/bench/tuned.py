@@ -269,7 +269,7 @@ def read_tested(
 ) -> Tested|None: # None for no cell, or a damaged one
     "A test result that was kept."
     kept = read_kept(Path(folder)/f'{name}.safetensors', kind='board test')
-    if not kept: return None
+    if not kept or cell_name(kept.key) != name: return None # also one that bears another's name
     parts = (_answers(kept.tensors, part) for part in ('scores', 'source'))
     return Tested(Report(kept.facts), *parts, name)
 

@@ -186,7 +186,6 @@ def gradient(self:Mixture) -> Tensor: # (T, G) float64, on the CPU
 # %% ../../../nbs/66_adaptive/01_coefficients.ipynb #df005a10
 def _numbers(path):
     "The numbers of a NumPy or PyTorch file; neither may hold anything that runs."
-    import pickle
     import numpy as np
     try:
         found = (
@@ -194,7 +193,7 @@ def _numbers(path):
             if path.suffix in ('.pt', '.pth')
             else np.load(path, allow_pickle=False)
         )
-    except (pickle.UnpicklingError, ValueError, RuntimeError, EOFError, OSError) as e:
+    except Exception as e: # a pickle is a program: it can fail in any way
         raise FusionError(
             f'expected `weights` as a tensor and nothing else in `{path}`, got '
             f'{" ".join(str(e).split()) or type(e).__name__:.80}; '
@@ -245,13 +244,14 @@ def read_coefficients(
     "Coefficients, checked to be those of these experts."
     found = _read(source)
     if isinstance(found, Mapping):
-        if 'coefficients' not in found:
-            raise FusionError(f'expected `coefficients` in `{source}`, got the keys {", ".join(found)}')
+        if lost := [k for k in ('coefficients', 'experts', 'groups') if not isinstance(found.get(k), (list, tuple))]:
+            keys = ', '.join(map(str, found))
+            raise FusionError(f'expected `{lost[0]}` as a list in `{source}`, got the keys {keys:.80}')
         _check_names(found['experts'], 'experts', list(experts))
         _check_names(found['groups'], 'groups', list(groups))
         found = found['coefficients']
     try: w = torch.tensor(found, dtype=torch.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise FusionError(f'expected coefficients as numbers, got {found!r:.60}') from None
     if w.ndim == 1: w = w[:, None].expand(-1, len(groups)).clone()
     if w.shape != (len(experts), len(groups)):
