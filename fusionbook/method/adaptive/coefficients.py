@@ -244,7 +244,8 @@ def read_coefficients(
     "Coefficients, checked to be those of these experts."
     found = _read(source)
     if isinstance(found, Mapping):
-        if lost := [k for k in ('coefficients', 'experts', 'groups') if not isinstance(found.get(k), (list, tuple))]:
+        parts = 'coefficients', 'experts', 'groups'
+        if lost := [k for k in parts if not isinstance(found.get(k), (list, tuple))]:
             keys = ', '.join(map(str, found))
             raise FusionError(f'expected `{lost[0]}` as a list in `{source}`, got the keys {keys:.80}')
         _check_names(found['experts'], 'experts', list(experts))
