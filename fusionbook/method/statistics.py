@@ -6,17 +6,19 @@
 __all__ = ['KINDS', 'is_linear', 'input_axis', 'rows_read', 'matrix_modules', 'collect', 'save_statistics', 'open_statistics']
 
 # %% ../../nbs/60_method/02_statistics.ipynb #f1162bf6
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from ..core.cached import sealed, unsealed
 from ..core.checkpoint import Checkpoint, save
 from ..core.errors import FusionError, check_known, nearest
 from ..core.progress import track
+from ..core.state_dict import Lazy, content_hash
 
 # %% ../../nbs/60_method/02_statistics.ipynb #3b0225c6
 def _linear(module, x): return x.reshape(-1, x.shape[-1])
@@ -147,8 +149,31 @@ def save_statistics(
     **provenance,               # `model` and `data` as hashes, and whatever else should be known, as JSON values
 ) -> Path:
     "Write statistics with what they were collected from."
-    return save(found, path, metadata={'statistics': json.dumps(provenance)})
+    note = sealed(content_hash(found), 'statistics', provenance)
+    return save(found, path, metadata={'statistics': note})
 
+def _checked(found, name):
+    "One tensor of a file, refused where it holds what no sum gives."
+    t = found[name]
+    if t.is_floating_point() and not t.isfinite().all():
+        raise FusionError(f'expected finite statistics, got NaN or infinity in `{name}`')
+    return t
+
+def _whole(found, path):
+    "What a file of statistics says of itself; one that is damaged, or whose numbers are not finite, is refused."
+    try:
+        note = unsealed(found.metadata['statistics'], 'statistics')
+        numbers = Lazy({k: partial(_checked, found, k) for k in found}, found.meta)
+        if content_hash(numbers) != note['content']: raise ValueError('other numbers')
+        return dict(note['key'])
+    except (ValueError, TypeError, RecursionError) as e:
+        if isinstance(e, FusionError): raise FusionError(f'{e} of `{path}`') from None
+        raise FusionError(
+            f'expected whole statistics in `{path}`, got a file that is damaged or of an older version: {e}'
+        ) from None
+
+
+# %% ../../nbs/60_method/02_statistics.ipynb #c6c46c9a
 def open_statistics(
     path:str|Path, # from `save_statistics`
     **expected,    # what the file must say of itself, such as `model=hash`
@@ -157,7 +182,7 @@ def open_statistics(
     found = Checkpoint(path)
     if 'statistics' not in found.metadata:
         raise FusionError(f'expected a file of statistics, got `{path}`, which is none')
-    found.provenance = json.loads(found.metadata['statistics'])
+    found.provenance = _whole(found, path)
     for key, value in expected.items():
         if found.provenance.get(key) != value:
             raise FusionError(
