@@ -67,9 +67,12 @@ class PreferenceNetwork(nn.Module):
         r = check_preference(value, len(self.routed.tasks))
         self.preference = r.to(self.preference)
         return self
-    def combined_logits(self, head, x):
+    def put_gates(self):
+        "Hand every block its shares of the task vectors."
         for name, g in zip(self.routed.plan['gates'], self.gates(), strict=True):
             self.routed.gate(name).set(g)
+    def combined_logits(self, head, x):
+        self.put_gates()
         return head(self.routed.network, x)
     def forward(self, x): return self.combined_logits(lambda network, x: network(x), x)
 

@@ -74,7 +74,7 @@ def _steered(net, heads, parts, r, shares, parameters):
         losses.append(loss.item())
     flat = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).double()
     values = torch.tensor(losses, dtype=torch.float64)
-    w = shares(values, flat @ flat.T, r)
+    w = shares(values, (flat @ flat.T).cpu(), r)
     def mixed(i): return sum(share * row[i] for share, row in zip(w.tolist(), rows, strict=True))
     for i, p in enumerate(parameters): p.grad = mixed(i)
     return float(w @ values)
@@ -112,7 +112,7 @@ def learn_preferences(
         every=every, identity=identity, label='learning preferences',
     )
     for p in parameters.values(): p.requires_grad_(False)
-    net.set_preference(torch.full((len(heads),), 1 / len(heads), dtype=torch.float64))
+    net.set_preference(torch.full((len(heads),), 1 / len(heads), dtype=torch.float64)).put_gates()
     return curve
 
 # %% ../../../nbs/68_mixing/07b_preference_learning.ipynb #531bff8e

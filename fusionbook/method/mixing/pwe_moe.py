@@ -33,11 +33,12 @@ def _learned(method, pool, mlp, attn, steps, points, shares=None):
     "The network of a pool, with routers that have learned."
     tasks = pool.model_names
     how = dict(depth=method.router_hidden_layers, start=method.init_lambda, seed=method.seed)
-    net = pool_preferences(pool, mlp=mlp, attn=attn, **how)
+    net = pool_preferences(pool, mlp=mlp, attn=attn, **how).to(method.device)
     heads, size = [pool.logits(t) for t in tasks], (method.dataloader_kwargs or {}).get('batch_size', 16)
     def batches(start):
         how = dict(batch_size=size, seed=method.seed, start=start)
-        return zip(*(pool.labelled(t, 'train', **how) for t in tasks), strict=True)
+        rounds = zip(*(pool.labelled(t, 'train', **how) for t in tasks), strict=True)
+        return ([(x.to(method.device), y.to(method.device)) for x, y in parts] for parts in rounds)
     def draw(step): return drawn_preference(len(tasks), method.alpha, method.seed, step)
     where = dict(checkpoint=method.checkpoint_path, every=method.save_interval)
     seen = dict(tasks=tasks, data='train', labels=True)
@@ -69,6 +70,7 @@ class PWEMoELinearScalarizationForCLIP(BaseAlgorithm):
     eval_grid_n: int = 8           # tasks; a pool with another number has no grid
     eval_grid_m: int = 2           # points of the grid along an edge, its ends included; 2 are the corners
     seed: int = 0                  # of preferences, batches and routers
+    device: str = 'cpu'            # where it learns
     def __post_init__(self):
         _checked(self)
         at_least(self, eval_grid_n=1, eval_grid_m=2)
@@ -118,6 +120,7 @@ class PWEMoELinearScalarizationForOpenCLIP(BaseAlgorithm):
     # the preferences whose losses are told: equal_weight, one for all tasks alike, or points along an edge
     num_evaluation_samples: int | str = 'equal_weight'
     seed: int = 0                  # of preferences, batches and routers
+    device: str = 'cpu'            # where it learns
     shares = None                  # how a step weighs its losses: by the preference
     def __post_init__(self):
         _checked(self)
