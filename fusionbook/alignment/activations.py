@@ -76,6 +76,7 @@ def joint_grams(
         for m in names: grams[m].add(z := torch.cat([x[m] for x in answers]).double(), z)
         count += 1
     if not count: raise FusionError('expected at least one batch to compare responses on, got none')
+    grams = {m: g.cpu() for m, g in grams.items()}
     return {g: [_channels(grams[m], spec, m, g, len(networks)) for m in ms] for g, ms in places.items()}
 
 # %% ../../nbs/30_alignment/04a_activations.ipynb #8dcf619c

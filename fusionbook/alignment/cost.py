@@ -44,6 +44,10 @@ class Gram:
             )
         self.cross = self.cross + (a @ b.mT).double()
         return self
+    def cpu(self) -> 'Gram':
+        "The same sums, on the processor."
+        names = 'sum_a', 'sum_b', 'sq_a', 'sq_b', 'cross'
+        return Gram(self.count, *(torch.as_tensor(getattr(self, n)).cpu() for n in names))
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #72bd2d15
 METRICS = 'euclidean', 'squared', 'cosine', 'correlation'
@@ -188,7 +192,7 @@ def activation_grams(
             grams[n].add(scale(x[n].double()), scale(y[n].double()))
     if not any(g.count for g in grams.values()):
         raise FusionError('expected at least one batch to compare activations on, got none')
-    return grams
+    return {n: g.cpu() for n, g in grams.items()}
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #dc3749af
 def prepare(

@@ -78,12 +78,13 @@ def parents_loss(
     nets:Sequence[nn.Module], # the parents, in evaluation mode
     inputs:Sequence,          # (head, batch) pairs; a head is a function (network, batch) -> logits (n, C)
 ) -> Callable:                # tensors of a network -> scalar, the mean over the batches
-    "Cross-entropy of a network's predictions to the mean of its parents'."
+    "Cross-entropy of a network's predictions to the mean of its parents', where these are."
+    place = next(nets[0].parameters()).device
     with torch.no_grad():
         goals = [torch.stack([head(n, x).softmax(-1) for n in nets]).mean(0) for head, x in inputs]
     def value(sd, head, x, goal):
         logits = torch.func.functional_call(
-            _Judge(nets[0], head), {f'net.{k}': v for k, v in sd.items()}, (x,)
+            _Judge(nets[0], head), {f'net.{k}': v.to(place) for k, v in sd.items()}, (x,)
         )
         return -(goal * logits.log_softmax(-1)).sum(-1).mean()
     def loss(sd): return torch.stack([value(sd, *at, goal) for at, goal in zip(inputs, goals)]).mean()

@@ -67,11 +67,13 @@ def _start(model, fixed):
 def typed_as(
     model:nn.Module, # its first floating-point parameter decides
     inputs,          # tensors, or tuples, lists or mappings of them
-):                   # the same, floating-point tensors in the network's type
-    "Inputs for a network in float16, bfloat16 or float64."
-    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if kind is None: return inputs
-    def cast(x): return x.to(kind) if isinstance(x, Tensor) and x.is_floating_point() else x
+):                   # the same where the network is, floating-point tensors in its type
+    "Inputs for a network on a device, and in float16, bfloat16 or float64."
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if first is None: return inputs
+    def cast(x):
+        if not isinstance(x, Tensor): return x
+        return x.to(first.device, first.dtype if x.is_floating_point() else x.dtype)
     return tree_map(cast, dict(inputs) if hasattr(inputs, 'keys') else inputs)
 
 # %% ../../nbs/30_alignment/01d_trace.ipynb #7f48da16

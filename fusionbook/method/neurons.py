@@ -135,6 +135,7 @@ def calibration_batches(
 def load_network(
     pool,
     name:str,    # of a model
+    device:str='cpu', # where it shall answer
 ) -> nn.Module:  # in evaluation mode
     "A model as a network whose activations can be recorded."
     net = pool.load_model(name)
@@ -143,7 +144,7 @@ def load_network(
             f'expected `{name}` as a network to record activations, got a {type(net).__name__}; take costs '
             f'from `weights`'
         )
-    return net.eval()
+    return net.eval().to(device)
 
 # %% ../../nbs/60_method/05_neurons.ipynb #ef203752
 def moved_share(
@@ -197,8 +198,6 @@ def measured_anew(
     merged,               # a network, or anything else
 ):                        # a network with BatchNorm with statistics of the inputs heard; anything else as it came
     "Running statistics that averaging or mixing features has left wrong, measured."
-    return (
-        reset_batchnorm(merged.eval(), calibration_batches(method, pool))
-        if isinstance(merged, nn.Module) and has_batchnorm(merged)
-        else merged
-    )
+    if not isinstance(merged, nn.Module) or not has_batchnorm(merged): return merged
+    network = merged.eval().to(getattr(method, 'device', 'cpu'))
+    return reset_batchnorm(network, calibration_batches(method, pool)).cpu()

@@ -27,7 +27,7 @@ MODELS = {'_pretrained_': 'mini8/pretrained'} | {t: f'mini8/{t}' for t in TASKS}
 def methods():
     "Every method with a `device`, and how it is built: few steps, small batches."
     small = dict(max_steps=2, max_adamerging_steps=2, steps=2, batch_size=8, max_iters=2, ada_iters=2, dataset_size=8,
-                 surgery_steps=2, gossip_max_steps=2)
+                 surgery_steps=2, gossip_max_steps=2, num_steps=2)
     for name in dir(fusionbook.method):
         cls = getattr(fusionbook.method, name)
         if not (isinstance(cls, type) and issubclass(cls, BaseAlgorithm) and is_dataclass(cls) and cls.config_names): continue
@@ -78,6 +78,16 @@ RUNS = {
     'ensemble of probabilities': lambda device: fusionbook.method.SimpleEnsemble(quantity='probabilities'),
     'maximum of members': lambda device: fusionbook.method.MaxModelPredictor(),
     'AdaMerging': lambda device: fusionbook.method.CLIPLayerWiseAdaMerging(max_steps=2, batch_size=4, device=device),
+    'a network that switches by task': lambda device: fusionbook.method.EMRMerging(device=device),
+    'experts of low rank': lambda device: fusionbook.method.SmileUpscaling(device=device),
+    'gates that learn': lambda device: fusionbook.method.CLIPWeightEnsemblingMoE(max_steps=1, batch_size=4, device=device),
+    'a router by features': lambda device: fusionbook.method.TwinMerging(samples=8, device=device),
+    'whole experts': lambda device: fusionbook.method.ExpertRouting(rule='gate', samples=8),
+    'preferences': lambda device: fusionbook.method.PWEMoExactParetoOptimalForCLIP(num_steps=2, dataloader_kwargs=dict(batch_size=4), device=device),
+    'neurons by activations': lambda device: fusionbook.method.GitRebasin(costs='activations', samples=8, batch_size=4, device=device),
+    'neurons by the midpoint': lambda device: fusionbook.method.GitRebasin(costs='ste', steps=2, samples=8, batch_size=4, device=device),
+    'channels reset': lambda device: fusionbook.method.Repair(samples=8, batch_size=4, device=device),
+    'transport by activations': lambda device: fusionbook.method.GeometricFusion(costs='activations', samples=8, batch_size=4, device=device),
 }
 
 

@@ -23,6 +23,7 @@ class NeuronMethod(BaseAlgorithm):
     batch_size: int = 50 # inputs at a time
     pre: bool = True     # responses before ReLU: a neuron that is silent on all inputs has none after it
     seed: int = 0        # of what is drawn: inputs, and orders of matching
+    device: str = 'cpu'  # where networks answer
     def __post_init__(self):
         check_spec_field(self)
         at_least(self, samples=1, batch_size=1)

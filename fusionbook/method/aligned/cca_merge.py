@@ -58,7 +58,7 @@ def aligned(self:CCAMerge, pool):
     states, at = pool.experts(), anchor_of(self, pool)
     check_finite(states, pool.model_names)
     spec = spec_for(self, pool, pool.reference())
-    nets = [load_network(pool, n) for n in pool.model_names]
+    nets = [load_network(pool, n, self.device) for n in pool.model_names]
     both = split_reads(spec, nets[at])
     maps = {
         i: _maps(self, pool, spec, nets[i], nets[at])

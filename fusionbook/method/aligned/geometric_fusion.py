@@ -141,9 +141,11 @@ def _original(m, states, at, weights):
 # %% ../../../nbs/67_alignment/geometric_fusion.ipynb #d0c49b62
 def _grams(m, pool, spec, at):
     "Activation sums of every model with the anchor."
-    target = load_network(pool, pool.model_names[at])
+    target = load_network(pool, pool.model_names[at], m.device)
     return {
-        i: group_grams(spec, load_network(pool, n), target, calibration_batches(m, pool), pre=m.pre)
+        i: group_grams(
+            spec, load_network(pool, n, m.device), target, calibration_batches(m, pool), pre=m.pre
+        )
         for i, n in enumerate(pool.model_names)
         if i != at
     }

@@ -72,7 +72,8 @@ def _settle(m):
 def _permutation(m, pool, spec, states, i, at):
     "Of model i onto the anchor, and the agreement of every order of matching."
     if m.costs == 'weights': return _by_weights(m, spec, states[i], states[at], m.groups)
-    nets, batches = [load_network(pool, pool.model_names[k]) for k in (i, at)], calibration_batches(m, pool)
+    nets = [load_network(pool, pool.model_names[k], m.device) for k in (i, at)]
+    batches = calibration_batches(m, pool)
     if m.costs == 'activations':
         grams = joint_grams(spec, nets, batches, chosen_groups(spec, m.groups), pre=m.pre)
         return _by_responses(m, spec, states[i], states[at], grams)
@@ -92,7 +93,8 @@ def _by_responses(m, spec, moved, anchor, grams):
 def _straight(m, pool, spec, moved, anchor, nets, batches):
     "The permutation whose midpoint answers most like its parents."
     each = len(batches) // len(pool.model_names)
-    loss = parents_loss(nets, [(pool.logits(pool.model_names[i // each]), x) for i, x in enumerate(batches)])
+    heads = [pool.logits(pool.model_names[i // each]) for i in range(len(batches))]
+    loss = parents_loss(nets, [(h, x.to(m.device)) for h, x in zip(heads, batches, strict=True)])
     return straight_through(
         spec, moved, anchor, loss, steps=m.steps, learning_rate=m.learning_rate, seed=m.seed, groups=m.groups
     )[0]

@@ -28,11 +28,11 @@ class Repair(GitRebasin):
         self.uses = (*self.uses, *({self.data} - set(self.uses)))
 
 # %% ../../../nbs/67_alignment/repair.ipynb #5bf58992
-def _networks(pool, states):
+def _networks(pool, states, device='cpu'):
     nets = [pool.load(sd) for sd in states]
     if bad := [n for n in nets if not isinstance(n, nn.Module)]:
         raise FusionError(f'expected networks to measure channels in, got a {type(bad[0]).__name__}')
-    return [n.eval() for n in nets]
+    return [n.eval().to(device) for n in nets]
 
 # %% ../../../nbs/67_alignment/repair.ipynb #f12f224d
 @patch
@@ -44,12 +44,13 @@ def run(self:Repair, modelpool):
     batches = list(calibration_batches(self, pool))
     _, states = self.aligned(pool)
     weights = average_weights(self.weights, len(pool))
-    merged, = _networks(pool, [without_variances(self.merge_aligned(pool, states, weights))])
-    if has_batchnorm(merged): return reset_batchnorm(merged, batches)
+    start = without_variances(self.merge_aligned(pool, states, weights))
+    merged, = _networks(pool, [start], self.device)
+    if has_batchnorm(merged): return reset_batchnorm(merged, batches).cpu()
     return repair(
         merged,
-        _networks(pool, states),
+        _networks(pool, states, self.device),
         weights=weights,
         batches=batches,
         layers=repair_layers(merged, batches[0], self.layers),
-    )
+    ).cpu()

@@ -45,7 +45,7 @@ def _observed(m, pool):
     "The pool's networks, who shares what in them, and what they answer to the same inputs, by group."
     check_finite(pool.experts(), pool.model_names)
     spec = spec_for(m, pool, pool.reference())
-    nets = [load_network(pool, n) for n in pool.model_names]
+    nets = [load_network(pool, n, m.device) for n in pool.model_names]
     return (
         spec,
         nets,

@@ -8,6 +8,7 @@ __all__ = ['simplex_grid', 'drawn_preference', 'check_preference', 'PreferenceNe
 # %% ../../../nbs/68_mixing/07_preference.ipynb #e76180e1
 from collections.abc import Sequence
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ...core.errors import FusionError
 from ...core.state_dict import generator
@@ -67,14 +68,17 @@ class PreferenceNetwork(nn.Module):
         r = check_preference(value, len(self.routed.tasks))
         self.preference = r.to(self.preference)
         return self
-    def put_gates(self):
-        "Hand every block its shares of the task vectors."
-        for name, g in zip(self.routed.plan['gates'], self.gates(), strict=True):
-            self.routed.gate(name).set(g)
     def combined_logits(self, head, x):
         self.put_gates()
         return head(self.routed.network, x)
     def forward(self, x): return self.combined_logits(lambda network, x: network(x), x)
+
+# %% ../../../nbs/68_mixing/07_preference.ipynb #e7dcf258
+@patch
+def put_gates(self:PreferenceNetwork):
+    "Hand every block its shares of the task vectors."
+    for name, g in zip(self.routed.plan['gates'], self.gates(), strict=True):
+        self.routed.gate(name).set(g)
 
 # %% ../../../nbs/68_mixing/07_preference.ipynb #e5bb94c5
 def preference_network(
