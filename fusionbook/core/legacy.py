@@ -225,7 +225,10 @@ def _taskpool(cfg):
 # %% ../../nbs/00_core/07_legacy.ipynb #14abd878
 def _question(name, dataset, kept):
     "A task of GLUE of an older list: its rows, with the question and answers that this book puts."
-    own = kept.get(f'glue-{name}', {})
+    own, known = kept.get(f'glue-{name}', {}), [k.removeprefix('glue-') for k in kept]
+    if f'glue-{known[0]}' not in kept: known.append('wnli') # a classifier needs no question
+    if dataset.get('path') in (None, 'glue', 'nyu-mll/glue') and name not in known:
+        raise FusionError(f'expected a task of GLUE that is known here, got `{name}`; {nearest(name, known)}')
     rows = {'_target_': 'datasets.load_dataset', 'path': 'nyu-mll/glue', **dataset}
     return {k: own[k] for k in ('prompt', 'answers') if k in own} | {'dataset': rows}
 
