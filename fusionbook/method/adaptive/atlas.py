@@ -19,7 +19,7 @@ from ...core.engine import map_tensors
 from ...core.entries import uniform_at
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict, generator
-from .adapt import on_threads
+from .adapt import cosine, on_threads
 from .coefficients import Mixture
 from .learning import AdaptiveMethod
 from .objective import adapted_network, check_task_inputs
@@ -197,7 +197,7 @@ def learn(self:ATLAS,
         value = plain(batch)
         if self.max_norm is not None: torch.nn.utils.clip_grad_norm_([w], self.max_norm)
         return value
-    def rate(step): return 1. if self.schedule == 'constant' else (1 + math.cos(math.pi * step / steps)) / 2
+    rate = cosine(steps, floor=1. if self.schedule == 'constant' else 0.)
     batches = partial(few_batches, examples, batch_size=self.batch_size, seed=self.seed)
     how = dict(weight_decay=self.weight_decay, schedule=rate, label='aTLAS', identity=dict(steps=steps))
     how |= dict(tasks=tasks, labels=True, batches=batches)

@@ -87,7 +87,7 @@ def whole_steps(
 class MaskMethod(AdaptiveMethod):
     "A method that learns one mask for the change of all experts."
     _: KW_ONLY
-    idle = 'mask_checkpoint', 'max_adamerging_steps', 'save_interval', 'eval_mask_type', 'skip_training'
+    idle = 'mask_checkpoint', 'max_adamerging_steps', 'eval_mask_type', 'skip_training'
     max_steps: int = 2000        # steps of the mask; each sees one batch of every task, or more
     weight_decay: float = 0.     # of the logits, towards the chance one half
     save_interval: int = 500     # steps between two writes of `checkpoint`

@@ -143,7 +143,7 @@ def check_task_inputs(
 
 # %% ../../../nbs/66_adaptive/02_objective.ipynb #d20b908d
 _IDLE = '_target_', 'name', 'checkpoint', 'max_steps', 'patience', 'fast_dev_run'
-_IDLE += 'device', 'cache_mb', 'weights', 'tie_weights'
+_IDLE += 'device', 'cache_mb', 'weights', 'tie_weights', 'checkpoint_path', 'save_interval'
 
 def run_identity(
     method,        # its hyper-parameters
