@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from ..core.errors import FusionError
-from .heads import TaskHeads
+from .heads import answering
 from .text import Tokens
 
 # %% ../../nbs/20_models/07d_words.ipynb #185ccb65
@@ -30,15 +30,9 @@ def check_tokens(
     return ids, batch[:, 1] if batch.shape[1] == 3 else torch.zeros_like(ids), mask
 
 # %% ../../nbs/20_models/07d_words.ipynb #ee4c5414
-def _answering(model):
-    "The network that answers: of several heads the one that is switched on."
-    if not isinstance(model, TaskHeads): return model
-    return model.host if model.active is None else model.tasks[model.active]
-
 @contextmanager
-def _filled_up(network, ids, mask) -> Iterator[Tensor]:
-    "Words with the network's own filling token where there are none; one is lent where it has none."
-    config = getattr(network, 'config', None)
+def _filled_up(config, ids, mask) -> Iterator[Tensor]:
+    "Words with a configuration's own filling token where there are none; one is lent where it has none."
     own, end = getattr(config, 'pad_token_id', None), getattr(config, 'eos_token_id', None)
     end = end[0] if isinstance(end, list) else end
     fill = own if own is not None else end if end is not None else 0
@@ -54,17 +48,16 @@ def class_logits(
 ) -> Tensor:         # (n, C)
     "Logits of the classes."
     ids, parts, mask = check_tokens(batch)
-    network = _answering(model)
-    told = getattr(getattr(network, 'config', None), 'type_vocab_size', 0) > 1
-    more = dict(token_type_ids=parts) if told else {}
-    with _filled_up(network, ids, mask) as words:
-        out = network(input_ids=words, attention_mask=mask, **more)
+    config = getattr(answering(model), 'config', None)
+    more = dict(token_type_ids=parts) if getattr(config, 'type_vocab_size', 0) > 1 else {}
+    with _filled_up(config, ids, mask) as words:
+        out = model(input_ids=words, attention_mask=mask, **more)
     return getattr(out, 'logits', out)
 
 # %% ../../nbs/20_models/07d_words.ipynb #4975d5c1
 def _start(model):
     "The token that a decoder begins with: that of a configuration, else the filling token, as T5 does."
-    told = [getattr(_answering(model), k, None) for k in ('config', 'generation_config')]
+    told = [getattr(answering(model), k, None) for k in ('config', 'generation_config')]
     found = [getattr(c, k, None) for k in ('decoder_start_token_id', 'pad_token_id') for c in told]
     return next((x for x in found if x is not None), 0)
 
@@ -99,8 +92,11 @@ def answer_logits(
 def _told(batch):
     "Where a word counts that is predicted by what stands before it, (n, L - 1)."
     _, parts, mask = check_tokens(batch)
-    said = mask.bool() & ((parts == 1) if parts.any() else torch.ones_like(parts, dtype=torch.bool))
-    return said[:, 1:]
+    answers = (parts == 1) & mask.bool()
+    told = torch.where(answers.any(1, keepdim=True), answers, mask.bool())[:, 1:]
+    for row in (~told.any(1)).nonzero().flatten().tolist():
+        raise FusionError(f'expected a word after another in every text, got none that counts in row {row}')
+    return told
 
 # %% ../../nbs/20_models/07d_words.ipynb #9214f0cf
 def next_words(
