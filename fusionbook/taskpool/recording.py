@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 from ..core.checkpoint import save
 from ..core.errors import FusionError
+from ..models.heads import answering
 from ..models.routed import RoutedNetwork, recorded_gates
 
 # %% ../../nbs/55_taskpool/00b_recording.ipynb #31ea0391
 def numbered_layers(
     model:nn.Module, # any network
 ) -> dict[str, nn.Module]: # name -> block
-    "The repeated blocks of a network."
-    found = {n: m for n, m in model.named_modules() if re.fullmatch(r'(.*\.)?\w+\.\d+', n)}
+    "The repeated blocks of a network, of a mixture those of the network inside."
+    inside = set((model if hasattr(model, 'members') else answering(model)).modules())
+    numbered = {n: m for n, m in model.named_modules() if re.fullmatch(r'(.*\.)?\w+\.\d+', n)}
+    found = {n: m for n, m in numbered.items() if m in inside}
     return {n: m for n, m in found.items() if not any(n.startswith(f'{other}.') for other in found)}
 
 # %% ../../nbs/55_taskpool/00b_recording.ipynb #51dd1510
@@ -38,7 +41,8 @@ def recorded_features(
         rows, done = out if isinstance(out, Tensor) else out[0], found.setdefault(name, [])
         left = None if most is None else max(0, most - sum(map(len, done)))
         rows = rows[:left].detach()
-        done.append((rows[:, 0] if first_token and rows.ndim > 2 else rows).float().cpu())
+        rows = rows[:, 0] if first_token and rows.ndim > 2 else rows
+        done.append(rows.to('cpu', torch.float32, copy=True)) # the network may go on in place
     hooks = [m.register_forward_hook(partial(note, n)) for n, m in layers.items()]
     try: yield kept
     finally:
@@ -60,11 +64,11 @@ def check_records(
     "Refuse places that are no text and counts that are none."
     out = RECORDS | given
     for key, value in out.items():
-        place, count = key.endswith('_path'), key.endswith('_num')
-        fits = isinstance(value, (str, Path)) if place else type(value) is int and value > 0
-        if (place or count) and value is not None and not fits:
-            wanted = 'a folder' if place else 'a whole number from 1'
-            raise FusionError(f'expected `{key}` as {wanted}, or null, got {value!r:.60}')
+        if key.endswith('_only'): fits, wanted = isinstance(value, bool), 'true or false'
+        elif key.endswith('_path'): fits, wanted = isinstance(value, (str, Path)), 'a folder, or null'
+        else: fits, wanted = type(value) is int and value > 0, 'a whole number from 1, or null'
+        if not fits and (value is not None or key.endswith('_only')):
+            raise FusionError(f'expected `{key}` as {wanted}, got {value!r:.60}')
     return out
 
 # %% ../../nbs/55_taskpool/00b_recording.ipynb #5e5c7fff
