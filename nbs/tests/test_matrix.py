@@ -32,9 +32,9 @@ REFUSALS = { # what a method says to pools of another number of experts, or with
     'nuslerp': 'expected two experts, got ', 'depth_upscaling': 'expected one model to make deeper, got ',
     'model_stock/model_stock': 'expected two experts at least, whose angle decides, got ',
     'passthrough': 'expected `slices` as a list with at least one slice, got ',
+    'doge_ta/doge_ta': 'expected a model with matrices, got none among ', # convolutions are none unless `matrices` says so
 }
-STAYS = { # cases in which a merge is the base: one expert has no consensus, and convolutions are no matrices of DOGE
-    'doge_ta/doge_ta': ('residual network', 'still', 'equal'),
+STAYS = { # cases in which a merge is the base: one expert has no consensus
     'tall_mask/consensus_task_arithmetic': ('one expert',), 'tall_mask/consensus_ties_merging': ('one expert',),
 }
 NEVER = 'passthrough', # whose slices name the models of one pool

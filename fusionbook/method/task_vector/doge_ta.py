@@ -7,13 +7,13 @@ __all__ = ['left_vectors', 'shared_subspace', 'gap_rows', 'correction_gradient',
 
 # %% ../../../nbs/63_task_vector/doge_ta.ipynb #ee37eb03
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 from ...core.engine import direction_of, Route
 from ...core.errors import FusionError
-from ...core.matrices import Matrices
-from ...core.state_dict import StateDict, check_same
+from ...core.matrices import Matrices, check_matrices, matrix_rule
+from ...core.state_dict import StateDict, check_same, meta
 from ..base import at_least, BaseAlgorithm, check_fields
 from .sparsify import count_kept, kept_share, mergeable_names, thresholds
 
@@ -87,11 +87,12 @@ def doge(
     *, length:float,             # η, length of each task's step in each matrix
     share:float,                 # fraction of each task vector that is moved, over the model
     part:int, steps:int, lr:float, # as in `correction`
-    rule:Matrices,               # which tensors are matrices
+    rule:Matrices,               # which tensors are matrices; one of them at least
     device:str='cpu',            # where the arithmetic happens
 ) -> StateDict:                  # lazy, in float32
     "The task vectors with their shared correction, scaled, where they are largest."
     check_same(base, experts)
+    check_matrices(meta(base), rule)
     def rank(n): return count_kept(n, share, 'model')
     smallest = thresholds(base, experts, mergeable_names(base), rank=rank, by='model', device=device)
     def matrix(e):
@@ -118,11 +119,15 @@ class DOGE_TA(BaseAlgorithm):
     lr: float = 1e-4           # its learning rate
     scaling_factor: float = 1. # λ of the whole step
     device: str = 'cpu'        # where the arithmetic happens
+    _: KW_ONLY
+    matrices: str = 'linear'   # which tensors are matrices, all others stay the base's: linear, linear_and_convolutions, fusion_bench (every one with two axes), all
     def __post_init__(self):
         check_fields(self)
+        matrix_rule(self.matrices)
         at_least(self, subspace=1, steps=0)
         kept_share(self.K)
         if not self.lr > 0: raise FusionError(f'expected `lr` above 0, got {self.lr}')
     def direction(self, pool) -> StateDict:
-        how = dict(part=self.subspace, steps=self.steps, lr=self.lr, rule=Matrices(), device=self.device)
+        rule = matrix_rule(self.matrices)
+        how = dict(part=self.subspace, steps=self.steps, lr=self.lr, rule=rule, device=self.device)
         return doge(pool.pretrained(), pool.experts(), length=self.lamda, share=kept_share(self.K), **how)
