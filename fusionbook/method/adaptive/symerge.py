@@ -95,10 +95,11 @@ class SyMergeNetwork(nn.Module):
         check_known([task], self.tasks, 'the tasks of this network')
         if hasattr(self.network, 'set_task'): self.network.set_task(task)
         self._active = self.tasks.index(task)
-    def change(self, logits, z):
-        if self._active is None:
-            raise FusionError('expected a task of this network, set by `set_task`, got none')
-        return changed_logits(logits, z, self.weight[self._active], self.bias[self._active])
+    @property
+    def active(self) -> int: # the number of the task that was set
+        if self._active is not None: return self._active
+        raise FusionError('expected a task of this network, set by `set_task`, got none')
+    def change(self, row, logits, z): return changed_logits(logits, z, self.weight[row], self.bias[row])
 
 # %% ../../../nbs/66_adaptive/symerge.ipynb #ec763d62
 @patch
@@ -106,14 +107,16 @@ def combined_logits(self:SyMergeNetwork,
     head:Callable, inputs:Tensor, # as in `answer_and_feature`
 ) -> Tensor:                      # logits (n, C)
     "What the network says to the task that it was told."
-    return self.change(*answer_and_feature(self.network, head, inputs))
+    row = self.active # before any work
+    return self.change(row, *answer_and_feature(self.network, head, inputs))
 
 @patch
 def forward(self:SyMergeNetwork, *args, **kwargs):
+    row = self.active # before any work
     out = self.network(*args, **kwargs)
     logits = out if isinstance(out, Tensor) else getattr(out, 'logits', None)
     if logits is None: return out
-    new = self.change(logits, logits) if self.sizes[self._active or 0][1] == logits.shape[1] else logits
+    new = self.change(row, logits, logits) if self.sizes[row][1] == logits.shape[1] else logits
     return new if out is logits else type(out)(**{**out, 'logits': new})
 
 # %% ../../../nbs/66_adaptive/symerge.ipynb #575cd340

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from ...core.errors import FusionError, check_known
 from ...core.state_dict import StateDict, meta, shared
-from .feature_gate import summary_of
+from .feature_gate import features_of
 from .mixture import fill_places
 from ..task_vector.sparsify import thresholds, trim
 from ...models.routed import LearnedGate
@@ -95,7 +95,7 @@ def shares(self:DataAdaptiveNetwork,
 ) -> Tensor:   # w, (n, T), or (n, T, tensors)
     "How much of each expert each input gets."
     with torch.no_grad():
-        if self.extractor is None: f = summary_of(self.network(x), len(x))
+        if self.extractor is None: f = features_of(self.network, x)
         else: f = extracted(self.extractor, x, self.told['scale'], self.told['shift'])
     first = next(self.gate.parameters())
     w = self.gate.weigh(f.to(first.dtype), 0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from ...core.errors import FusionError
-from .feature_gate import summary_of
+from .feature_gate import features_of
 
 # %% ../../../nbs/68_mixing/06b_expert_network.ipynb #0e394e60
 EXPERT_RULES = 'entropy', 'maximum', 'gate'
@@ -67,7 +67,7 @@ class RoutedExperts(nn.Module):
         return told | (dict(base=self.base, width=self.gate.in_features) if self.gate is not None else {})
     def extra_repr(self): return f'one of {len(self.members)} by {self.rule}'
     def choice(self, x:Tensor) -> Tensor: # inputs -> numbers of experts, by the gate
-        scores = self.gate(summary_of(self.base(x), len(x)).to(self.gate.weight.dtype))
+        scores = self.gate(features_of(self.base, x).to(self.gate.weight.dtype))
         if not scores.isfinite().all(): raise FusionError('expected finite gates, got NaN or infinity')
         return scores.argmax(1)
     def forward(self, x): return answered(self, lambda m, x: m(x), x)

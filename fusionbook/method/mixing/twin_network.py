@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...core.engine import entries_of
 from ...core.errors import FusionError
 from ...core.state_dict import StateDict, select
-from .feature_gate import summary_of
+from .feature_gate import features_of
 from .mixture import low_rank_factors, put_task_vectors
 from ...models.routed import RoutedNetwork
 
@@ -56,7 +56,7 @@ class TwinNetwork(nn.Module):
     def recipe(self): return dict(routed=self.routed, width=self.router.in_features)
     def weights(self, x:Tensor) -> Tensor: # inputs (n, …) -> (n, T), rows sum to 1
         self.routed.gate('twin').set(torch.zeros(len(self.routed.tasks)))
-        h = summary_of(self.routed(x), len(x)).to(self.router.weight.dtype)
+        h = features_of(self.routed, x).to(self.router.weight.dtype)
         w = self.router(h).softmax(1)
         if not w.isfinite().all(): raise FusionError('expected finite gates, got NaN or infinity')
         return w
