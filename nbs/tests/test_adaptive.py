@@ -1,4 +1,5 @@
 """Methods that learn: interrupted at any step they go on to the same bytes; an objective that is no number stops; frozen parameters and foreign coefficients."""
+import inspect
 import shutil
 import sys
 from dataclasses import fields
@@ -172,16 +173,25 @@ def test_a_network_is_asked_on_the_threads_of_the_method(name):
     assert tasks.found == {1}
 
 
+def told_a_device(module):
+    "Functions of a module that are told where to work."
+    return {k: f for k, f in vars(module).items() if inspect.isfunction(f) and 'device' in inspect.signature(f).parameters}
+
+
 @pytest.mark.parametrize('name', KEPT)
-def test_every_merge_is_computed_on_the_device_of_the_method(name, monkeypatch):
-    found = []
-    for module in {m for c in KEPT[name].__mro__ if (m := sys.modules[c.__module__]) and hasattr(m, 'merge_coefficients')}:
-        def noted(*args, _merge=module.merge_coefficients, **how):
-            found.append(how.get('device', 'cpu'))
-            return _merge(*args, **how)
-        monkeypatch.setattr(module, 'merge_coefficients', noted)
+def test_everything_is_computed_on_the_device_of_the_method(name, monkeypatch):
+    "Whatever the modules of a method call that may work on any device is told the method's."
+    found = {}
+    for module in {sys.modules[c.__module__] for c in KEPT[name].__mro__ if c.__module__.startswith('fusionbook.method')}:
+        for key, f in told_a_device(module).items():
+            def noted(*args, _key=key, _f=f, **how):
+                call = inspect.signature(_f).bind(*args, **how)
+                call.apply_defaults()
+                found.setdefault(_key, set()).add(call.arguments['device'])
+                return _f(*args, **how)
+            monkeypatch.setattr(module, key, noted)
     state(fuse(made(name, device='cpu:0'), pool()))
-    assert {*found} <= {'cpu:0'}
+    assert found and all(devices == {'cpu:0'} for devices in found.values()), found
 
 
 CHANGES = dict(lr=.02, optimizer='sgd', max_steps=3, batch_size=3)
