@@ -7,6 +7,7 @@ __all__ = ['ANSWERS', 'check_tokens', 'class_logits', 'first_word_logits', 'answ
            'QuestionTokens']
 
 # %% ../../nbs/20_models/07d_words.ipynb #a2d80574
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 import torch
@@ -30,6 +31,11 @@ def check_tokens(
     return ids, batch[:, 1] if batch.shape[1] == 3 else torch.zeros_like(ids), mask
 
 # %% ../../nbs/20_models/07d_words.ipynb #ee4c5414
+def _takes(model, name):
+    "Whether a network is called with this name."
+    known = inspect.signature(type(model).forward).parameters
+    return name in known or any(p.kind == p.VAR_KEYWORD for p in known.values())
+
 @contextmanager
 def _filled_up(config, ids, mask) -> Iterator[Tensor]:
     "Words with a configuration's own filling token where there are none; one is lent where it has none."
@@ -49,7 +55,8 @@ def class_logits(
     "Logits of the classes."
     ids, parts, mask = check_tokens(batch)
     config = getattr(answering(model), 'config', None)
-    more = dict(token_type_ids=parts) if getattr(config, 'type_vocab_size', 0) > 1 else {}
+    told = getattr(config, 'type_vocab_size', 0) > 1 and _takes(model, 'token_type_ids')
+    more = dict(token_type_ids=parts) if told else {}
     with _filled_up(config, ids, mask) as words:
         out = model(input_ids=words, attention_mask=mask, **more)
     return getattr(out, 'logits', out)
