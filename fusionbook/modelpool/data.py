@@ -6,14 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/50_modelpool/00b_data.ipynb #f820ef0c
-import hashlib, json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from fastcore.basics import patch
 import torch
 from torch import Tensor
 from ..core.errors import FusionError, nearest
-from ..core.identity import held_facts, rows_hash
+from ..core.identity import facts_hash, held_facts, rows_hash
 from ..core.state_dict import generator
 from ..data.datasets import opened
 from ..models.train import shuffled
@@ -148,4 +147,4 @@ def head_hash(self:BaseModelPool,
     "Hash of the task's head, by `head_digest` of the task pool, or by what the function holds."
     known = hasattr(self.taskpool, 'head_digest')
     facts = self.taskpool.head_digest(task) if known else held_facts(self.logits(task))
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return facts_hash(facts)

@@ -6,12 +6,13 @@
 __all__ = ['ClassificationTaskPool']
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #470bb687
-import hashlib, json
+from functools import cached_property
 import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.config import plain
-from ..core.errors import FusionError, nearest
+from ..core.errors import FusionError
+from ..core.identity import facts_hash
 from fusionbook.data.datasets import (
     class_names,
     clusters_of,
@@ -24,7 +25,7 @@ from fusionbook.data.datasets import (
 from ..data.classes import warn_of_order
 from ..data.images import Normalise
 from ..metrics.metric import CLASSIFICATION
-from .base import BaseTaskPool, Inputs, evaluating, naming, predict_batches
+from .base import BaseTaskPool, Inputs, check_task, evaluating, naming, predict_batches
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #c2316081
 class ClassificationTaskPool(BaseTaskPool):
@@ -58,13 +59,13 @@ class ClassificationTaskPool(BaseTaskPool):
         self.clusters = clusters
         self.prepare = Normalise(self.mean, self.std, size)
         self.task_names = tuple(test_datasets)
-        self._opened = {}
+    @cached_property
+    def _opened(self): return {}
 
 # %% ../../nbs/55_taskpool/04_classification.ipynb #8093113f
 def _dataset(pool, task):
     "The data set of a task, opened once."
-    if task not in pool.test_datasets:
-        raise FusionError(f'expected a task of the pool, got `{task}`; {nearest(task, pool.task_names)}')
+    check_task(pool, task)
     if task not in pool._opened:
         data = opened(pool.test_datasets[task], pool.allow_target)
         if not len(data): raise FusionError(f'{task}: expected a data set with rows, got an empty one')
@@ -132,4 +133,4 @@ def fingerprint(self:ClassificationTaskPool, task):
     ]
     clusters = clusters_of(_dataset(self, task), self.clusters)
     if clusters is not None: facts.append(clusters.tolist())
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return facts_hash(facts)
