@@ -7,25 +7,28 @@ __all__ = ['LANGUAGE_KEYS', 'PAIRS', 'filled_in', 'LanguageTask', 'LanguageTaskP
            'FlanT5GLUETextGenerationTaskPool', 'question_and_answer', 'CausalLMTaskPool']
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #9de0f169
-import hashlib, json, re
+import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import permutations
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from ..core.config import plain
-from ..core.errors import FusionError, check_known, nearest
+from ..core.errors import FusionError, nearest
+from ..core.identity import facts_hash
 from ..core.progress import track
 from ..core.vocabulary import check_rows
 from ..data import datasets as data
 from ..metrics.metric import ACCURACY, CLASSIFICATION, LOSS, PERPLEXITY
+from ..models.heads import answering
 from ..models.text import Tokens, padded
 from ..models.words import ANSWERS, QuestionTokens, answer_logits, next_word_logits, next_words
-from .base import BaseTaskPool, Inputs, evaluating, logits_of, naming, predict_batches
-from .clip import _check_tasks, _loop, _path
-from .text import _texts, text_columns
+from .base import BaseTaskPool, Inputs, check_finite_logits, check_task, evaluating
+from .base import logits_of, naming
+from .clip import _check_tasks, _loop, _path, quick_rows, split_entry
+from .text import _texts, predict_texts, shortest_first, text_columns, tokens_hash
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #d152dc54
 def filled_in(
@@ -49,17 +52,6 @@ def filled_in(
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #b14cc8ee
 LANGUAGE_KEYS = ('text', 'label', 'prompt', 'answer', 'answers', 'clusters', 'dataset')
-
-def _split(name, entry):
-    "What is loaded, and what is said about it."
-    entry = dict(entry) if isinstance(entry, Mapping) else {'dataset': entry}
-    if 'dataset' not in entry:
-        own = {k: v for k, v in entry.items() if k in LANGUAGE_KEYS}
-        entry = own | {'dataset': {k: v for k, v in entry.items() if k not in LANGUAGE_KEYS}}
-    check_known(entry, LANGUAGE_KEYS, f'task `{name}`')
-    source = plain(entry.pop('dataset'))
-    if source == {}: raise FusionError(f'{name}: expected a task with `_target_` or `dataset`, got neither')
-    return source, plain(entry)
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #d71eb57c
 def _check_said(name, own):
@@ -99,36 +91,21 @@ class LanguageTask:
     def labels(self, rows): return data.labels_of(rows, data.column(rows, 'label', self.own.get('label')))
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #171f4879
-def _check_words(task, model):
+def _check_words(task, model, answers=()):
     "Refuse words beyond the vocabulary of a model before it is asked."
-    check_rows(max(int(t[0].max()) for t in task.tokens), model)
-
-# %% ../../nbs/55_taskpool/05_language.ipynb #a57c4132
-def _shortest_first(task, count):
-    "Numbers of the first rows, short ones first: little has to be filled up."
-    return np.argsort([t.shape[1] for t in task.tokens[:count]], kind='stable')
+    largest = max([*(int(t[0].max()) for t in task.tokens), *map(max, answers)])
+    check_rows(largest, answering(model))
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #e73e0453
-def _by_class(task, logits, model, device, loop):
+def _by_class(task, logits, model, device, loop, answers=()):
     "Answers of a model whose rows are classes, in the data set's order."
-    _check_words(task, model)
-    count = loop['batch_size'] if loop['fast_dev_run'] else len(task.tokens)
-    order, labels = _shortest_first(task, count), task.labels(task.dataset)
-    rows = [(task.tokens[i], int(labels[i])) for i in order]
-    clusters = None if task.clusters is None else task.clusters[order]
-    def answer(x): return logits_of(logits, model, x)
-    how = dict(prepare=padded, task=task.name, device=device, clusters=clusters)
-    found = predict_batches(answer, rows, **how, **loop)
-    back = np.argsort(order)
-    return {k: v[back] for k, v in found.items()}
+    _check_words(task, model, answers)
+    return predict_texts(partial(logits_of, logits, model), task, task.labels(task.dataset), device, loop)
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #20ffc026
 def _of_words(logits, words, task):
     "Labels, predictions and losses of the words of a batch."
-    if not torch.isfinite(logits).all():
-        raise FusionError(
-            f'{task}: expected finite logits, got NaN or infinity; some weight of the model is not a number'
-        )
+    check_finite_logits(logits, task)
     losses = F.cross_entropy(logits.float(), words, reduction='none').double()
     found = dict(labels=words, predictions=logits.argmax(1), losses=losses)
     return {k: v.cpu().numpy() for k, v in found.items()}
@@ -137,8 +114,7 @@ def _of_words(logits, words, task):
 def _by_word(task, model, device, loop):
     "Answers of a causal model, word by word in the data set's order."
     _check_words(task, model)
-    count = loop['batch_size'] if loop['fast_dev_run'] else len(task.tokens)
-    order, size = _shortest_first(task, count), loop['batch_size']
+    order, size = shortest_first(task.tokens, loop), loop['batch_size']
     found = [None] * len(order)
     with torch.inference_mode():
         for at in track([order[i:i + size] for i in range(0, len(order), size)], task.name):
@@ -189,7 +165,7 @@ def made(self:LanguageTaskPool) -> dict[str, LanguageTask]:
     if self.test_datasets: _check_tasks(self.test_datasets)
     usual = dict(prompt=self.prompt, answer=self.answer, text=self.text)
     self.usual = {k: v for k, v in usual.items() if v is not None}
-    entries = {n: _split(n, e) for n, e in (self.test_datasets or {}).items()}
+    entries = {n: split_entry(e, LANGUAGE_KEYS, n) for n, e in (self.test_datasets or {}).items()}
     return {n: LanguageTask(n, source, self.usual | own, self) for n, (source, own) in entries.items()}
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #68772c47
@@ -203,8 +179,8 @@ def task(self:LanguageTaskPool, name:str) -> LanguageTask:
 @patch
 def measured(self:LanguageTaskPool, name:str) -> LanguageTask:
     "A task that has data here and is measured."
-    if name in self.task_names: return self.tasks[name]
-    raise FusionError(f'expected a task of the pool, got `{name}`; {nearest(name, self.task_names)}')
+    check_task(self, name)
+    return self.tasks[name]
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #9384400a
 @patch
@@ -236,11 +212,10 @@ def logits(self:LanguageTaskPool, task):
 def fingerprint(self:LanguageTaskPool, task):
     "Of rows, tokens, what is said of the task, and of the batch where a quick run stops after one."
     own = self.measured(task)
-    tokens = hashlib.sha256(b''.join(t.numpy().tobytes() for t in own.tokens)).hexdigest()
-    quick = self.loop['batch_size'] if self.loop['fast_dev_run'] else None
-    facts = [data.data_fingerprint(own.dataset), tokens, self.rows_of, own.own.get('answers')]
-    facts += [own.own.get('label'), None if own.clusters is None else own.clusters.tolist(), quick]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    facts = [data.data_fingerprint(own.dataset), tokens_hash(own.tokens), self.rows_of]
+    facts += [own.own.get('answers'), own.own.get('label')]
+    facts += [None if own.clusters is None else own.clusters.tolist(), quick_rows(self.loop)]
+    return facts_hash(facts)
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #33515bf6
 class GPT2TextClassificationTaskPool(LanguageTaskPool):
@@ -253,6 +228,22 @@ class GPT2TextClassificationTaskPool(LanguageTaskPool):
     def predict(self, model, task):
         with naming(task), evaluating(model, task) as device:
             return _by_class(self.measured(task), ANSWERS['classes'], model, device, self.loop)
+
+# %% ../../nbs/55_taskpool/05_language.ipynb #38a0ee71
+def _told_apart(task, tokens):
+    "Answers as tokens, ends included; what has no words, or begins another answer, is never less likely than it."
+    words = task.own['answers']
+    found = tokens.pieces(words)
+    if empty := [w for w, a in zip(words, found, strict=True) if not a]:
+        raise FusionError(f'{task.name}: expected answers of words, got {empty[0]!r:.40}, which has none')
+    found = [[*a, *tokens.last] for a in found]
+    for (w, a), (u, b) in permutations(zip(words, found, strict=True), 2):
+        if b[:len(a)] == a:
+            raise FusionError(
+                f'{task.name}: expected answers of which none is another one or begins it, got {w!r:.40} and '
+                f'{u!r:.40}, which the tokenizer reads alike'
+            )
+    return found
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #73a9344b
 class FlanT5GLUETextGenerationTaskPool(LanguageTaskPool):
@@ -268,14 +259,13 @@ class FlanT5GLUETextGenerationTaskPool(LanguageTaskPool):
         return Tokens(self.place, self.max_length)(filled_in(task.own['prompt'], rows, task.name))
     def answers(self, task) -> list[list[int]]:
         "The tokens of the answers of a task, ends included."
-        tokens = QuestionTokens(self.place, self.max_length)
-        return [[*a, *tokens.last] for a in tokens.pieces(task.own['answers'])]
+        return _told_apart(task, QuestionTokens(self.place, self.max_length))
     def predict(self, model, task):
         own = self.measured(task)
         answers = self.answers(own)
         def logits(m, x): return answer_logits(m, x, answers)
         with naming(task), evaluating(model, task) as device:
-            return _by_class(own, logits, model, device, self.loop)
+            return _by_class(own, logits, model, device, self.loop, answers)
 
 # %% ../../nbs/55_taskpool/05_language.ipynb #872ede90
 PAIRS = (('{instruction}\n{input}', '{output}'), ('{instruction}', '{output}'), ('{query}', '{response}'),
@@ -302,7 +292,12 @@ class CausalLMTaskPool(LanguageTaskPool):
         said = filled_in(answer, rows, task.name)
         if empty := [i for i, s in enumerate(said) if not s]:
             raise FusionError(f'{task.name}: expected an answer in row {empty[0]}, got an empty one')
-        return QuestionTokens(self.place, self.max_length)(filled_in(question, rows, task.name), said)
+        found = QuestionTokens(self.place, self.max_length)(filled_in(question, rows, task.name), said)
+        if lone := [i for i, t in enumerate(found) if not t[1, 1:].any()]:
+            raise FusionError(
+                f'{task.name}: expected a word after another in row {lone[0]}, got {said[lone[0]]!r:.40}'
+            )
+        return found
     def predict(self, model, task):
         with naming(task), evaluating(model, task) as device:
             return _by_word(self.measured(task), model, device, self.loop)

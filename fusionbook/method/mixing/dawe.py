@@ -19,7 +19,7 @@ from ..adaptive.learning import AdaptiveMethod
 from ..adaptive.objective import check_task_inputs, task_logits
 from ..base import at_least, check_finite
 from .adaptive_network import DataAdaptiveNetwork, MODES, extracted, put_vectors
-from .feature_gate import summary_of
+from .feature_gate import features_of
 from .mixture import base_network
 from .routers import gate_objective
 
@@ -65,7 +65,7 @@ class DataAdaptiveWeightEnsemblingForCLIP(AdaptiveMethod):
     "DAWE: shares of whole task vectors by features of the input, learned without labels."
     config_names, symmetric = ('dawe/dawe_for_clip',), False
     tune = {'lr': '0.0001,0.001', 'merge_mode': 'task_wise,layer_wise'}
-    idle = 'skip_training', 'eval_batch_reduce', 'save_interval' # no step depends on them
+    idle = 'skip_training', 'eval_batch_reduce' # no step depends on them
     _: KW_ONLY
     merge_mode: str = 'task_wise'  # a number for each expert, or layer_wise: for each expert and tensor
     init_lambda: float = .3        # λ, where all shares begin
@@ -87,7 +87,7 @@ def _width(method, pool, network, more):
     "How many features there are, by one input."
     x = pool.inputs(pool.model_names[0], method.data)[[0]]
     with torch.no_grad():
-        found = extracted(x=x, **more) if more else summary_of(network(x), 1)
+        found = extracted(x=x, **more) if more else features_of(network, x)
     width = found.shape[1]
     if method.hidden_size in (None, width): return width
     raise FusionError(f'expected `hidden_size` as {width}, as many as there are, got {method.hidden_size}')

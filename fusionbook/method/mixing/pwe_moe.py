@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from ...core.errors import FusionError
+from ..adaptive.adapt import cosine
 from ..adaptive.objective import run_identity
 from ..base import BaseAlgorithm, at_least, check_fields
 from .exact_pareto import exact_pareto_shares
 from .preference import drawn_preference, simplex_grid
-from .preference_learning import cosine, learn_preferences, pareto_front
+from .preference_learning import learn_preferences, pareto_front
 from .preference_learning import pool_preferences
 
 # %% ../../../nbs/68_mixing/pwe_moe.ipynb #d185034f
@@ -43,7 +44,7 @@ def _learned(method, pool, mlp, attn, steps, points, shares=None):
     where = dict(checkpoint=method.checkpoint_path, every=method.save_interval)
     seen = dict(tasks=tasks, data='train', labels=True)
     if method.checkpoint_path: where['identity'] = run_identity(method, pool, **seen)
-    how = dict(steps=steps, lr=method.lr, schedule=cosine(method.num_steps), shares=shares)
+    how = dict(steps=steps, lr=method.lr, schedule=cosine(method.num_steps, floor=.1), shares=shares)
     curve = learn_preferences(net, batches, heads, draw, **how, **where)
     front = [] if points is None else pareto_front(net, heads, next(batches(0)), points)
     method.adaptation = dict(tasks=tasks, curve=curve, front=front)
@@ -55,7 +56,7 @@ class PWEMoELinearScalarizationForCLIP(BaseAlgorithm):
     "PWE-MoE: a model for every preference, learned by linear scalarisation (Tang et al., 2024)."
     uses, config_names = ('pretrained', 'experts', 'train', 'labels'), ('pwe_moe/pwe_moe_ls_for_clip',)
     paper, year, symmetric = 'arxiv:2406.09770', 2024, False
-    idle = 'checkpoint_path', 'save_interval', 'eval_grid', 'eval_grid_n', 'eval_grid_m'
+    idle = 'eval_grid', 'eval_grid_n', 'eval_grid_m'
     upscale_mlp: bool = True       # MLPs get task vectors with a router
     upscale_attn: bool = True      # all other linear layers, too
     init_lambda: float = 0.3       # λ of what has no router, and where routers begin
@@ -105,7 +106,7 @@ class PWEMoELinearScalarizationForOpenCLIP(BaseAlgorithm):
     "PWE-MoE for OpenCLIP: a model for every preference, by linear scalarisation (Tang et al., 2024)."
     uses, config_names = ('pretrained', 'experts', 'train', 'labels'), ('pwe_moe/ls_for_openclip',)
     paper, year, symmetric = 'arxiv:2406.09770', 2024, False
-    idle = 'checkpoint_path', 'save_interval', 'run_train', 'run_eval', 'num_evaluation_samples'
+    idle = 'run_train', 'run_eval', 'num_evaluation_samples'
     partial: bool = True           # only MLPs have routers
     init_lambda: float = 0.3       # λ of what has no router, and where routers begin
     router_hidden_layers: int = 2  # layers of a router: 0, 1 or 2
