@@ -1,5 +1,6 @@
 "House limits for notebooks: size, title, imports apart, a lesson for every public name, small pictures. `--table` prints the sizes."
-import ast, re, statistics, sys
+import ast, io, re, statistics, sys
+from tokenize import OP, TokenError, generate_tokens
 from book import cells, directive, finish, module, modules, nbs, notebooks, source
 
 CELL, MEDIAN, CELLS, STATEMENTS, IMAGE, WIDTH = 25, 12, 60, 250, 100_000, 110
@@ -27,6 +28,12 @@ def of_private(node):
     first = node.args.args[:1] if isinstance(node, ast.FunctionDef) else []
     return bool(first) and isinstance(first[0].annotation, ast.Name) and first[0].annotation.id.startswith('_')
 
+def joined(src):
+    "Statements that stand on one line with others."
+    kept = (t for t in generate_tokens(io.StringIO(src).readline) if t.type == OP and t.string == ';')
+    try: return [f'statements joined by a semicolon in line {t.start[0]}' for t in kept]
+    except (TokenError, IndentationError): return []
+
 def wide(src):
     "Lines of code over the width of a page; what a parameter's comment or a docstring says is not code."
     inside = set()
@@ -53,6 +60,23 @@ def recipe(nb, every):
     if any(c.get('outputs') for c in every): yield 'an experiment is stored without outputs: its report keeps them'
     if every[1]['cell_type'] != 'markdown' or report not in every[1]['src']: yield f'the second cell does not link its report {report}'
 
+METHODS = '61_', '62_', '63_', '64_', '65_', '66_', '67_', '68_', '70_'   # folders of families
+
+def page(nb, every):
+    "Faults of a method's page: an equation before the class, a question with a folded answer, its row on the board, what is only contract at the end."
+    texts = [c['src'] for c in every if c['cell_type'] == 'markdown']
+    first = next(i for i, c in enumerate(every) if directive(c, 'exports?') and re.search(r'^    .*\bconfig_names\b.*=', c['src'], re.M))
+    if not any('$$' in c['src'] for c in every[:first]): yield 'no display equation before the class'
+    asked = [i for i, c in enumerate(every) if c['cell_type'] == 'markdown' and re.search(r'^(#+ |\*)Try it', c['src'], re.M)]
+    folded = ('<details>' in every[i]['src'] or '#| code-fold: true' in every[i+1]['src'] for i in asked)
+    if not any(folded): yield 'no *Try it* with a folded answer'
+    if not any('rows_of_page' in c['src'] for c in every): yield 'not on the board'
+    if not any(t.startswith('## Contract') for t in texts): yield 'no section *Contract*'
+
+def is_page(nb, exported):
+    "Whether a notebook is the page of a method that has a name of its own."
+    return nb.parent.name.startswith(METHODS) and not nb.stem[0].isdigit() and any(re.search(r'^    .*\bconfig_names\b.*=', c['src'], re.M) for c in exported)
+
 def check(nb):
     "Sizes of a notebook and its faults."
     every = cells(nb)
@@ -60,12 +84,13 @@ def check(nb):
     exported = [c for c in code if directive(c, 'exports?', 'exporti')]
     sizes = [size(c['src']) for c in exported] or [0]
     row = dict(cells=len(every), exported=len(exported), median=statistics.median(sizes), max=max(sizes), statements=sum(sizes))
-    out = [*lessons(code, exported), *(f for c in code for f in [*outputs(c), *wide(c['src'])])]
+    out = [*lessons(code, exported), *(f for c in code for f in [*outputs(c), *wide(c['src'])]), *(f for c in exported for f in joined(c['src']))]
     if not any(re.match(r'# .+\n\s*\n?> .+', c['src']) for c in every[:2] if c['cell_type'] == 'markdown'): out.append('no `# title` with `> sentence`')
     if max(sizes) > CELL: out.append(f'{sum(s > CELL for s in sizes)} exported cells over {CELL} statements')
     if row['median'] > MEDIAN: out.append(f'median exported cell over {MEDIAN} statements')
     if len(every) > CELLS or sum(sizes) > STATEMENTS: out.append(f'over {CELLS} cells or {STATEMENTS} exported statements')
     if nb.parent.name == '90_experiments': out += recipe(nb, every)
+    if is_page(nb, exported): out += page(nb, every)
     for c in code:
         kinds = [isinstance(b, IMPORT) for b in tree(c['src'])]
         deep = c not in exported and any(isinstance(n, IMPORT) for b in tree(c['src']) for n in ast.walk(b))   # nbdev runs such a cell to build the page

@@ -84,7 +84,7 @@ def _by_weights(m, spec, moved, anchor, groups, start=None):
 
 # %% ../../../nbs/67_alignment/git_rebasin.ipynb #88cc7d64
 def _by_responses(m, spec, moved, anchor, grams):
-    "The permutation of what was heard, then by weights of what was not."
+    "The permutation of what was recorded, then by weights of the rest."
     found = activation_matching(grams, kind=m.kind)
     silent = [g for g in chosen_groups(spec, m.groups) if g not in found]
     return _by_weights(m, spec, moved, anchor, silent, found) if silent else (found, [])
