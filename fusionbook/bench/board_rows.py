@@ -22,9 +22,10 @@ def bounded(
     method:BaseAlgorithm,
     bounds:Mapping[str, float],     # field -> the largest number that is run
 ) -> tuple[BaseAlgorithm, dict]:    # the method; field -> value, where it was cut
-    "A method within bounds."
-    config = method.config
-    over = {k: b for k, b in bounds.items() if isinstance(config.get(k), (int, float)) and config[k] > b}
+    "A method within bounds; a field that decides nothing is left as it is."
+    config, unused = method.config, getattr(method, 'unused', {})
+    sizes = {k: v for k, v in config.items() if isinstance(v, (int, float)) and k not in unused}
+    over = {k: b for k, b in bounds.items() if k in sizes and sizes[k] > b}
     return (with_values(method, {k: str(v) for k, v in over.items()}) if over else method), over
 
 # %% ../../nbs/80_bench/98a_board_rows.ipynb #ab3fdff6
