@@ -196,7 +196,7 @@ def measured_anew(
     method:BaseAlgorithm, # see `calibration_batches`
     pool,                 # what it merged
     merged,               # a network, or anything else
-):                        # a network with BatchNorm with statistics of the inputs heard; anything else as it came
+):                        # a network with BatchNorm with statistics of the recorded inputs; anything else as it came
     "Running statistics that averaging or mixing features has left wrong, measured."
     if not isinstance(merged, nn.Module) or not has_batchnorm(merged): return merged
     network = merged.eval().to(getattr(method, 'device', 'cpu'))

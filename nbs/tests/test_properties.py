@@ -107,6 +107,64 @@ def test_one_model_many_times_is_that_model(name, seed):
     close(merged(ALIKE[name](), base, [expert] * count), expert)
 
 
+# steps of length one after which every expert is there, where experts changed no entry in common
+APART = {
+    'task arithmetic': lambda: make('TaskArithmetic', scaling_factor=1.),
+    'TIES': lambda: make('TiesMerging', scaling_factor=1., threshold=100, merge_func='mean'),
+    'MagMax': lambda: make('MagMax', scaling_factor=1.),
+    'RAM': lambda: make('Ram', scaling_factor=1., epsilon=0.),
+    'breadcrumbs': lambda: make('Breadcrumbs', scaling_factor=1., density=1., gamma=0.),
+    'breadcrumbs, elected': lambda: make('BreadcrumbsTies', scaling_factor=1., density=1., gamma=0.),
+    'TIES, rescaled': lambda: make('TiesMerging', scaling_factor=1., threshold=100, merge_func='mean', trim='tensor', rescale=True),
+    'DARE that drops nothing': lambda: make('DareTaskArithmetic', scaling_factor=1., sparsity_ratio=0.),
+    'DELLA that drops nothing': lambda: make('DellaLinear', scaling_factor=1., density=1., epsilon=0.),
+}
+
+
+def disjoint(seed, count=3):
+    "Experts of which each entry is changed by one at most."
+    base, experts = drawn(seed, count)
+    g = generator(seed, 'owners')
+    owner = {k: torch.randint(count, v.shape, generator=g) for k, v in base.items()}
+    return base, [{k: torch.where(owner[k] == i, v, base[k]) for k, v in e.items()} for i, e in enumerate(experts)]
+
+
+@pytest.mark.parametrize('name', APART)
+@few
+@given(seed=st.integers(0, 10 ** 6))
+def test_experts_that_share_no_entry_are_all_recovered(name, seed):
+    base, experts = disjoint(seed)
+    close(merged(APART[name](), base, experts), {k: b + sum(e[k] - b for e in experts) for k, b in base.items()})
+
+
+# random droppings whose mean over seeds is the task vector
+UNBIASED = {
+    'DARE': lambda seed: make('DareTaskArithmetic', scaling_factor=1., sparsity_ratio=.5, seed=seed),
+    'DARE of the average': lambda seed: make('DareSimpleAverage', sparsity_ratio=.5, seed=seed),
+    'DELLA, by probability': lambda seed: make('DellaLinear', scaling_factor=1., density=.5, epsilon=.2, rescale_by='probability', seed=seed),
+    'ExPO with DARE': lambda seed: make('ExPOWithDareForLLama', extrapolation_factor=.5, dare_only_on_linear_weights=False, seed=seed),
+}
+EXACT = { # what they are without dropping
+    'DARE': lambda: make('TaskArithmetic', scaling_factor=1.),
+    'DARE of the average': lambda: make('SimpleAverage'),
+    'DELLA, by probability': lambda: make('TaskArithmetic', scaling_factor=1.),
+    'ExPO with DARE': lambda: make('ExPOAlgorithmForLlama', extrapolation_factor=.5),
+}
+
+
+@pytest.mark.parametrize('name', UNBIASED)
+def test_random_dropping_is_repeatable_and_unbiased_over_200_seeds(name):
+    base, experts = drawn(0, 2)
+    method = UNBIASED[name]
+    close(merged(method(3), base, experts), merged(method(3), base, experts), 0)
+    exact = merged(EXACT[name](), base, experts)
+    found = {k: torch.stack(v) for k, v in zip(base, zip(*(merged(method(s), base, experts).values() for s in range(200)), strict=True), strict=True)}
+    for k, each in found.items():
+        error = each.std(0) / 200 ** .5
+        assert ((each.mean(0) - exact[k]).abs() <= 4.5 * error + 1e-9).all(), k
+        assert error.max() > 0, k
+
+
 SYMMETRIC = [n for n in dir(methods) if isinstance(c := getattr(methods, n), type) and issubclass(c, BaseAlgorithm)
              and c.config_names and c.symmetric is True and isinstance(c.uses, tuple) and set(c.uses) <= {'pretrained', 'experts'} and c.build is None
              and c.__module__.split('.')[2] in ('average', 'task_vector')]

@@ -30,6 +30,9 @@ TURNED = {
     'OrthoMerge': make('OrthoMerge'),
     'TSV-M': make('TaskSingularVectorMerging'),
     'Iso-C': make('ISO_C_Merge'),
+    'Iso-CTS': make('ISO_CTS_Merge', common_space_fraction=.5),
+    'singular value calibration': make('SingularValueCalibrationWithBaseMethod'),
+    'singular value calibration of TSV-M': make('CalibratedTSV'),
 }
 OTHERS = {
     'WUDI': make('WUDIMerging', iter_num=20, lr=.01),

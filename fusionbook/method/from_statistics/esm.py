@@ -73,7 +73,7 @@ def by_kind(
 
 # %% ../../../nbs/65_statistics/esm.ipynb #e915dd36
 def _singular(e, count):
-    "The merged task vector of a matrix nobody was heard at."
+    "The merged task vector of a matrix without a Gram matrix."
     k = min(e.base.shape) // count
     cut = SideBySide(e.base, k * count)
     for tau in e.task_vectors(): cut.add(leading(tau, k))
