@@ -18,7 +18,7 @@ from ..core.errors import FusionError, check_known
 from ..core.plot import curves, heatmap
 from ..core.progress import track
 from ..metrics.classification import wilson
-from ..models.routed import RoutedNetwork, recorded_gates
+from ..models.routed import recorded_gates, routed_networks
 
 # %% ../../nbs/75_analysis/09_routing.ipynb #db2e9cdc
 def routes(
@@ -35,10 +35,7 @@ def expert_names(
     network:nn.Module,
 ) -> list[str]: # E names
     "The experts of a routed network."
-    found = [m for m in network.modules() if isinstance(m, RoutedNetwork)]
-    if not found:
-        raise FusionError(f'expected a network with routed layers, got a {type(network).__name__} without')
-    return list(found[0].tasks)
+    return list(routed_networks(network)[0].tasks)
 
 # %% ../../nbs/75_analysis/09_routing.ipynb #7b7253bd
 def gate_entropy(
