@@ -32,7 +32,7 @@ from ..core.mergeable import rounded
 from ..core.progress import track
 from ..core.resumable import ReadLog, WriteJob, save_resumable
 from ..core.stamped import stamps
-from ..core.state_dict import Lazy, meta
+from ..core.state_dict import float_type, Lazy, meta
 from ..method.base import BaseAlgorithm
 from ..modelpool.base import BaseModelPool
 from ..models.lora import on_base
@@ -242,22 +242,18 @@ def merge_card(
     ])
 
 # %% ../../nbs/80_bench/16_merge_run.ipynb #758c9a0c
-def _told_config(plan):
-    "Text of the configuration."
-    sizes = {}
-    for t in plan.tensors:
-        sizes[t.kind.dtype[6:]] = sizes.get(t.kind.dtype[6:], 0) + t.kind.floating * t.kind.size
-    return typed_config(json.dumps(output_config(plan)), max(sizes, key=sizes.get))
+#| export
 
 # %% ../../nbs/80_bench/16_merge_run.ipynb #3854ef2e
-def _beside(plan, log):
+def _beside(plan, log, dtype):
     "The files beside the tensors, when all has been read."
     identities = {n: log.identity(n) for n in log.raw}
     record = dict(
         format=1, method=plan.recipe.method, recipe=plan.recipe.text, sources=identities,
         versions=merge_versions(),
     )
-    config = {'config.json': _told_config(plan)} if plan.reference.config else {}
+    told = {'config.json': typed_config(json.dumps(output_config(plan)), dtype)}
+    config = told if plan.reference.config else {}
     own = {
         'README.md': merge_card(plan, identities, merge_versions()),
         'merge.json': json_text(record),
@@ -321,7 +317,8 @@ def write_merge(
     "Merge into a folder; a later call goes on where a killed one was."
     log, files = ReadLog(), source_files(plan.heads)
     before = stamps(files)
-    merged, extras = merged_state(plan, log, device), partial(_beside, plan, log)
+    merged = merged_state(plan, log, device)
+    extras = partial(_beside, plan, log, float_type(merged))
     check_memory(merged, max_memory)
     sizes = {t.name: t.kind.size for t in plan.tensors}
     pace = _Pace(plan.size)
