@@ -32,7 +32,7 @@ from ..core.mergeable import rounded
 from ..core.progress import track
 from ..core.resumable import ReadLog, WriteJob, save_resumable
 from ..core.stamped import stamps
-from ..core.state_dict import float_type, Lazy, meta
+from ..core.state_dict import main_type, Lazy, meta
 from ..method.base import BaseAlgorithm
 from ..modelpool.base import BaseModelPool
 from ..models.lora import on_base
@@ -241,9 +241,6 @@ def merge_card(
         '',
     ])
 
-# %% ../../nbs/80_bench/16_merge_run.ipynb #758c9a0c
-#| export
-
 # %% ../../nbs/80_bench/16_merge_run.ipynb #3854ef2e
 def _beside(plan, log, dtype):
     "The files beside the tensors, when all has been read."
@@ -318,7 +315,7 @@ def write_merge(
     log, files = ReadLog(), source_files(plan.heads)
     before = stamps(files)
     merged = merged_state(plan, log, device)
-    extras = partial(_beside, plan, log, float_type(merged))
+    extras = partial(_beside, plan, log, main_type(merged))
     check_memory(merged, max_memory)
     sizes = {t.name: t.kind.size for t in plan.tensors}
     pace = _Pace(plan.size)

@@ -22,7 +22,7 @@ from ..core.atomic import json_text
 from ..core.errors import FusionError
 from ..core.resumable import ReadLog, WriteJob, save_resumable
 from ..core.stamped import stamps
-from ..core.state_dict import Lazy, content_hash, float_type, meta
+from ..core.state_dict import Lazy, content_hash, main_type, meta
 from ..core.vocabulary import check_vocabulary
 from ..method.mixing.dense_to_moe import ExpertSource, layout_for, mixture_config, mixture_state
 from ..method.mixing.prompt_gates import WITHOUT_PROMPTS, mixture_gates, similar_gates
@@ -144,7 +144,7 @@ def plan_mixture(
     gates, own = _gates(recipe, heads[recipe.base], states[recipe.base], device)
     sd = _assembled(recipe, layout, states, gates, own)
     near = () if recipe.gate_mode in WITHOUT_PROMPTS or len(gates[0]) < 2 else tuple(similar_gates(gates))
-    config |= {'dtype': float_type(sd)}
+    config |= {'dtype': main_type(sd)}
     return MixturePlan(recipe, heads, config, sd, log, before, near)
 
 # %% ../../nbs/80_bench/16a_mixture_run.ipynb #00e37fad
