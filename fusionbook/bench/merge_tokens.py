@@ -16,7 +16,7 @@ from .merge_tensors import is_vocabulary
 from ..core.errors import FusionError, nearest
 from ..core.files import read_json
 from ..core.folders import beside
-from ..core.vocabulary import conflict, vocabulary
+from ..core.vocabulary import check_vocabulary, vocabulary
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #5431eb52
 _TABLES = 'tokenizer.json', 'vocab.json', 'vocab.txt'
@@ -43,19 +43,11 @@ def check_same_words(
     reference:ModelHead, # the base
 ) -> None:               # raises `FusionError`, with the ways out
     "Refuse a model whose tokenizer numbers words differently, where rows are to be merged as they stand."
-    for kind in _TABLES:
-        files = [beside(h.path)/kind for h in (reference, head)]
-        if not all(f.is_file() for f in files): continue
-        if files[0].read_bytes() == files[1].read_bytes(): return
-        tables = [vocabulary(h.path, kind) for h in (reference, head)]
-        if None in tables: continue
-        if found := conflict(*tables):
-            raise FusionError(
-                f'expected `{head.name}` to number words as `{reference.name}` does, got {found}; merge by'
-                ' word (`tokenizer_source: union`, or `base`), or leave embeddings and head as they are in'
-                ' the base (`merge_backbone: true`)'
-            )
-        return
+    way = (
+        'merge by word (`tokenizer_source: union`, or `base`), or leave embeddings and head as they are in the'
+        ' base (`merge_backbone: true`)'
+    )
+    check_vocabulary(reference.path, head.path, f'`{head.name}`', like=f'`{reference.name}`', way=way)
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #5b22cfe6
 @dataclass(frozen=True)
