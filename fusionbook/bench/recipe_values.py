@@ -7,7 +7,8 @@ __all__ = ['FLOATS', 'plain_setting', 'plain_number', 'float_name', 'typed_value
 
 # %% ../../nbs/80_bench/12b_recipe_values.ipynb #fb064535
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from math import isfinite
 from ..core.errors import FusionError, check_known
 from ..core.files import yaml_documents
@@ -75,27 +76,43 @@ def float_name(
 # %% ../../nbs/80_bench/12b_recipe_values.ipynb #048422cb
 _EXPONENT = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$') # YAML 1.1 asks for a point, YAML 1.2 does not
 
-def _loader():
+_MERGE = 'tag:yaml.org,2002:merge' # of `<<: *name`, whose keys stand below those of the mapping itself
+
+def _check_once(loader, node, name):
+    "Refuse a key that a mapping says twice."
+    keys = [loader.construct_object(k, deep=True) for k, _ in node.value if k.tag != _MERGE]
+    counts = Counter(k for k in keys if isinstance(k, Hashable)) # the loader refuses others
+    if twice := [k for k, n in counts.items() if n > 1]:
+        where = f'line {node.start_mark.line + 1} ff. of `{name}`'
+        raise FusionError(f'expected each key once, got `{twice[0]}` twice in {where}')
+
+# %% ../../nbs/80_bench/12b_recipe_values.ipynb #86408758
+def _loader(name):
     "YAML in which a key may come once and `1e-1` is a number; made when first asked for."
     import yaml
     class Once(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-            if twice := [k for k in keys if keys.count(k) > 1]:
-                raise FusionError(
-                    f'expected each key once, got `{twice[0]}` twice in line {node.start_mark.line + 1} ff.'
-                )
-            return super().construct_mapping(node, deep)
+        def __init__(self, stream):
+            super().__init__(stream)
+            self.checked = {} # mappings as they were written; merging puts further keys into them
+        def flatten_mapping(self, node):
+            if id(node) not in self.checked: _check_once(self, node, name)
+            self.checked[id(node)] = node
+            super().flatten_mapping(node)
+        def construct_object(self, node, deep=False):
+            try: return super().construct_object(node, deep)
+            except (FusionError, yaml.YAMLError, RecursionError): raise
+            except Exception as e: # such as the 31st of February
+                raise yaml.constructor.ConstructorError(None, None, f'{e}', node.start_mark) from None
     Once.add_implicit_resolver('tag:yaml.org,2002:float', _EXPONENT, list('-+.0123456789'))
     return Once
 
-# %% ../../nbs/80_bench/12b_recipe_values.ipynb #4a4c8f48
+# %% ../../nbs/80_bench/12b_recipe_values.ipynb #c0e1e900
 def typed_value(
     key:str,  # for the message
     text:str, # as typed after it
 ):
     "What a text means in YAML."
-    found = yaml_documents(text, f'{key}=', _loader())
+    found = yaml_documents(text, f'{key}=', _loader(f'{key}='))
     if len(found) < 2: return found[0] if found else None
     raise FusionError(f'expected one value of `{key}`, got {len(found)}')
 
@@ -104,7 +121,7 @@ def read_documents(
     name,     # of the file, for the message
 ) -> list[dict]: # at least one
     "The recipes of a file, one after the other, as keys."
-    found = [d for d in yaml_documents(text, name, _loader()) if d is not None]
+    found = [d for d in yaml_documents(text, name, _loader(name)) if d is not None]
     if not found: raise FusionError(f'expected a merge in `{name}`, got an empty file')
     for d in found:
         if not isinstance(d, Mapping):

@@ -83,7 +83,8 @@ def check_vocabulary(
     base:str|Path,   # a file of the base, or its folder
     other:str|Path,  # the same of an expert
     who:str,         # the expert, for the message
-    *, way:str=_WAY, # what would happen, and what to do where it is meant
+    *, like:str='the base', # the base, for the message
+    way:str=_WAY,    # what would happen, and what to do where it is meant
 ) -> None:           # raises `FusionError`
     "Refuse an expert whose tokenizer numbers words differently; nothing is said of models without a tokenizer."
     for kind in _READERS:
@@ -94,7 +95,7 @@ def check_vocabulary(
         if None in tables: continue
         if found := conflict(*tables):
             raise FusionError(
-                f'expected {who} to number words as the base does, got {found} in the two files `{kind}`;'
+                f'expected {who} to number words as {like} does, got {found} in the two files `{kind}`;'
                 f' {way}'
             )
         return

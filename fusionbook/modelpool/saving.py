@@ -7,7 +7,6 @@ __all__ = ['FORMAT', 'RECIPE', 'recipe_file']
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #7b544b8a
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from fastcore.basics import patch
@@ -21,7 +20,7 @@ from ..core.files import read_json
 from ..core.folders import beside, companions, model_files, typed_config
 from ..core.identity import code_hash, identity, network_facts, text_hash, plain_config
 from ..core.stamped import cache_folder, while_unchanged
-from ..core.state_dict import StateDict, content_hash, meta, select
+from ..core.state_dict import StateDict, content_hash, main_type, meta, select
 from ..core.views import completed, finite
 from .base import BaseModelPool
 from ..models.recipe import recipe_of
@@ -125,12 +124,6 @@ def extras(self:BaseModelPool) -> dict[str, str|bytes]:
     return companions(where) if where else _own_config(model)
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #ea774e56
-def _float_type(sd):
-    "The float type of most entries, as a configuration names it."
-    sizes = Counter()
-    for t in meta(sd).values(): sizes[str(t.dtype)[6:]] += t.numel() * t.is_floating_point()
-    return sizes.most_common(1)[0][0] if sizes else 'float32'
-
 def _of_this_kind(sd, whole):
     "Whether the result fits the base's network: its names, or some of them, with its shapes."
     own, info = meta(sd), meta(whole)
@@ -186,5 +179,5 @@ def save_model(
     network, sd, whole = sd, _as_state(sd), self.whole()
     around = _around(self, network, sd, whole, kwargs.get('metadata', {}), built)
     if not built and _of_this_kind(sd, whole) and len(sd) < len(whole): sd = completed(sd, whole)
-    if 'config.json' in around: around['config.json'] = typed_config(around['config.json'], _float_type(sd))
+    if 'config.json' in around: around['config.json'] = typed_config(around['config.json'], main_type(sd))
     return save(finite(sd, self.whole), path, extras=around | kwargs.pop('extras', {}), **kwargs)
