@@ -11,7 +11,7 @@ import re, sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from ..core.compose import CONFIG, compose_words
+from ..core.compose import CONFIG, compose_words, quoted
 from ..core.errors import FusionError, check_known, nearest
 from ..core.files import read_yaml, yaml_documents
 from ..core.resolve import allowing, plain, resolving
@@ -94,9 +94,7 @@ def _parsed(word):
     try: return OverridesParser.create().parse_override(word)
     except HydraException: return None
 
-def _quote(value):
-    mark = '"' if "'" in value else "'"
-    return mark + value.replace(mark, f'\\{mark}') + mark
+def _quote(value): return quoted(value, '"' if "'" in value else "'")
 
 def _flow(value):
     "A mapping or list of YAML, such as `{name: /a/folder}`, with its texts quoted."

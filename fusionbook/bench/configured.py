@@ -225,7 +225,8 @@ def check_inputs(
 
 # %% ../../nbs/80_bench/04_configured.ipynb #aaf36a62
 def _kept(cfg, folder):
-    with atomic(folder/'config.yaml') as new: new.write_text(OmegaConf.to_yaml(OmegaConf.create(cfg)))
+    text = OmegaConf.to_yaml(OmegaConf.create(cfg))
+    with atomic(folder/'config.yaml') as new: new.write_text(text, encoding='utf-8')
 
 def _run(cfg, folder, parts, notes):
     "Fuse, measure and keep, in a folder of its own."

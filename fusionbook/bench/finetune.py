@@ -18,6 +18,7 @@ from ..core.checkpoint import Checkpoint, atomic, find
 from ..core.errors import FusionError
 from ..core.files import read_json
 from ..core.parameters import trainable
+from ..core.places import check_plain
 from ..data import datasets as data
 from ..data.classes import by_name
 from ..data.overlap import overlap
@@ -82,6 +83,7 @@ def finetune_arguments(
             f'and {args.test}'
         )
     if args.steps < 0: raise FusionError(f'expected steps >= 0, got {args.steps}')
+    check_plain(Path(args.out).resolve(), '`--out`')
     check_choice(args.precision, ('float32', 'bfloat16'), 'a precision')
     check_device(args.device)
     return args
@@ -408,7 +410,7 @@ def write_pools(
         )
     for name, content in files.items():
         (file := out/'config'/f'{name}.yaml').parent.mkdir(parents=True, exist_ok=True)
-        with atomic(file) as new: new.write_text(OmegaConf.to_yaml(content))
+        with atomic(file) as new: new.write_text(OmegaConf.to_yaml(content), encoding='utf-8')
     return out/'config'
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #9aa903af

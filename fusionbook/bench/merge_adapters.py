@@ -325,7 +325,7 @@ def _card(adapters, recipe, count):
     ]
     def told_of(a): return [a.config.get(k) for k in ('r', 'lora_alpha', 'base_model_name_or_path')]
     rows = ['| ' + ' | '.join(map(str, [f'`{n}`', *told_of(a)])) + ' |' for n, a in adapters.items()]
-    told = [f'{k}: {json.dumps(v)}' for k, v in recipe.items() if v is not None]
+    told = [f'{k}: {json.dumps(v, ensure_ascii=False)}' for k, v in recipe.items() if v is not None]
     return '\n'.join([
         *head,
         '',

@@ -200,5 +200,5 @@ def read_mixture(
     else: found = _from_file(recipe, keys)
     if found is None or not _is_mixture(found[0]): return None
     settings, text = found
-    text = text or json.dumps(settings, indent=1, default=str)
+    text = text or json.dumps(settings, indent=1, default=str, ensure_ascii=False)
     return (mixture_of_method if str(settings.get('method')) in MIXTURES else mixture_from)(settings, text)

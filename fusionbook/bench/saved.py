@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 import fusionbook
 from .arguments import GROUPS, TAKES, catalogue, search_folders
+from ..core.compose import quoted
 from ..core.errors import FusionError
 from ..core.files import read_json
+from ..core.places import check_plain
 
 # %% ../../nbs/80_bench/98e_saved.ipynb #4986af96
 def _bare(argv):
@@ -41,6 +43,7 @@ def saved_words(
     at = _bare(argv)
     if at is None or not _is_path(argv[at], search_folders(argv)): return None
     path, rest = argv[at], [*argv[:at], *argv[at + 1:]]
+    check_plain(path, 'a saved model')
     for word in rest:
         key = word.lstrip('+~').split('=')[0].split('.')[0]
         if key in ('method', 'modelpool'):
@@ -48,7 +51,7 @@ def saved_words(
                 f'expected a saved model as it is, got `{path}` beside `{word}`; to merge it with others, name it '
                 f'in a model pool and leave out `{path}`'
             )
-    return ['method=dummy', 'modelpool=saved', f'modelpool.models={{model: {json.dumps(path)}}}', *rest]
+    return ['method=dummy', 'modelpool=saved', f'modelpool.models={{model: {quoted(path)}}}', *rest]
 
 # %% ../../nbs/80_bench/98e_saved.ipynb #fcbc882e
 def _told(where):
