@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from .merge_files import check_merge_output
 from .merge_plan import every_head, MergePlan, plan_merge, planned_cost
-from .merge_sources import adapter_notes, code_notes, scale_notes
+from .merge_sources import source_notes
 from .mixture_recipe import read_mixture
 from .recipe_file import MergeRecipe, read_recipe, recipe_from_words
 from .recipe_values import typed_value
@@ -224,7 +224,7 @@ def _mix(recipe, out, settings):
     if not dry: check_device(device)
     mirror, limit = settings.get('hub_mirror', {}), settings.get('max_memory')
     plan = plan_mixture(recipe, mirror, device='cpu' if dry else device, max_memory=limit, out=out)
-    print('\n'.join([f'note: {n}' for n in scale_notes(plan.heads.values())] + mixture_lines(plan)))
+    print('\n'.join([f'note: {n}' for n in source_notes(plan.heads.values())] + mixture_lines(plan)))
     if dry: return None
     path = write_mixture(plan, out, shard_size=settings.get('shard_size'))
     print(f"open it   transformers.AutoModelForCausalLM.from_pretrained('{out}')")
@@ -253,8 +253,7 @@ def merge(
     )
     if (mixture := read_mixture(recipe, keys)) is not None: return _mix(mixture, out, settings)
     plan = plan_merge(_recipe_of(recipe, keys), settings.get('hub_mirror', {}))
-    heads = every_head(plan)
-    for note in code_notes(heads) + adapter_notes(heads) + scale_notes(heads): print(f'note: {note}')
+    for note in source_notes(every_head(plan)): print(f'note: {note}')
     path = check_merge_output(out, plan.heads, planned_cost(plan)['write']) if out is not None else None
     if settings['dry_run']:
         for line in plan_lines(plan, settings['dry_run'] == 'full'): print(line)
@@ -276,7 +275,7 @@ def _recipe_of(recipe, keys):
         return read_recipe(recipe)
     if not keys: raise FusionError('expected a file with a merge, or `method=… models=[…]`, got neither')
     return recipe_from_words(
-        {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in keys.items()}
+        {k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False) for k, v in keys.items()}
     )
 
 # %% ../../nbs/80_bench/16b_merge_command.ipynb #c3708450
