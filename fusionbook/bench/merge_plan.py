@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from .merge_methods import MergeWay, check_model_count, check_settings, way_of
 from .merge_sources import ModelHead, open_head
-from .merge_tensors import needed_ties, output_ties, PlannedTensor
+from .merge_tensors import named_stack, needed_ties, output_ties, PlannedTensor
 from .merge_tensors import planned_tensors, stack_blocks
 from .merge_tensors import is_vocabulary, vocabulary_axis, with_base
 from .merge_tokens import TokenPlan, chat_template, check_same_words, moved_ids, OWN_FILES
 from .merge_tokens import plan_tokens, tokenizer_files, with_template
-from .recipe_file import MergeRecipe, recipe_models
+from .recipe_file import check_sources, MergeRecipe, recipe_models
 from ..core.errors import FusionError
 from ..core.per_tensor import PerTensor
 
@@ -45,7 +45,7 @@ def _scopes(recipe, blocks, tensors):
     whole, found = _scope(recipe.parameters, out), {}
     for b, block in enumerate(blocks):
         inside = {t.name: t.depth for t in tensors if t.block == b}
-        wide = [_scope(block.parameters, inside), whole]
+        wide = [_scope(block.parameters, inside), _scope(block.wider, inside), whole]
         found[b, None] = wide
         for s in block.sources: found[b, s.model] = [_scope(s.parameters, inside), *wide]
     return found
@@ -88,6 +88,7 @@ def _check_all_settings(recipe, way):
     check_settings(way, recipe.parameters)
     for block in recipe.blocks:
         check_settings(way, block.parameters, 'a block')
+        check_settings(way, block.wider, f'the module `{block.module}`')
         for s in block.sources: check_settings(way, s.parameters, f'`{s.model}`')
 
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #f1d3f7c2
@@ -289,6 +290,16 @@ def _open_heads(recipe, stages, mirror):
         found[m] = _stage_head(m, stages[m]) if m in stages else open_head(m, mirror, found.get(base))
     return found
 
+# %% ../../nbs/80_bench/15_merge_plan.ipynb #cc891132
+def _with_layers(recipe, heads):
+    "A recipe that counts the layers of modules whose models are merged as a whole."
+    def counted(s, module):
+        if s.layers or module is None: return s
+        return replace(s, layers=(0, named_stack(heads[s.model], module)[1]))
+    blocks = [replace(b, sources=tuple(counted(s, b.module) for s in b.sources)) for b in recipe.blocks]
+    for b in blocks: check_sources(b.sources)
+    return replace(recipe, blocks=tuple(blocks))
+
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #89be5b70
 def plan_merge(
     recipe:MergeRecipe,
@@ -303,6 +314,7 @@ def plan_merge(
         raise FusionError('expected a base for `merge_backbone`, got none')
     stages = {n: plan_merge(r, mirror) for n, r in recipe.stages.items()}
     heads = _open_heads(recipe, stages, mirror)
+    recipe = _with_layers(recipe, heads)
     reference = heads[recipe.base or recipe.blocks[0].sources[0].model]
     needed = [b.base or recipe.base if way.base != 'unused' else None for b in recipe.blocks]
     blocks = [with_base(b, base) for b, base in zip(recipe.blocks, needed, strict=True)]
