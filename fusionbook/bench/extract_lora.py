@@ -189,21 +189,24 @@ def _collected(model, base, names, told, rank, energy, pattern, rest):
     "Factors, whole tensors and what is left out."
     now, before, kinds = stored_state(model), stored_state(base), model.kinds
     second, parted = _ties(model, base)
-    factors, whole, left, stuck = {}, [], [], names.stuck | parted
+    factors, whole, left, stuck = {}, {}, {}, names.stuck | parted
     for name in track([n for n in kinds if n not in second], 'extracting', len(kinds) - len(second)):
         how = told(name, kinds[name]) if name in names.called and name not in stuck else ''
         if how in ('factors', 'embedding'):
             found = _extracted(name, how, now, before, kinds, rank_of(name, rank, pattern), energy)
             if found: factors[name] = found[0]._replace(stem=_stem(names.called[name])), *found[1:]
-        elif kinds[name].floating and _differs(now[name], before[name]):
-            (whole if how and rest else left).append(name)
+        elif kinds[name].floating and (size := _change(now[name], before[name])) is not None:
+            (whole if how and rest else left)[name] = size
     if not factors:
         raise FusionError(
             f'expected a model that differs from `{base.name}` in a matrix, got none in `{model.name}`'
         )
-    return factors, whole, left, now, before
+    return factors, whole, left, now
 
-def _differs(now, before): return not torch.equal(now, before.to(now.dtype))
+def _change(now, before):
+    "Sum of squares of a change, taken while both tensors are at hand; None where there is none."
+    if torch.equal(now, before.to(now.dtype)): return None
+    return (now.double() - before.double()).square().sum().item()
 
 def _stem(name): return f'base_model.model.{name.removesuffix(".weight")}'
 
@@ -221,10 +224,6 @@ def _stored(whole, factors, kinds, names):
             found[f'base_model.model.{called[other]}'] = other
         if n in names.heads: found[f'base_model.model.{names.heads[n]}'] = n
     return found, modules
-
-def _total(names, now, before):
-    "Sum of squares of changes."
-    return sum((now[n].double() - before[n].double()).square().sum().item() for n in names)
 
 def _told(ranks, kept, share, whole, left):
     "What was extracted, in lines."
@@ -274,11 +273,11 @@ def _card(model, base, lines):
         [*head, '', f'# What `{model}` changed of `{base}`', '', *(f'- {line}' for line in lines), '']
     )
 
-def _share(factors, whole, left, now, before):
+def _share(factors, whole, left):
     "The share of the sum of squares of all changes that is kept."
     lost, size = sum((1 - k) * e for _, k, e in factors.values()), sum(e for *_, e in factors.values())
-    gone = _total(left, now, before)
-    return 1 - (lost + gone) / (size + _total(whole, now, before) + gone)
+    gone = sum(left.values())
+    return 1 - (lost + gone) / (size + sum(whole.values()) + gone)
 
 def _settings(model, base, ranks, factors, modules, biased):
     "The settings of an extracted adapter."
@@ -290,7 +289,7 @@ def _settings(model, base, ranks, factors, modules, biased):
     return told | {'bias': 'lora_only' if biased else 'none'}
 
 # %% ../../nbs/80_bench/17c_extract_lora.ipynb #dc72aff1
-def _written(path, model, base, names, factors, whole, left, now, before, dtype):
+def _written(path, model, base, names, factors, whole, left, now, dtype):
     "Write an adapter and say what it holds."
     stored, modules = _stored(whole, factors, model.kinds, names)
     by_module = {names.called[n].rpartition('.')[0]: found for n, found in factors.items()}
@@ -304,7 +303,8 @@ def _written(path, model, base, names, factors, whole, left, now, before, dtype)
     }
     info = {n: torch.empty_like(t, device='meta') for n, t in tensors.items()}
     info |= {n: meta(now)[old] for n, old in stored.items()}
-    lines = _told(ranks, kept, share := _share(factors, whole, left, now, before), whole, left)
+    share, whole, left = _share(factors, whole, left), list(whole), list(left)
+    lines = _told(ranks, kept, share, whole, left)
     write_adapter(path, given, info, settings, _card(model.name, base.name, lines))
     for line in lines: print(line)
     return Extraction(path, ranks, kept, whole, left, share)
