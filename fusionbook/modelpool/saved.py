@@ -6,6 +6,7 @@
 __all__ = ['SavedModelPool']
 
 # %% ../../nbs/50_modelpool/05b_saved.ipynb #4258e1e9
+import copy
 from fastcore.basics import patch
 from torch import nn
 from ..core.errors import FusionError
@@ -32,12 +33,13 @@ class SavedModelPool(BaseModelPool):
 # %% ../../nbs/50_modelpool/05b_saved.ipynb #04907976
 @patch
 def network(self:SavedModelPool) -> nn.Module:
-    "The network, opened once; a run measures it, and nobody changes it."
+    "The network, opened once, with the numbers that were saved."
     if self.host not in self._networks: self._networks[self.host] = self.load_model(self.host)
     return self._networks[self.host]
 
 @patch
 def filled(self:SavedModelPool, name:str, sd:StateDict) -> nn.Module:
-    "The network itself, with the tensors of `sd`."
-    network = self.network()
+    "The network itself for its own tensors; a copy of it for others, since the pool's own keeps what was saved."
+    own = self.network()
+    network = own if sd is self._states.get(self.host) else copy.deepcopy(own)
     return fill(network, finite(sd, network.state_dict))
