@@ -19,7 +19,7 @@ from ...core.state_dict import StateDict, meta
 from .coefficients import Mixture, merge_coefficients, read_coefficients
 from .learning import AdaptiveMethod, coefficient_range
 from .objective import check_task_inputs, coefficient_objective, task_logits
-from ...models.words import next_words
+from ...models.words import check_tokens, next_words
 from ..task_vector.sparsify import thresholds, trim
 
 # %% ../../../nbs/66_adaptive/adamerging_llama_sft.ipynb #48cce04b
@@ -136,10 +136,21 @@ def learn(self:LayerWiseAdaMergingForLlamaSFT,
     curve = self.follow(pool, {'coefficients': a}, objective, tasks=tasks, project=project)
     return effective(a).detach(), curve
 
+# %% ../../../nbs/66_adaptive/adamerging_llama_sft.ipynb #afcdb5c3
+@patch
+def check(self:LayerWiseAdaMergingForLlamaSFT, pool) -> None:
+    "Refuse inputs that are no texts, before a head or a network is made."
+    if self.weights is not None or self.objective != 'sft': return
+    for task in pool.model_names:
+        first = pool.inputs(task, self.data)[[0]]
+        try: check_tokens(first)
+        except FusionError as e: raise FusionError(f'expected texts of `{task}` to learn from; {e}') from None
+
 # %% ../../../nbs/66_adaptive/adamerging_llama_sft.ipynb #851bb616
 @patch
 def merge(self:LayerWiseAdaMergingForLlamaSFT, pool) -> StateDict:
     "The start plus the task vectors by their coefficients, lazy."
+    self.check(pool)
     if self.weights is None: check_task_inputs(pool, pool.model_names, self.data)
     base, experts = pool.pretrained(), pool.experts()
     mixture = self.mixture(pool, base, experts)
