@@ -90,6 +90,10 @@ def part_of(self:BaseAlgorithm, pool:BaseModelPool) -> BaseModelPool:
     "The pool that is merged; a method that merges a part of every model gives that part."
     return pool
 
+@patch
+def check(self:BaseAlgorithm, pool:BaseModelPool) -> None:
+    "Refuse a pool that cannot be merged; a run asks before it reads a model. A method that needs more says so here."
+
 # %% ../../nbs/60_method/00_base.ipynb #7f88740d
 def _is(*kinds): return lambda x: isinstance(x, kinds) and not isinstance(x, bool)
 
