@@ -55,6 +55,22 @@ def test_saved_by_the_program_opened_elsewhere(saved, tmp_path):
     assert torch.load(tmp_path/'y.pt').equal(want)
 
 
+def test_switches_over_text_encoders_are_saved(tmp_path):
+    "An encoder is made without the layer that pools, which no configuration says: the recipe does."
+    from fusionbook.method import EMRMerging
+    from fusionbook.modelpool import TextEncoderPool
+    from fusionbook.models.text import tiny_text
+    models = {n: str(tiny_text(tmp_path/n, ['one two three'], seed=i)) for i, n in enumerate(('_pretrained_', 'a', 'b'))}
+    pool, words = TextEncoderPool(models), torch.tensor([[1, 2, 3]])
+    made = EMRMerging().run(pool)
+    pool.save_model(made, tmp_path/'out', built=True)
+    again = fusionbook.open_model(tmp_path/'out')
+    for task in 'ab':
+        for net in (made, again): net.set_task(task)
+        with torch.inference_mode(): assert made(words).last_hidden_state.equal(again(words).last_hidden_state)
+    assert json.loads((tmp_path/'out'/'fusionbook.json').read_text())['network']['network']['switches'] == {'add_pooling_layer': False}
+
+
 def test_a_member_twice_is_stored_once(tmp_path):
     net = MLP([4, 3, 2])
     twice = Ensemble([net, net, MLP([4, 2])])

@@ -241,8 +241,9 @@ def test_modules_with_all_layers_are_the_models(tmp_path):
     sources = [{'model': m, 'parameters': {'weight': w}} for m, w in ((a, .5), (b, .25))]
     slices = [{'sources': [dict(s, layer_range=[0, 2]) for s in sources]}]
     told = {'models': {'models': sources}, 'modules': {'modules': {n: {'slices': slices} for n in ('encoder', 'decoder')}}}
+    told['models of modules'] = {'modules': {n: {'models': sources} for n in ('encoder', 'decoder')}}
     found = [load_file(fusionbook.merge(merge_method='task_arithmetic', base_model=base, **keys, out=tmp_path/n)/'model.safetensors') for n, keys in told.items()]
-    assert found[0].keys() == found[1].keys() and all(t.equal(found[1][n]) for n, t in found[0].items())
+    assert all(found[0].keys() == f.keys() and all(t.equal(f[n]) for n, t in found[0].items()) for f in found[1:])
 
 
 def test_a_share_for_each_model(tmp_path):
