@@ -6,10 +6,12 @@
 __all__ = ['vision_config', 'vision_model', 'tower_note', 'vision_state']
 
 # %% ../../nbs/20_models/00_tower.ipynb #0da8db6a
-import hashlib, json
+import hashlib, json, math
 from functools import partial
 from importlib.metadata import version
+from types import SimpleNamespace
 import torch
+from torch import nn
 from ..core.cached import read_record, write_record
 from ..core.checkpoint import Checkpoint, find
 from ..core.errors import FusionError
@@ -53,23 +55,107 @@ def vision_model(
         return described(CLIPVisionModel, vision_config(path), path).eval()
 
 # %% ../../nbs/20_models/00_tower.ipynb #4aad75a3
+def _note(network, config):
+    "What is kept of a network."
+    tensors = [[k, list(v.shape)] for k, v in network.state_dict().items()]
+    numbers = [[p.numel(), p.requires_grad] for p in network.parameters()]
+    return dict(tensors=tensors, parameters=numbers, facts=network_facts(network), config=config)
+
 def _noted(path):
     "What `transformers` makes of a configuration."
     with torch.device('meta'): network = vision_model(path)
-    tensors = [[k, list(v.shape)] for k, v in network.state_dict().items()]
-    numbers = [[p.numel(), p.requires_grad] for p in network.parameters()]
-    return dict(
-        tensors=tensors,
-        parameters=numbers,
-        facts=network_facts(network),
-        config=network.config.to_json_string(use_diff=False),
-    )
+    return _note(network, network.config.to_json_string(use_diff=False))
 
 def _plain(facts):
     "What computes, as JSON gives it back; None where it would not be the same."
     text = json.dumps(facts, sort_keys=True, default=str)
     back = json.loads(text)
     return back if json.dumps(back, sort_keys=True) == text else None
+
+# %% ../../nbs/20_models/00_tower.ipynb #47428fa0
+_SKETCHED = '5.23.' # versions of transformers whose tower stands below
+_TOWER = dict(
+    hidden_size=768, intermediate_size=3072, projection_dim=512, num_hidden_layers=12,
+    num_attention_heads=12, num_channels=3, image_size=224, patch_size=32, hidden_act='quick_gelu',
+    layer_norm_eps=1e-5, attention_dropout=0., initializer_range=.02, initializer_factor=1.,
+)
+_COMMON = dict(
+    _name_or_path='', chunk_size_feed_forward=0, id2label={'0': 'LABEL_0', '1': 'LABEL_1'},
+    is_encoder_decoder=False, label2id={'LABEL_0': 0, 'LABEL_1': 1}, output_attentions=False,
+    output_hidden_states=False, problem_type=None, return_dict=True,
+) # of every configuration; a file with other values is no plain one
+_TYPES = None, 'float32', 'float16', 'bfloat16'
+_IGNORED = 'model_type', 'architectures', 'transformers_version'
+
+# %% ../../nbs/20_models/00_tower.ipynb #e04221de
+def _fits(c):
+    "Whether settings of the right types describe a tower."
+    sizes = [v for v in c.values() if type(v) is int]
+    known = all(math.isfinite(v) for v in c.values() if isinstance(v, float)) and min(sizes) > 0
+    return known and c['hidden_size'] % c['num_attention_heads'] == 0 and c['image_size'] >= c['patch_size']
+
+def _settings(config):
+    "The settings of a tower, all of them; None where the table does not know them."
+    tower = config.get('vision_config', config)
+    kind = tower.get('model_type', 'clip') if isinstance(tower, dict) else None
+    if kind not in ('clip', 'clip_vision_model'): return None
+    usual = {k for k, v in _COMMON.items() if repr(tower.get(k)) == repr(v)}
+    given = {k: v for k, v in tower.items() if k not in _IGNORED and k not in usual}
+    dtype = given.pop('dtype', None)
+    if not all(k in _TOWER and type(v) is type(_TOWER[k]) for k, v in given.items()): return None
+    c = _TOWER | given
+    return c | {'dtype': dtype} if dtype in _TYPES and c['hidden_act'] in _ACTS and _fits(c) else None
+
+# %% ../../nbs/20_models/00_tower.ipynb #6bfc8cd2
+_CLIP = 'transformers.models.clip.modeling_clip'
+
+def _named(kind, own=None, module=_CLIP, **parts):
+    "A module that is called like one of transformers, with its settings and what it holds."
+    found = type(kind, (nn.Module,), {'__module__': module})()
+    for k, v in {**(own or {}), **parts}.items(): setattr(found, k, v)
+    return found
+
+_ACTS = dict(quick_gelu=('QuickGELUActivation', {}), gelu=('GELUActivation', {'act': nn.functional.gelu}))
+
+def _layer(c):
+    "One block of a tower."
+    w, f, heads, eps = c['hidden_size'], c['intermediate_size'], c['num_attention_heads'], c['layer_norm_eps']
+    each = w // heads
+    own = dict(embed_dim=w, num_heads=heads, head_dim=each, scale=each**-.5, is_causal=False)
+    lines = {k: nn.Linear(w, w) for k in ('k_proj', 'v_proj', 'q_proj', 'out_proj')}
+    attention = _named('CLIPAttention', own | {'dropout': c['attention_dropout']}, **lines)
+    act = _named(*_ACTS[c['hidden_act']], 'transformers.activations')
+    mlp = _named('CLIPMLP', activation_fn=act, fc1=nn.Linear(w, f), fc2=nn.Linear(f, w))
+    norms = nn.LayerNorm(w, eps=eps), nn.LayerNorm(w, eps=eps)
+    parts = dict(self_attn=attention, layer_norm1=norms[0], mlp=mlp, layer_norm2=norms[1])
+    return _named('CLIPEncoderLayer', dict(embed_dim=w), **parts)
+
+# %% ../../nbs/20_models/00_tower.ipynb #dc21d5a9
+def _embeddings(c):
+    "What makes tokens of an image."
+    w, patch, count = c['hidden_size'], c['patch_size'], (c['image_size'] // c['patch_size'])**2
+    own = dict(embed_dim=w, image_size=c['image_size'], patch_size=patch)
+    own |= dict(num_patches=count, num_positions=count + 1)
+    conv = nn.Conv2d(c['num_channels'], w, patch, patch, bias=False)
+    parts = dict(patch_embedding=conv, position_embedding=nn.Embedding(count + 1, w))
+    return _named('CLIPVisionEmbeddings', own, class_embedding=nn.Parameter(torch.empty(w)), **parts)
+
+def _tower(c):
+    "The parts of a tower, under the names of transformers; it computes nothing."
+    layers = nn.ModuleList(_layer(c) for _ in range(c['num_hidden_layers']))
+    before, after = (nn.LayerNorm(c['hidden_size'], eps=c['layer_norm_eps']) for _ in range(2))
+    parts = dict(pre_layrnorm=before, encoder=_named('CLIPEncoder', layers=layers), post_layernorm=after)
+    own = dict(all_tied_weights_keys={}, kernel_config=None, loss_type=None)
+    return _named('CLIPVisionModel', own, embeddings=_embeddings(c), **parts)
+
+def _sketched(path):
+    "The note of a tower with plain settings, put together here; None for others."
+    if not (now := version('transformers')).startswith(_SKETCHED): return None
+    if (c := _settings(read_json(beside(find(path))/'config.json'))) is None: return None
+    config = _COMMON | c | dict(architectures=None, model_type='clip_vision_model', transformers_version=now)
+    with torch.device('meta'): network = _tower(c)
+    network.config = SimpleNamespace(to_dict=lambda: config)
+    return _note(network, json.dumps(config, indent=2, sort_keys=True) + '\n')
 
 # %% ../../nbs/20_models/00_tower.ipynb #4d1821e0
 _CODE = 'fusionbook.core.identity', 'fusionbook.core.folders', 'fusionbook.models.tower'
@@ -86,12 +172,13 @@ def _key(path):
 def tower_note(
     path, # checkpoint with its config.json
 ) -> dict: # tensors: [name, shape] in order; parameters: [size, trainable]; facts; config: text of a `config.json`
-    "What `transformers` says of a checkpoint's vision tower, asked once per configuration."
+    "What `transformers` says of a checkpoint's vision tower; where it must be asked, once per configuration."
     key = _key(path)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     file = cache_folder()/'towers'/f'{name}.json'
     if file in _SEEN: return _SEEN[file]
     if known := read_record(file, kind='tower', key=key): return _SEEN.setdefault(file, known['content'])
+    if plain := _sketched(path): return _SEEN.setdefault(file, plain)
     found = _noted(path)
     if (facts := _plain(found['facts'])) is None: return _SEEN.setdefault(file, found)
     try: write_record(file, found | dict(facts=facts), kind='tower', key=key)
