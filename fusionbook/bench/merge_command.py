@@ -274,9 +274,10 @@ def _recipe_of(recipe, keys):
             )
         return read_recipe(recipe)
     if not keys: raise FusionError('expected a file with a merge, or `method=… models=[…]`, got neither')
-    return recipe_from_words(
-        {k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False) for k, v in keys.items()}
-    )
+    return recipe_from_words({
+        k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False)
+        for k, v in keys.items()
+    })
 
 # %% ../../nbs/80_bench/16b_merge_command.ipynb #c3708450
 MERGE_HELP = '''fusionbook merge CONFIG.yml OUT/ [options]

@@ -57,7 +57,7 @@ def _shared_weights(each, whole):
     return w if abs(total) < 1e-8 else [x / total for x in w]
 
 # %% ../../nbs/80_bench/13b_merge_methods.ipynb #071bf677
-def _dare(each, whole, name):
+def _dare(each, whole):
     density = _one(each['density'])
     dropped = 1 - density if isinstance(density, (int, float)) else [1 - d for d in density]
     return dict(
@@ -65,11 +65,11 @@ def _dare(each, whole, name):
     )
 
 def _dare_linear(each, whole):
-    return dict(_dare(each, whole, 'dare_linear'), weights=_shared_weights(each, whole))
+    return dict(_dare(each, whole), weights=_shared_weights(each, whole))
 
 def _dare_ties(each, whole):
     how = dict(merge_func=_mean(whole), threshold=None, weights=each['weight'])
-    return dict(_dare(each, whole, 'dare_ties'), **how, **_ELECTED)
+    return dict(_dare(each, whole), **how, **_ELECTED)
 
 def _sampled(each, whole, key):
     "What DELLA and breadcrumbs have in common."

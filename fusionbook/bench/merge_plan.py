@@ -16,7 +16,7 @@ from .merge_tensors import planned_tensors, stack_blocks
 from .merge_tensors import is_vocabulary, vocabulary_axis, with_base
 from .merge_tokens import TokenPlan, chat_template, check_same_words, moved_ids, OWN_FILES
 from .merge_tokens import plan_tokens, tokenizer_files, with_template
-from .recipe_file import check_sources, MergeRecipe, recipe_models
+from .recipe_file import check_block_sources, MergeRecipe, recipe_models
 from ..core.errors import FusionError
 from ..core.per_tensor import PerTensor
 
@@ -297,7 +297,7 @@ def _with_layers(recipe, heads):
         if s.layers or module is None: return s
         return replace(s, layers=(0, named_stack(heads[s.model], module)[1]))
     blocks = [replace(b, sources=tuple(counted(s, b.module) for s in b.sources)) for b in recipe.blocks]
-    for b in blocks: check_sources(b.sources)
+    for b in blocks: check_block_sources(b.sources)
     return replace(recipe, blocks=tuple(blocks))
 
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #89be5b70

@@ -276,7 +276,8 @@ def code_notes(
 ) -> list[str]: # one line for each model
     "What to say of models whose configuration names code."
     named = dict.fromkeys(h.name for h in (h.under or h for h in heads) if 'auto_map' in h.config)
-    return [f'`{n}` names code in its config.json (`auto_map`), which is neither run nor copied' for n in named]
+    what = 'names code in its config.json (`auto_map`), which is neither run nor copied'
+    return [f'`{n}` {what}' for n in named]
 
 def source_notes(
     heads:Iterable[ModelHead],

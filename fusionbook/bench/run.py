@@ -61,7 +61,8 @@ def cached_predictions(
 def _streams(method): return type(method).run is BaseAlgorithm.run and method.build is None
 
 def _checked(method, pool, max_memory=None):
-    "Refuse models that differ before any work, unless the method takes networks as they are; then a limit is no promise."
+    "Refuse what the method refuses, models that differ, and a limit where whole networks are taken."
+    method.check(pool)
     if _streams(method): method.part_of(pool).reference()
     elif max_memory is not None:
         raise FusionError(

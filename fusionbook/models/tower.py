@@ -61,11 +61,13 @@ def _note(network, config):
     numbers = [[p.numel(), p.requires_grad] for p in network.parameters()]
     return dict(tensors=tensors, parameters=numbers, facts=network_facts(network), config=config)
 
+# %% ../../nbs/20_models/00_tower.ipynb #e5d8ba88
 def _noted(path):
     "What `transformers` makes of a configuration."
     with torch.device('meta'): network = vision_model(path)
     return _note(network, network.config.to_json_string(use_diff=False))
 
+# %% ../../nbs/20_models/00_tower.ipynb #91a8a979
 def _plain(facts):
     "What computes, as JSON gives it back; None where it would not be the same."
     text = json.dumps(facts, sort_keys=True, default=str)
@@ -94,6 +96,7 @@ def _fits(c):
     known = all(math.isfinite(v) for v in c.values() if isinstance(v, float)) and min(sizes) > 0
     return known and c['hidden_size'] % c['num_attention_heads'] == 0 and c['image_size'] >= c['patch_size']
 
+# %% ../../nbs/20_models/00_tower.ipynb #3e64842c
 def _settings(config):
     "The settings of a tower, all of them; None where the table does not know them."
     tower = config.get('vision_config', config)
@@ -115,6 +118,7 @@ def _named(kind, own=None, module=_CLIP, **parts):
     for k, v in {**(own or {}), **parts}.items(): setattr(found, k, v)
     return found
 
+# %% ../../nbs/20_models/00_tower.ipynb #9c3df411
 _ACTS = dict(quick_gelu=('QuickGELUActivation', {}), gelu=('GELUActivation', {'act': nn.functional.gelu}))
 
 def _layer(c):
@@ -140,6 +144,7 @@ def _embeddings(c):
     parts = dict(patch_embedding=conv, position_embedding=nn.Embedding(count + 1, w))
     return _named('CLIPVisionEmbeddings', own, class_embedding=nn.Parameter(torch.empty(w)), **parts)
 
+# %% ../../nbs/20_models/00_tower.ipynb #b5fed3b4
 def _tower(c):
     "The parts of a tower, under the names of transformers; it computes nothing."
     layers = nn.ModuleList(_layer(c) for _ in range(c['num_hidden_layers']))
@@ -148,6 +153,7 @@ def _tower(c):
     own = dict(all_tied_weights_keys={}, kernel_config=None, loss_type=None)
     return _named('CLIPVisionModel', own, embeddings=_embeddings(c), **parts)
 
+# %% ../../nbs/20_models/00_tower.ipynb #23f5f8d5
 def _sketched(path):
     "The note of a tower with plain settings, put together here; None for others."
     if not (now := version('transformers')).startswith(_SKETCHED): return None

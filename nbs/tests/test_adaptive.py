@@ -211,3 +211,10 @@ def test_a_setting_of_the_loop_decides_or_is_refused(name, key):
         assert f'`{key}`' in str(e)
         return
     assert any(not other[k].equal(v) for k, v in plain.items()) or notes != others
+
+
+def test_pictures_are_refused_before_a_model_is_read(here, monkeypatch):
+    from fusionbook.bench import run
+    monkeypatch.setattr(run, '_lineage', lambda *args: pytest.fail('models were identified'))
+    refused = here('method=adamerging/llama_sft', 'modelpool=mini8', 'taskpool=mini8')
+    assert refused.status == 2 and 'expected texts of `digits` to learn from' in refused.line
