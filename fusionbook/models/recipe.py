@@ -8,6 +8,8 @@ __all__ = ['network_class', 'untrained', 'recipe_of', 'check_tensors', 'adopt', 
 # %% ../../nbs/20_models/06_recipe.ipynb #2521c12f
 import json
 from collections.abc import Mapping
+from inspect import signature
+from itertools import compress, product
 import torch
 from torch import Tensor, nn
 from ..core.config import locate
@@ -40,17 +42,25 @@ def network_class(
     return found
 
 # %% ../../nbs/20_models/06_recipe.ipynb #d961cb54
-def _from_config(kind, config, attention):
+def _switches(kind):
+    "The yes-or-no arguments of a constructor, such as `add_pooling_layer`, with their defaults."
+    given = signature(kind.__init__).parameters.values()
+    return {p.name: p.default for p in given if isinstance(p.default, bool)}
+
+def _from_config(kind, config, attention, switches):
     "A network of `transformers` with untrained weights."
     if not isinstance(config, Mapping):
         raise FusionError(f'expected `config` of `{kind.__name__}` as a mapping, got {config!r:.60}')
     if attention not in (None, *ATTENTION):
         raise FusionError(f'expected `attention` as one of {", ".join(ATTENTION)}, got {attention!r:.60}')
+    own = switches if isinstance(switches, Mapping) else {'': switches}
+    if not own.keys() <= _switches(kind).keys() or not all(isinstance(v, bool) for v in own.values()):
+        raise FusionError(f'expected `switches` that `{kind.__name__}` has, got {switches!r:.60}')
     check_config(config, f'the recipe of `{kind.__name__}`')
     def make(settings):
         made = kind.config_class.from_dict(dict(settings))
         if attention: made._attn_implementation = attention
-        return kind(made)
+        return kind(made, **own)
     return described(make, config, f'the recipe of `{kind.__name__}`')
 
 def _its_config(network):
@@ -76,12 +86,13 @@ def _leaf(node):
     kind, settings = network_class(node['_target_']), {k: v for k, v in node.items() if k != '_target_'}
     with torch.random.fork_rng(devices=[]):
         if node['_target_'].startswith('transformers.'):
-            if settings.keys() - {'config', 'attention'}:
+            if settings.keys() - {'config', 'attention', 'switches'}:
                 raise FusionError(
                     f'expected `config` and `attention` in the recipe of `{kind.__name__}`, got '
                     f'{", ".join(settings)}'
                 )
-            return _from_config(kind, settings.get('config'), settings.get('attention'))
+            config, attention = settings.get('config'), settings.get('attention')
+            return _from_config(kind, config, attention, settings.get('switches', {}))
         return _constructed(kind, settings)
 
 # %% ../../nbs/20_models/06_recipe.ipynb #4aaa6899
@@ -137,12 +148,29 @@ def _facts(network):
         'names': list(network.state_dict())
     }
 
-def _check_stated(network, node):
-    "Refuse a recipe that makes another network."
-    if _nodes({k: v for k, v in node.items() if k != '_target_'}): return # its parts have been compared
+def _ways(network, node):
+    "A recipe, and the same with switches of the constructor the other way."
+    yield node
+    own = _switches(type(network)) if node['_target_'].startswith('transformers.') else {}
+    for turned in product((False, True), repeat=len(own)):
+        if any(turned): yield node | {'switches': {k: not own[k] for k in compress(own, turned)}}
+
+def _makes(node, was):
+    "Whether a recipe makes a network like this one."
+    made = _facts(untrained(node, 'meta')) # without the memory of a second network
+    if was == made: return True
+    # some keep numbers that no state dict has
+    return was['names'] == made['names'] and was == _facts(untrained(node))
+
+# %% ../../nbs/20_models/06_recipe.ipynb #2d94aaf3
+def _stated(network, node):
+    "The recipe that makes a network; one that was changed afterwards is refused."
+    if _nodes({k: v for k, v in node.items() if k != '_target_'}): return node # its parts have been compared
     was = _facts(network)
-    if was == _facts(untrained(node, 'meta')): return # without the memory of a second network
-    if was == (made := _facts(untrained(node))): return # some keep numbers that no state dict has
+    ways = list(_ways(network, node))
+    if found := next((w for w in ways if _makes(w, was)), None): return found
+    near = next((w for w in ways if _facts(untrained(w, 'meta'))['names'] == was['names']), node)
+    made = _facts(untrained(near))
     odd = next(
         (a[0] or 'itself' for a, b in zip(was['parts'], made['parts'], strict=False) if a != b), 'its parts'
     )
@@ -169,8 +197,7 @@ def recipe_of(
         raise FusionError(
             f'expected plain arguments in the recipe of {type(network).__name__}, got {e}'
         ) from None
-    _check_stated(network, node)
-    return node
+    return _stated(network, node)
 
 # %% ../../nbs/20_models/06_recipe.ipynb #1e70de7e
 def _mismatch(own, info):
