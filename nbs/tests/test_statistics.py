@@ -247,3 +247,25 @@ def test_an_interrupted_collection_is_collected_again(monkeypatch):
     monkeypatch.setenv('FUSIONBOOK_CACHE', '')
     assert torch.equal(found['layer.weight'], RegMean(num_regmean_examples=8).run(toy_data_pool()).state_dict()['layer.weight'])
     assert len(count) == 4
+
+
+ORDERED = [n for n in STATISTICS if n != 'evolve'] # whose search has an order of its own
+ALL = dict(num_regmean_examples=8, num_fisher_examples=8, max_samples=8, proxy_n_samples=8, num_samples=8)
+
+
+@pytest.mark.parametrize('name', ORDERED)
+def test_sums_depend_on_neither_the_order_of_inputs_nor_the_size_of_batches(name):
+    "Nor on the number of threads, but for rounding."
+    def merge(turned, **more):
+        pool = gpt2()
+        if turned: pool._train_datasets = {t: x.flip(0) for t, x in pool._train_datasets.items()}
+        method = named(name, **ALL, **more)
+        if hasattr(method, 'fisher'): method.fisher = 'expected' # labels that are drawn belong to the order
+        return fuse(method, pool).state_dict()
+    before, wanted = torch.get_num_threads(), merge(False)
+    try:
+        torch.set_num_threads(2)
+        others = [merge(True), merge(False, batch_size=8), merge(True, batch_size=1)]
+    finally: torch.set_num_threads(before)
+    for found in others:
+        for k, v in wanted.items(): assert torch.allclose(found[k], v, atol=2e-4 * v.abs().max().clamp(min=1e-3).item()), k
