@@ -26,6 +26,15 @@ def _power(s, p):
 
 def _ridge(s, gamma): return s + gamma * s.diagonal().mean() * torch.eye(len(s), dtype=s.dtype)
 
+# %% ../../nbs/30_alignment/08_cca.ipynb #0a0d3026
+def _turn(cross):
+    "V Uᵀ of a correlation; where nothing correlates, what lies nearest to leaving features as they are."
+    u, s, vt = torch.linalg.svd(cross)
+    v, found = vt.mT, s > 1e-10 * s[0]
+    if found.all(): return v @ u.mT
+    x, _, y = torch.linalg.svd(v[:, ~found].mT @ u[:, ~found])
+    return v[:, found] @ u[:, found].mT + v[:, ~found] @ (x @ y) @ u[:, ~found].mT
+
 # %% ../../nbs/30_alignment/08_cca.ipynb #7a79fab5
 def cca_map(
     cov:Tensor,     # joint covariances of (A, B), (2n, 2n)
@@ -36,8 +45,7 @@ def cca_map(
     n, cov = len(cov) // 2, cov.double()
     a, b = _ridge(cov[:n, :n], gamma), _ridge(cov[n:, n:], gamma)
     root = _power(a, -.5)
-    u, _, vt = torch.linalg.svd(_power(b, -.5) @ cov[n:, :n] @ root)
-    return root @ vt.mT @ u.mT @ _power(b, .5)
+    return root @ _turn(_power(b, -.5) @ cov[n:, :n] @ root) @ _power(b, .5)
 
 # %% ../../nbs/30_alignment/08_cca.ipynb #e80aee63
 def cca_transform(
