@@ -22,6 +22,7 @@ from ..core.identity import code_hash, identity, plain_config
 from ..core.pictures import check_channels, rgb
 from ..core.stamped import cache_folder
 from ..core.state_dict import content_hash, meta, select
+from ..core.vocabulary import check_rows
 from .tower import vision_config, vision_model, vision_state
 
 # %% ../../nbs/20_models/01_clip.ipynb #e01f62c1
@@ -248,6 +249,7 @@ def text_features(
     tokens = tokenizer(
         prompts, padding=True, truncation=True, max_length=config.max_position_embeddings, return_tensors='pt'
     )
+    check_rows(int(tokens['input_ids'].max()), config)
     key = [
         weights,
         plain_config(config.to_dict()),

@@ -7,20 +7,20 @@ __all__ = ['StatisticsMethod', 'excluded_names', 'task_batches', 'share_statisti
            'expert_statistics']
 
 # %% ../../../nbs/65_statistics/01_collected.ipynb #d16fcefe
-import hashlib, json, re
+import hashlib, json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, KW_ONLY
 from pathlib import Path
 import torch
 from ...core.cached import remembered
 from ...core.checkpoint import Checkpoint
-from ...core.errors import FusionError, check_known
+from ...core.errors import FusionError, check_known, check_pattern
 from ...core.identity import rows_hash, text_hash
 from ...core.stamped import cache_folder
 from ...core.state_dict import StateDict, content_hash
 from ..base import BaseAlgorithm, at_least, check_fields
 from ..neurons import CALIBRATION_SPLITS, load_network
-from ..statistics import open_statistics, save_statistics
+from ..statistics import finite_statistic, open_statistics, save_statistics
 
 # %% ../../../nbs/65_statistics/01_collected.ipynb #cdb1a5b7
 @dataclass
@@ -50,9 +50,7 @@ def excluded_names(
     patterns:Sequence[str], # regular expressions
 ) -> list[str]:             # those in which one is found
     "Names that are not merged."
-    try: found = [re.compile(p) for p in patterns]
-    except re.error as e:
-        raise FusionError(f'expected `exclude_param_names_regex` as regular expressions, got {e}') from None
+    found = [check_pattern(p, 'exclude_param_names_regex') for p in patterns]
     return [n for n in names if any(p.search(n) for p in found)]
 
 # %% ../../../nbs/65_statistics/01_collected.ipynb #a0cf1d43
@@ -150,6 +148,8 @@ def expert_statistics(
         def moved(x): return tuple(map(moved, x)) if isinstance(x, tuple) else x.to(method.device)
         return compute(network, map(moved, batches()))
     path = cache_folder()/'statistics'/f'{name}.safetensors'
-    found = _from_disk(path, remembered(path, run, kind=kind, key=key))
+    tensors = remembered(path, run, kind=kind, key=key)
+    for n in tensors: finite_statistic(tensors, n)
+    found = _from_disk(path, tensors)
     if method.share: share_statistics(method.share, task, found, stated)
     return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ...core.entries import Entry
-from ...core.errors import FusionError
+from ...core.errors import FusionError, check_pattern
 from ...core.matrices import Matrices
 from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, check_fields, expert_weights
@@ -75,12 +75,6 @@ def pruned(
         return trim(tau, border(e.name)) if ratio < 1 and (how == 'model' or _kept(n, ratio)) else tau.zero_()
     return by_size, False
 
-# %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #c0803dd7
-def _check_name(text):
-    try: re.compile(text)
-    except (re.error, TypeError):
-        raise FusionError(f'expected `extract_names` as regular expressions, got {text!r:.60}') from None
-
 # %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #fa9708ae
 def _check_pruning(m):
     if not 0 <= m.prune_ratio <= 1:
@@ -91,7 +85,7 @@ def _check_pruning(m):
     _pattern(m.pattern)
     if m.rescale and m.prune_ratio == 1:
         raise FusionError('expected `prune_ratio` below 1 with `rescale`, got 1')
-    for text in m.extract_names or (): _check_name(text)
+    for text in m.extract_names or (): check_pattern(text, 'extract_names')
 
 # %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #f2a6f204
 def _sparse(m, pool):
