@@ -150,7 +150,7 @@ def sealed_table(
     table, # of pyarrow
 ):         # the same, with a digest of its values
     "A table that can be checked when it is read."
-    return table.replace_schema_metadata({'digest': _table_hash(table)})
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), 'digest': _table_hash(table)})
 
 def unsealed_table(
     table, # of `sealed_table`, read again

@@ -10,8 +10,10 @@ __all__ = ['HEADER', 'COLUMNS', 'csv_path', 'csv_rows', 'csv_text', 'write_csv',
 import csv, io, math, re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from ..core.cached import sealed_table, unsealed_table
 from ..core.checkpoint import atomic
 from ..core.errors import FusionError
+from ..core.files import read_text
 
 # %% ../../nbs/40_metrics/09_measurements.ipynb #fbfefa44
 HEADER = ['Model', 'Space', 'Metric', 'Value']
@@ -67,14 +69,15 @@ def read_csv(
     path:str|Path, # a file of this kind, readable form or not
 ) -> dict:         # model -> space -> metric -> float
     "Read the original's CSV, filling forward."
-    with open(path, newline='') as f: header, *rows = csv.reader(f)
+    header, *rows = [*csv.reader(io.StringIO(read_text(path), newline=''))] or [[]]
     if header != HEADER:
         raise FusionError(f'expected the header {",".join(HEADER)}, got {",".join(header)} in `{path}`')
     results, model, space = {}, '', ''
     for row in rows:
         if len(row) != 4: raise FusionError(f'expected four fields, got {row} in `{path}`')
         model, space = row[0] or model, row[1] or space
-        results.setdefault(model, {}).setdefault(space, {})[row[2]] = float(row[3])
+        try: results.setdefault(model, {}).setdefault(space, {})[row[2]] = float(row[3])
+        except ValueError: raise FusionError(f'expected a number, got {row[3]!r:.40} in `{path}`') from None
     return results
 
 # %% ../../nbs/40_metrics/09_measurements.ipynb #af2e2add
@@ -119,7 +122,7 @@ def write_parquet(
         metadata=dict(notes) or None,
     )
     table = pa.Table.from_pylist([{k: r.get(k) for k in COLUMNS} for r in rows], schema)
-    with atomic(path) as new: parquet.write_table(table, new)
+    with atomic(path) as new: parquet.write_table(sealed_table(table), new)
     return Path(path)
 
 # %% ../../nbs/40_metrics/09_measurements.ipynb #fc6ed937
@@ -128,7 +131,10 @@ def read_parquet(
 ) -> list[dict]: # rows, without what is null
     "Read the tidy table."
     from pyarrow import parquet
-    return [{k: v for k, v in r.items() if v is not None} for r in parquet.read_table(path).to_pylist()]
+    try: table = unsealed_table(parquet.read_table(path))
+    except Exception as e: # of a library, of any kind
+        raise FusionError(f'expected a tidy table in `{path}`, got {" ".join(str(e).split()):.120}') from None
+    return [{k: v for k, v in r.items() if v is not None} for r in table.to_pylist()]
 
 # %% ../../nbs/40_metrics/09_measurements.ipynb #1de6d647
 def summary(
