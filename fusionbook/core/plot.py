@@ -28,10 +28,19 @@ theme = dict(
     kilobytes=100,
 )
 
+# %% ../../nbs/00_core/04_plot.ipynb #bc91e496
+def _plain_texts(fig):
+    "Names are names, whatever dollar signs they hold; ticks of logarithmic axes keep their powers."
+    for ax in fig.axes:
+        legend = ax.get_legend()
+        texts = [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts, *(legend.get_texts() if legend else ())]
+        for text in texts: text.set_parse_math(False)
+
 # %% ../../nbs/00_core/04_plot.ipynb #25f68c55
 def _png(fig):
     "PNG bytes of `fig`, at most `theme['kilobytes']`; the same figure gives the same bytes."
     from PIL import Image
+    _plain_texts(fig)
     for dpi, colors in (
         (theme['dpi'], None),
         (theme['dpi'], 256),
