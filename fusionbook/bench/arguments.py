@@ -236,6 +236,9 @@ def explain(
                 f'list` shows all)')
     if found := _refused(error, words, compose):
         (*parents, key), node = found[0].split('.'), found[1]
+        if found[0] in _GROUP:
+            return (f'expected `{key}` as a name that `fusionbook list {key}s` shows, got a mapping; write it '
+                    f'into a file and give that')
         for p in parents: node = node[p] if hasattr(node, 'keys') and p in node else {}
         return (f'expected a key of {".".join(parents) or "a run"}, got `{key}`; '
                 f'{nearest(key, node if hasattr(node, "keys") else ())}')
