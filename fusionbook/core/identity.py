@@ -105,6 +105,32 @@ def text_hash(
         :16
     ]
 
+# %% ../../nbs/00_core/02c_identity.ipynb #fd47bd79
+def _users(name):
+    "Whether a module's text is the user's, not ours or that of an installed library."
+    return name == '__main__' or name is not None and _own(name) and name.partition('.')[0] != 'fusionbook'
+
+# %% ../../nbs/00_core/02c_identity.ipynb #c57d0122
+def _kept(x, state):
+    "Attributes without what a property has only kept."
+    if not isinstance(state, dict): return state
+    def is_kept(k): return isinstance(inspect.getattr_static(type(x), k, None), cached_property)
+    return {k: v for k, v in state.items() if not is_kept(k)}
+
+def _made_of(x):
+    "What a copy of an object would be made of; an object that knows no copy is refused."
+    try: made = x.__reduce_ex__(4)
+    except Exception: made = None
+    if isinstance(made, str): return made
+    if made is None:
+        raise FusionError(
+            f'expected a head that holds numbers, texts, networks, functions and objects of these, got a '
+            f'{type(x).__name__}; a task pool with `head_digest(task)` says itself what its heads are'
+        )
+    how, args, state, items, pairs = (*made, None, None, None)[:5]
+    state = [_kept(x, s) for s in (state if isinstance(state, tuple) else (state,))]
+    return [type(x), how, list(args), state, list(items or ()), [list(p) for p in pairs or ()]]
+
 # %% ../../nbs/00_core/02c_identity.ipynb #f2d49c7f
 _NOT_STATED = {
     'training',
@@ -126,17 +152,31 @@ _ORIGIN = {
     'attn_implementation',
 }
 
-def _as_json(v):
-    "An attribute as JSON."
+# %% ../../nbs/00_core/02c_identity.ipynb #32f604a1
+def _numbers(x):
+    "Numbers, bytes and their types as JSON; None for anything else."
+    if isinstance(x, Tensor) and x.is_meta: return [list(x.shape), str(x.dtype)]
+    if isinstance(x, Tensor): return content_hash({'': x if x.layout == strided else x.to_dense()})
+    if isinstance(x, (device, dtype, np.dtype)): return str(x)
+    if isinstance(x, bytes): return hashlib.sha256(x).hexdigest()[:16]
+    if not isinstance(x, (np.ndarray, np.generic)) or x.dtype.hasobject: return None
+    return [str(x.dtype), list(x.shape), hashlib.sha256(x.tobytes()).hexdigest()[:16]]
+
+# %% ../../nbs/00_core/02c_identity.ipynb #3ecaea5e
+def _as_json(v, above=()):
+    "An attribute as JSON; a part of a network, and what knows no copy of itself, by its class."
     if v is None or isinstance(v, (bool, int, float, str)): return v
-    if isinstance(v, Tensor): return [list(v.shape), str(v.dtype)] if v.is_meta else content_hash({'': v})
-    if isinstance(v, Mapping): return {str(k): _as_json(x) for k, x in v.items()}
+    if (numbers := _numbers(v)) is not None: return numbers
+    if any(v is a for a in above): return 'above'
+    def of(x): return _as_json(x, (*above, v))
+    if isinstance(v, Mapping): return {str(k): of(x) for k, x in v.items()}
     if isinstance(v, (list, tuple, set, frozenset)):
-        return [_as_json(x) for x in (sorted(v, key=repr) if isinstance(v, (set, frozenset)) else v)]
-    if isinstance(v, (device, dtype)): return str(v)
+        return [of(x) for x in (sorted(v, key=repr) if isinstance(v, (set, frozenset)) else v)]
     if callable(v) and hasattr(v, '__qualname__'):
         return [f'{v.__module__}.{v.__qualname__}', _compiled(v) if v.__module__ == '__main__' else None]
-    return type(v).__qualname__
+    if isinstance(v, nn.Module): return type(v).__qualname__
+    try: return of(_made_of(v))
+    except FusionError: return type(v).__qualname__
 
 # %% ../../nbs/00_core/02c_identity.ipynb #1bc8eb7f
 def _part(name, module):
@@ -188,10 +228,6 @@ def identity(
     return facts_hash([tensors, facts])
 
 # %% ../../nbs/00_core/02c_identity.ipynb #e304c449
-def _users(name):
-    "Whether a module's text is the user's, not ours or that of an installed library."
-    return name == '__main__' or name is not None and _own(name) and name.partition('.')[0] != 'fusionbook'
-
 def _read(code):
     "Names of globals that code reads, also in the functions inside."
     own = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
@@ -214,37 +250,8 @@ def _caught(f):
     defaults = getattr(f, '__defaults__', None), getattr(f, '__kwdefaults__', None)
     return [found, *defaults, owner, dict(getattr(f, '__dict__', {}))]
 
-# %% ../../nbs/00_core/02c_identity.ipynb #c57d0122
-def _kept(x, state):
-    "Attributes without what a property has only kept."
-    if not isinstance(state, dict): return state
-    def is_kept(k): return isinstance(inspect.getattr_static(type(x), k, None), cached_property)
-    return {k: v for k, v in state.items() if not is_kept(k)}
-
-def _made_of(x):
-    "What a copy of an object would be made of; an object that knows no copy is refused."
-    try: made = x.__reduce_ex__(4)
-    except Exception: made = None
-    if isinstance(made, str): return made
-    if made is None:
-        raise FusionError(
-            f'expected a head that holds numbers, texts, networks, functions and objects of these, got a '
-            f'{type(x).__name__}; a task pool with `head_digest(task)` says itself what its heads are'
-        )
-    how, args, state, items, pairs = (*made, None, None, None)[:5]
-    state = [_kept(x, s) for s in (state if isinstance(state, tuple) else (state,))]
-    return [type(x), how, list(args), state, list(items or ()), [list(p) for p in pairs or ()]]
-
 # %% ../../nbs/00_core/02c_identity.ipynb #01512b44
 _BARE = frozenset(vars(nn.Module()))
-
-def _numbers(x):
-    "Numbers, bytes and their types as JSON; None for anything else."
-    if isinstance(x, Tensor): return _as_json(x if x.layout == strided else x.to_dense())
-    if isinstance(x, (device, dtype, np.dtype)): return str(x)
-    if isinstance(x, bytes): return hashlib.sha256(x).hexdigest()[:16]
-    if not isinstance(x, (np.ndarray, np.generic)) or x.dtype.hasobject: return None
-    return [str(x.dtype), list(x.shape), hashlib.sha256(x.tobytes()).hexdigest()[:16]]
 
 def _network(x):
     "A network's identity; of the parts that the user has written every attribute."
