@@ -9,9 +9,7 @@ __all__ = ['swapped', 'attribute', 'drift', 'tasks_with_experts', 'scattered', '
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-import math
 import numpy as np
-import torch
 from torch import nn
 from .base import BaseAnalysis, Findings, Table, by_layer, check_asked, names_in, state_of
 from fusionbook.analysis.features import (
@@ -26,7 +24,6 @@ from ..core.errors import FusionError, check_known
 from ..core.plot import figure, heatmap, theme
 from ..core.progress import silent, track
 from ..core.state_dict import Lazy, StateDict, meta, shared
-from ..modelpool.base import fill
 
 # %% ../../nbs/75_analysis/07_attribution.ipynb #741c9de3
 def swapped(

@@ -9,21 +9,11 @@ __all__ = ['chosen_names', 'chosen_models', 'plane_points', 'surface_figure', 'L
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations, cycle
-import math
 import numpy as np
-import torch
 import torch.nn.functional as F
 from .base import BaseAnalysis, Findings, Table, check_asked, names_in, state_of
 from .curves import bezier, check_independent, connect, coordinates, filter_normalised
-from fusionbook.analysis.points import (
-    Heights,
-    Space,
-    barrier_height,
-    example_metrics,
-    heights,
-    measure,
-    spanned,
-)
+from .points import Heights, Space, barrier_height, example_metrics, heights, measure
 from .task_vectors import added, pair_sums
 from ..core.errors import FusionError, check_known, nearest
 from ..core.plot import curves, figure, heatmap, theme

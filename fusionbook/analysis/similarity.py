@@ -8,7 +8,7 @@ __all__ = ['pair_directions', 'layer_similarities', 'dendrogram', 'violins', 'Ta
 
 # %% ../../nbs/75_analysis/04_similarity.ipynb #623f3f65
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 import numpy as np

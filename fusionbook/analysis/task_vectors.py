@@ -8,7 +8,7 @@ __all__ = ['PairSums', 'compared_names', 'pair_sums', 'added', 'cosines', 'corre
 
 # %% ../../nbs/75_analysis/01_task_vectors.ipynb #0525dc65
 import math, re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 import numpy as np
 import torch

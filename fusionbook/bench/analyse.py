@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from fastcore.docments import docments
 from ..analysis.base import BaseAnalysis, Findings, check_asked, without_routes
-from .arguments import composition, search_folders, split_words
+from .arguments import composition, search_folders
 from .board import methods_requested
 from .configured import build_part, complete, restricted
 from .flags import Flags, check_choice, read_flags

@@ -6,7 +6,6 @@
 __all__ = ['ANCHORS_USAGE', 'anchors', 'anchor_config', 'missing_source', 'repeated', 'anchors_flags', 'anchors_command']
 
 # %% ../../nbs/80_bench/98d_anchors.ipynb #aeb68294
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from .arguments import composition

@@ -6,7 +6,6 @@
 __all__ = ['EXTRACT_HELP', 'Cut', 'cut_change', 'rank_of', 'Extraction', 'extract_lora', 'extract_lora_command']
 
 # %% ../../nbs/80_bench/17c_extract_lora.ipynb #bbe66878
-import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,7 +17,7 @@ from .adapter_files import adapter_settings, check_adapter_place, factor_tensors
 from .adapter_files import write_adapter
 from .merge_adapters import check_types, words_of
 from .merge_files import stored_state
-from .merge_sources import ModelHead, open_head
+from .merge_sources import open_head
 from ..core.adapters import ties_head
 from ..core.errors import check_known, FusionError
 from ..core.mergeable import is_finite

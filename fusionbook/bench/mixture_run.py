@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import torch
-import fusionbook
 from .merge_files import check_merge_output, merge_versions, source_files
 from .merge_files import stored_state, while_they_stay
 from .merge_sources import ModelHead, open_head

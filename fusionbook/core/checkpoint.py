@@ -14,7 +14,7 @@ from torch import Tensor
 from .atomic import atomic
 from .errors import FusionError
 from .folders import read_model, stored_ties
-from .places import WEIGHTS, check_packaged, check_replaceable, find
+from .places import check_replaceable, find
 from .reading import CODES
 from .state_dict import Lazy, StateDict, meta, shared
 

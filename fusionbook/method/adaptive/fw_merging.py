@@ -7,12 +7,12 @@ __all__ = ['chosen_shares', 'FrankWolfe', 'walker', 'FrankWolfeMethod', 'FrankWo
            'mixed_shares']
 
 # %% ../../../nbs/66_adaptive/fw_merging.ipynb #f88efdd3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from fastcore.basics import patch
 from functools import partial
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ...core.errors import FusionError, check_known
 from ...core.state_dict import StateDict, content_hash
 from .adapt import finite_objective, on_threads, stage_file

@@ -7,7 +7,7 @@ __all__ = ['corrected', 'feature_of', 'SurgeryNetwork', 'features_of_rows', 'CLI
 
 # %% ../../../nbs/66_adaptive/surgery.ipynb #f8782f67
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fastcore.basics import patch
 import torch

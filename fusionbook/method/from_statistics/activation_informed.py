@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ...core.engine import map_tensors
-from ...core.errors import check_known, FusionError
+from ...core.errors import FusionError
 from ...core.state_dict import StateDict
 from ..base import at_least
 from .collected import expert_statistics, StatisticsMethod

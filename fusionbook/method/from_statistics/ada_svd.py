@@ -6,7 +6,7 @@
 __all__ = ['routing_weights', 'collapsed_weights', 'AdaSVDMerging', 'weighted_layers']
 
 # %% ../../../nbs/65_statistics/ada_svd.ipynb #cacf71df
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...core.engine import map_tensors
 from ...core.errors import FusionError
 from ...core.progress import track
-from ...core.state_dict import meta, StateDict
+from ...core.state_dict import StateDict
 from ..base import at_least, expert_weights
 from .collected import StatisticsMethod, task_batches
 from ..neurons import load_network

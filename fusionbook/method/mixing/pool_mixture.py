@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from ...core.checkpoint import save
 from ...core.errors import FusionError
-from ...core.state_dict import StateDict, shared
+from ...core.state_dict import StateDict
 from .dense_to_moe import ExpertSource, layout_for
 from .dense_to_moe import mixture_config, mixture_network, mixture_state
 

@@ -7,7 +7,6 @@ __all__ = ['projected', 'SingularProjectionMerging']
 
 # %% ../../../nbs/68_mixing/singular_projection_merging.ipynb #6bc9744a
 from dataclasses import dataclass
-import torch
 from torch import Tensor
 from ...core.engine import Route, map_tensors
 from ...core.errors import FusionError
