@@ -11,7 +11,6 @@ import hashlib, json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, KW_ONLY
 from pathlib import Path
-import torch
 from ...core.cached import remembered
 from ...core.checkpoint import Checkpoint
 from ...core.errors import FusionError, check_known, check_pattern
