@@ -426,7 +426,7 @@ def words_of(
     for word in argv:
         head, sign, value = word.partition('=')
         if word.startswith('-'): raise FusionError(f'expected key=value, got `{word}`')
-        if not sign:
+        if not sign or '/' in head: # a place such as `out/lr=0.1`
             places.append(word)
         elif head in keys:
             raise FusionError(f'expected `{head}` once, got it twice')

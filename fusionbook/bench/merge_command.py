@@ -80,7 +80,7 @@ def merge_words(
         if word.startswith('-'):
             found = _flag(word, rest)
             if found: options[found[0]] = found[1]
-        elif not sign or os.path.exists(word): places.append(word)
+        elif not sign or '/' in head or os.path.exists(word): places.append(word) # `out/lr=0.1`
         elif _option(head): options[_option(head)] = value
         elif head in keys: raise FusionError(f'expected `{head}` once, got it twice')
         else: keys[head] = value
