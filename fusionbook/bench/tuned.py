@@ -251,7 +251,7 @@ def _by_example(report):
     return scores | shared
 
 def _answers(tensors, part):
-    names = {k: k.removeprefix(f'{part}/') for k in tensors}
+    names = {k: k.removeprefix(f'{part}/') for k in sorted(tensors)} # files have no order; resampling has one
     return {n: tensors[k].numpy() for k, n in names.items() if n != k}
 
 @dataclass

@@ -157,9 +157,10 @@ def _tower(c):
 def _sketched(path):
     "The note of a tower with plain settings, put together here; None for others."
     if not (now := version('transformers')).startswith(_SKETCHED): return None
-    if (c := _settings(read_json(beside(find(path))/'config.json'))) is None: return None
+    file = beside(find(path))/'config.json'
+    if (c := _settings(read_json(file))) is None: return None
     config = _COMMON | c | dict(architectures=None, model_type='clip_vision_model', transformers_version=now)
-    with torch.device('meta'): network = _tower(c)
+    with torch.device('meta'): network = described(_tower, c, file)
     network.config = SimpleNamespace(to_dict=lambda: config)
     return _note(network, json.dumps(config, indent=2, sort_keys=True) + '\n')
 
