@@ -185,8 +185,7 @@ def tower_note(
     file = cache_folder()/'towers'/f'{name}.json'
     if file in _SEEN: return _SEEN[file]
     if known := read_record(file, kind='tower', key=key): return _SEEN.setdefault(file, known['content'])
-    if plain := _sketched(path): return _SEEN.setdefault(file, plain)
-    found = _noted(path)
+    found = _sketched(path) or _noted(path)
     if (facts := _plain(found['facts'])) is None: return _SEEN.setdefault(file, found)
     try: write_record(file, found | dict(facts=facts), kind='tower', key=key)
     except (FusionError, OSError): pass # costs time alone
