@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_digest
 from .errors import FusionError
 from .headers import check_weights
 
@@ -161,6 +162,14 @@ def main_type(
         if t.is_floating_point() and name not in second: sizes[str(t.dtype)[6:]] += t.numel()
     return max(sizes, key=sizes.get, default='float32')
 
+# %% ../../nbs/00_core/01_state_dict.ipynb #b74db7ea
+_LARGE = 2**20 # bytes
+
+def _content(t):
+    "What stands for a tensor's bytes in a hash."
+    data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return data if data.nbytes < _LARGE else xxh3_128_digest(data)
+
 # %% ../../nbs/00_core/01_state_dict.ipynb #7eebae46
 def content_hash(
     sd:StateDict, # any state dict; read tensor by tensor
@@ -168,9 +177,9 @@ def content_hash(
     "Fingerprint of a model's content, whatever form it is stored in."
     digest = hashlib.sha256()
     for name in sorted(sd):
-        t = sd[name].detach().cpu().contiguous()
+        t = sd[name]
         digest.update(f'{name}|{t.dtype}|{tuple(t.shape)}|'.encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+        digest.update(_content(t))
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #82e1d5ca

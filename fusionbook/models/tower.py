@@ -141,7 +141,9 @@ def _embeddings(c):
     own = dict(embed_dim=w, image_size=c['image_size'], patch_size=patch)
     own |= dict(num_patches=count, num_positions=count + 1)
     conv = nn.Conv2d(c['num_channels'], w, patch, patch, bias=False)
-    parts = dict(patch_embedding=conv, position_embedding=nn.Embedding(count + 1, w))
+    # drawn numbers would make torch import its compiler, for a second; here none are needed
+    position = nn.Embedding.from_pretrained(torch.empty(count + 1, w), freeze=False)
+    parts = dict(patch_embedding=conv, position_embedding=position)
     return _named('CLIPVisionEmbeddings', own, class_embedding=nn.Parameter(torch.empty(w)), **parts)
 
 # %% ../../nbs/20_models/00_tower.ipynb #b5fed3b4
