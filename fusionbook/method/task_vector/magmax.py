@@ -19,8 +19,16 @@ def largest_entry(
     tau:Tensor, # task vectors, (T, n)
 ) -> Tensor:    # (n,)
     "For each weight the entry of largest magnitude; of equal ones the last."
-    best = tau[0].clone()
-    for row in tau[1:]: torch.where(row.abs() >= best.abs(), row, best, out=best)
+    high, low = tau.amax(0), tau.amin(0)
+    best = torch.where(high > -low, high, low)
+    drawn = (high == -low) & (high > 0)
+    if drawn.any(): best[drawn] = _last_of_equal(tau[:, drawn], high[drawn])
+    return best
+
+def _last_of_equal(tau, size):
+    "The last entry of each column whose magnitude is `size`."
+    best = tau[0]
+    for row in tau[1:]: best = torch.where(row.abs() == size, row, best)
     return best
 
 def magmax(
