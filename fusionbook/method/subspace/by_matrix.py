@@ -13,8 +13,8 @@ from torch import Tensor
 from ...core.engine import Route, direction_of
 from ...core.entries import Entry
 from ...core.errors import FusionError, nearest
-from ...core.matrices import matrix_rule
-from ...core.state_dict import StateDict
+from ...core.matrices import check_matrices, matrix_rule
+from ...core.state_dict import StateDict, meta
 from ..base import BaseAlgorithm, check_fields
 from .spectrum import Triplets, polar
 
@@ -38,6 +38,7 @@ def by_matrix(
     device:str='cpu',            # where the arithmetic happens
 ) -> StateDict:                  # lazy, in float32, or float64 where the base is
     "A direction: `f` of the matrices, the mean of the task vectors elsewhere."
+    check_matrices(meta(base), matrices)
     rule, out = matrix_rule(matrices), set(exclude or ())
     if unknown := [name for name in out if name not in base]:
         raise FusionError(

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from ...core.engine import map_tensors
 from ...core.errors import FusionError
-from ...core.matrices import check_matrices
 from ...core.per_tensor import numeric_setting
-from ...core.state_dict import StateDict, meta
+from ...core.state_dict import StateDict
 from .by_matrix import by_matrix, MatrixMethod
 from .spectrum import leading
 
@@ -31,7 +30,6 @@ def cart_direction(
         k = math.ceil(rank_ratio * min(mean.shape) - 1e-9)
         return sum(leading(t.double() - mean, k).matrix() for t in e.task_vectors())
     def nothing(e): return torch.zeros_like(e.base)
-    check_matrices(meta(base), where['matrices'])
     return by_matrix(matrix, base, experts, other=nothing, held=lambda m, n: 8 * 4 * m * n, **where)
 
 # %% ../../../nbs/64_subspace/cart.ipynb #fa30318f
