@@ -1,4 +1,4 @@
-"House limits for notebooks: size, title, imports apart, a lesson for every public name, small pictures. `--table` prints the sizes."
+"House limits for notebooks: size, title, imports apart, a lesson for every public name, small pictures, strict `zip`. `--table` prints the sizes."
 import ast, io, re, statistics, sys
 from tokenize import OP, TokenError, generate_tokens
 from book import cells, directive, finish, module, modules, nbs, notebooks, source
@@ -44,6 +44,13 @@ def wide(src):
         code = re.sub(r'\s+# .*$', '', line)
         if len(code) > WIDTH and i not in inside and not re.fullmatch(r'\s*".*"', code): yield f'a line of {len(code)} characters: {code.strip()[:60]} …'
 
+def open_zips(src):
+    "Calls of `zip` that do not say whether their iterables have one length."
+    for call in (n for b in tree(src) for n in ast.walk(b) if isinstance(n, ast.Call)):
+        several = len(call.args) > 1 or any(isinstance(a, ast.Starred) for a in call.args)
+        if getattr(call.func, 'id', '') == 'zip' and several and all(k.arg != 'strict' for k in call.keywords):
+            yield f'a zip without `strict`: {ast.unparse(call)[:60]}'
+
 def lessons(code, exported):
     "Public names without a later cell that asserts something about them."
     for i, c in enumerate(code):
@@ -84,7 +91,7 @@ def check(nb):
     exported = [c for c in code if directive(c, 'exports?', 'exporti')]
     sizes = [size(c['src']) for c in exported] or [0]
     row = dict(cells=len(every), exported=len(exported), median=statistics.median(sizes), max=max(sizes), statements=sum(sizes))
-    out = [*lessons(code, exported), *(f for c in code for f in [*outputs(c), *wide(c['src'])]), *(f for c in exported for f in joined(c['src']))]
+    out = [*lessons(code, exported), *(f for c in code for f in [*outputs(c), *wide(c['src'])]), *(f for c in exported for f in [*joined(c['src']), *open_zips(c['src'])])]
     if not any(re.match(r'# .+\n\s*\n?> .+', c['src']) for c in every[:2] if c['cell_type'] == 'markdown'): out.append('no `# title` with `> sentence`')
     if max(sizes) > CELL: out.append(f'{sum(s > CELL for s in sizes)} exported cells over {CELL} statements')
     if row['median'] > MEDIAN: out.append(f'median exported cell over {MEDIAN} statements')

@@ -108,7 +108,7 @@ def weight_gram(
     "Sums over the weights of one group."
     gram = Gram()
     for name, axis in places:
-        gram.add(*(unfold(p, name, _real(sd[name]), axis, group) for p, sd in zip(specs, sds)))
+        gram.add(*(unfold(p, name, _real(sd[name]), axis, group) for p, sd in zip(specs, sds, strict=True)))
     return gram
 
 def _real(t): return t if t.dtype == torch.float64 else t.float()
@@ -120,7 +120,7 @@ def _pair_costs(specs, sds, parent, names, done, cost_of, solve):
     for child in [g for g, v in specs[1].groups.items() if v.within == parent]:
         gram = Gram()
         for name, axis in _writers(specs[1], child, names, done) or _places(specs[1], child, names):
-            a, b = (unfold(p, name, _real(sd[name]), axis, child) for p, sd in zip(specs, sds))
+            a, b = (unfold(p, name, _real(sd[name]), axis, child) for p, sd in zip(specs, sds, strict=True))
             gram.add(a[:, None], b[None])
         far = distances(gram, **cost_of)
         costs = torch.tensor([[solve(c).cost for c in row] for row in far], dtype=torch.float64)
@@ -156,7 +156,8 @@ def _beside(a, group, places, now):
         out |= {k: (v := sq.sqrt() + TINY) / v.sum() for k, sq in (('mu', gram.sq_a), ('nu', gram.sq_b))}
     if a.inner:
         out['structure'] = [
-            distances(weight_gram((p, p), (sd, sd), group, places), **a.cost_of) for p, sd in zip(specs, sds)
+            distances(weight_gram((p, p), (sd, sd), group, places), **a.cost_of)
+            for p, sd in zip(specs, sds, strict=True)
         ]
     return out
 
@@ -307,7 +308,8 @@ def align_and_average(
     note(maps)
     return average(_moved(spec, models, maps), weights, like or models[anchor])
 
-def _moved(spec, models, maps): return [move(resize(spec, m), m, t) if t else m for m, t in zip(models, maps)]
+def _moved(spec, models, maps):
+    return [move(resize(spec, m), m, t) if t else m for m, t in zip(models, maps, strict=True)]
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #6caaa2d9
 def group_grams(

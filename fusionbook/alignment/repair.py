@@ -27,7 +27,7 @@ def channel_statistics(
     for batch in track(batches, 'measuring channels'):
         for n, x in record(network, names, batch).items():
             x = x.double()
-            sums[n] = [s + v for s, v in zip(sums[n], (x.shape[1], x.sum(1), x.square().sum(1)))]
+            sums[n] = [s + v for s, v in zip(sums[n], (x.shape[1], x.sum(1), x.square().sum(1)), strict=True)]
     if lost := [n for n, (count, _, _) in sums.items() if not count]:
         raise FusionError(f'expected at least one batch that reaches `{lost[0]}`, got none')
     return {n: (s / c, (q / c - (s / c).square()).clamp(min=0).sqrt()) for n, (c, s, q) in sums.items()}
@@ -94,7 +94,9 @@ def repair(
     if len(weights) != len(parents):
         raise FusionError(f'expected {len(parents)} weights, one per parent, got {len(weights)}')
     known = [channel_statistics(p, layers, batches) for p in parents]
-    goals = {n: [sum(w * k[n][i] for w, k in zip(weights, known)) for i in (0, 1)] for n in layers}
+    goals = {
+        n: [sum(w * k[n][i] for w, k in zip(weights, known, strict=True)) for i in (0, 1)] for n in layers
+    }
     out = copy.deepcopy(network)
     for n in track(layers, 'repairing layers'):
         fold(out.get_submodule(n), channel_statistics(out, [n], batches)[n], goals[n])
@@ -121,7 +123,7 @@ def reset_batchnorm(
     for batch in track(batches, 'measuring BatchNorm'): record(out, (), batch)
     if not norms[0].num_batches_tracked:
         raise FusionError('expected at least one batch to measure on, got none')
-    for m, (momentum, training, count) in zip(norms, before):
+    for m, (momentum, training, count) in zip(norms, before, strict=True):
         m.momentum, m.training = momentum, training
         m.num_batches_tracked.copy_(count)
     return out

@@ -164,7 +164,8 @@ def _batch_norm(notes, args, out):
 def _layer_norm(notes, args, out):
     x = notes.of(args[0])
     for t in args[2:4]:
-        for a, b in zip(x[-len(args[1]):], notes.of(t) if isinstance(t, Tensor) else ()): equate(a, b)
+        if not isinstance(t, Tensor): continue
+        for a, b in zip(x[-len(args[1]):], notes.of(t), strict=True): equate(a, b)
     return x
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #9225f3f1
@@ -246,9 +247,9 @@ def _moved(notes, args, out):
 def _expanded(notes, args, out):
     x = notes.of(args[0])
     x = [new_axis(1)] * (out.ndim - len(x)) + x
-    if any(1 < length(a) != n for a, n in zip(x, out.shape)):
-        return [_pinned(a, n) for a, n in zip(x, out.shape)]
-    return [a if length(a) == n else new_axis(n) for a, n in zip(x, out.shape)] # copies: any order
+    if any(1 < length(a) != n for a, n in zip(x, out.shape, strict=True)):
+        return [_pinned(a, n) for a, n in zip(x, out.shape, strict=True)]
+    return [a if length(a) == n else new_axis(n) for a, n in zip(x, out.shape, strict=True)] # copies: any order
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #a13937ff
 def _pinned(axis, n):

@@ -108,7 +108,7 @@ def check_spec(
         axes = spec.axes.get(name, ())
         if len(axes) != t.ndim:
             raise FusionError(f'expected {t.ndim} axes for `{name}`, {tuple(t.shape)}, got {len(axes)}')
-        for i, (axis, want, got) in enumerate(zip(axes, map(spec.length, axes), t.shape)):
+        for i, (axis, want, got) in enumerate(zip(axes, map(spec.length, axes), t.shape, strict=True)):
             if want != got:
                 raise FusionError(
                     f'expected axis {i} of `{name}`, which is `{write_axis(axis)}`, to have size {want}, got '
@@ -122,8 +122,8 @@ def _open(axis, size, sizes, name):
     if len(unknown) != 1 or any(part.count(g) > 1 for part in axis for g in unknown): return None
     g, = unknown
     counts = [prod(f if isinstance(f, int) else sizes[f] for f in part if f != g) for part in axis]
-    rest = sum(c for c, part in zip(counts, axis) if g not in part)
-    times = sum(c for c, part in zip(counts, axis) if g in part)
+    rest = sum(c for c, part in zip(counts, axis, strict=True) if g not in part)
+    times = sum(c for c, part in zip(counts, axis, strict=True) if g in part)
     if (size - rest) % times or size <= rest:
         raise FusionError(
             f'expected the size of `{name}` to be {write_axis(axis)}, got {size}, which no size of `{g}` '
@@ -137,7 +137,7 @@ def _solve(axes, info, sizes):
     found, before = dict(sizes), None
     while before != (before := len(found)): # one size may wait for another
         for name, axis, size in (
-            (name, a, n) for name, parts in axes.items() for a, n in zip(parts, info[name].shape)
+            (name, a, n) for name, parts in axes.items() for a, n in zip(parts, info[name].shape, strict=True)
         ):
             if new := _open(axis, size, found, name): found[new[0]] = new[1]
     return found
@@ -157,7 +157,10 @@ def make_spec(
             raise FusionError(
                 f'expected {info[name].ndim} axes for `{name}`, {tuple(info[name].shape)}, got {len(a)}'
             )
-    parts = {name: tuple(read_axis(x, n) for x, n in zip(a, info[name].shape)) for name, a in axes.items()}
+    parts = {
+        name: tuple(read_axis(x, n) for x, n in zip(a, info[name].shape, strict=True))
+        for name, a in axes.items()
+    }
     found = _solve(parts, info, sizes)
     groups = dict.fromkeys(
         g for a in parts.values() for axis in a for part in axis for g in part if isinstance(g, str)
@@ -296,7 +299,7 @@ def output_change(
             )
             if isinstance(t, Tensor)
         ]
-        pairs = list(zip(run(sd), run(permute(spec, sd, random_permutations(spec, seed)))))
+        pairs = list(zip(run(sd), run(permute(spec, sd, random_permutations(spec, seed))), strict=True))
     return max((a - b).abs().max().item() for a, b in pairs) / max(a.abs().max().item() for a, _ in pairs)
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #660c5e4e
@@ -335,7 +338,7 @@ def _apply(x, m, at, parent):
 def _map_axis(spec, maps, x, i, axis):
     "One axis of a tensor, part by part, outer groups first."
     out = []
-    for piece, part in zip(x.split([spec.size(p) for p in axis], i), axis):
+    for piece, part in zip(x.split([spec.size(p) for p in axis], i), axis, strict=True):
         piece = piece.unflatten(i, [spec.size((f,)) for f in part])
         for k, f in enumerate(part):
             if f not in maps: continue
@@ -385,7 +388,7 @@ def unfold(
             f'expected an axis where `{group}` occurs, got axis {axis} of `{name}`, which is '
             f'`{write_axis(parts)}`'
         )
-    for piece, part in zip(tensor.split([spec.size(p) for p in parts], axis), parts):
+    for piece, part in zip(tensor.split([spec.size(p) for p in parts], axis), parts, strict=True):
         if group not in part: continue
         at = [axis + part.index(g) for g in (spec.groups[group].within, group) if g]
         piece = piece.unflatten(axis, [spec.size((f,)) for f in part]).movedim(at, list(range(len(at))))

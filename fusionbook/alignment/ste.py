@@ -32,7 +32,7 @@ def _wide(t): return t if t.dtype == torch.float64 else t.float()
 # %% ../../nbs/30_alignment/04b_ste.ipynb #07e5523f
 def _push(free, mid, value, learning_rate):
     "The gradient at the midpoint moves the free weights."
-    for k, g in zip(free, torch.autograd.grad(value, [mid[k] for k in free], allow_unused=True)):
+    for k, g in zip(free, torch.autograd.grad(value, [mid[k] for k in free], allow_unused=True), strict=True):
         if g is not None: free[k] -= learning_rate * g
 
 # %% ../../nbs/30_alignment/04b_ste.ipynb #9344af1d
@@ -87,5 +87,6 @@ def parents_loss(
             _Judge(nets[0], head), {f'net.{k}': v.to(place) for k, v in sd.items()}, (x,)
         )
         return -(goal * logits.log_softmax(-1)).sum(-1).mean()
-    def loss(sd): return torch.stack([value(sd, *at, goal) for at, goal in zip(inputs, goals)]).mean()
+    def loss(sd):
+        return torch.stack([value(sd, *at, goal) for at, goal in zip(inputs, goals, strict=True)]).mean()
     return loss

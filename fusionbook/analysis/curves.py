@@ -78,7 +78,7 @@ def connect(
     bend = {k: t.float() if t.is_floating_point() else t for k, t in spanned([a, b], (.5, .5)).items()}
     trained = {k: bend[k].clone() for k, p in network.named_parameters() if k in bend}
     optimizer, draw, curve = torch.optim.Adam(list(trained.values()), lr), generator(seed, 't'), []
-    for _, batch in zip(track(range(steps), 'connecting'), batches):
+    for _, batch in zip(track(range(steps), 'connecting'), batches, strict=False):
         t = torch.rand((), generator=draw, dtype=torch.float64).item()
         refilled(network, spanned([a, bend | trained, b], bezier(t)))
         network.zero_grad()

@@ -138,7 +138,7 @@ def _tasks(text, taskpool, models):
 # %% ../../nbs/75_analysis/06_landscape.ipynb #9e436363
 def _table(places, found, axes):
     "A row for each point: its place, then every metric with its band and its tasks."
-    head, columns = list(axes), [list(c) for c in zip(*places)]
+    head, columns = list(axes), [list(c) for c in zip(*places, strict=True)]
     for h in found:
         head += [
             h.metric.name,
@@ -292,7 +292,7 @@ def _line(ask, pool, taskpool, models, merged, tasks):
 def _plane(ask, pool, taskpool, models, merged, tasks):
     anchors = list(models.values())
     points = plane_points(anchors, points=ask.points, margin=ask.margin)
-    places, weights = map(list, zip(*points))
+    places, weights = map(list, zip(*points, strict=True))
     width, height, foot = _frame(anchors)
     def place(s, t): return s * width + t * foot * width, t * height
     own = [(n, *place(*c), 0., False) for n, c in zip(models, ((0, 0), (1, 0), (0, 1)), strict=True)]
@@ -310,7 +310,7 @@ def _of_tasks(ask, pool, taskpool, models, merged, tasks):
     "base + λ₁τ₁ + λ₂τ₂."
     anchors = [pool.pretrained(), *models.values()]
     check_independent(added(pair_sums(anchors[0], anchors[1:]).values()).gram)
-    places, weights = map(list, zip(*_grid(ask.low, ask.high, ask.points)))
+    places, weights = map(list, zip(*_grid(ask.low, ask.high, ask.points), strict=True))
     def place(s, t): return s, t
     own = [(n, *c, 0., False) for n, c in zip(['base', *models], ((0, 0), (1, 0), (0, 1)), strict=True)]
     marks = own + _marks(anchors, merged, place)
@@ -327,7 +327,7 @@ def _random(ask, pool, taskpool, models, merged, tasks):
     "Around one model, in two random directions of its filters' lengths."
     (name, sd), = models.items()
     anchors = [sd, *(filter_normalised(sd, seed=ask.seed, of=d) for d in ('first', 'second'))]
-    places, weights = map(list, zip(*_grid(-ask.high, ask.high, ask.points)))
+    places, weights = map(list, zip(*_grid(-ask.high, ask.high, ask.points), strict=True))
     found, marks = _measured(ask, pool, taskpool, anchors, tasks, weights), [(name, 0., 0., 0., False)]
     figures = _drawn_plane(places, found, marks, ('first direction', 'second direction'), 'random')
     return Findings(
@@ -360,7 +360,7 @@ def _curve(ask, pool, taskpool, models, merged, tasks):
         bands = {n: (m.scale * h.low, m.scale * h.high) for n, h in hs.items()}
         lines = {n: m.scale * h.values for n, h in hs.items()}
         return curves(ts, lines, bands=bands, xlabel=f'from {a} to {b}', ylabel=m.label)
-    pairs = [dict(zip(found, hs)) for hs in zip(*found.values(), strict=True)]
+    pairs = [dict(zip(found, hs, strict=True)) for hs in zip(*found.values(), strict=True)]
     figures = {f'curve_{hs["line"].metric.name}': drawn(hs) for hs in pairs}
     over = {n: {h.metric.name: barrier_height(ts, h) for h in hs} for n, hs in found.items()}
     tables = {n: _table(places, hs, ['t']) for n, hs in found.items()}

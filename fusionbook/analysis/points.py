@@ -38,7 +38,8 @@ def spanned(
     kept = [(float(w), sd) for w, sd in zip(weights, anchors, strict=True) if w]
     if len(kept) == 1 and kept[0][0] == 1: return kept[0][1]
     (first, base), *rest = kept or [(0., anchors[0])]
-    def f(e): return sum((w * x for (w, _), x in zip(rest, e.experts)), first * e.base)
+    # where `rest` is empty the base stands in for the experts, without a weight
+    def f(e): return sum((w * x for (w, _), x in zip(rest, e.experts, strict=False)), first * e.base)
     return map_tensors(f, base, [sd for _, sd in rest] or [base], elementwise=True)
 
 # %% ../../nbs/75_analysis/05_points.ipynb #bb56a822

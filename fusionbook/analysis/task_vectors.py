@@ -130,7 +130,8 @@ def sample_places(
     draw = np.random.default_rng(generator(seed, 'places').initial_seed() % 2**63)
     at = np.arange(ends[-1]) if count >= ends[-1] else np.sort(draw.choice(ends[-1], count, replace=False))
     cuts = np.searchsorted(at, ends)
-    return {k: torch.from_numpy(at[a:b] - e) for k, a, b, e in zip(names, cuts, cuts[1:], ends) if b > a}
+    parts = zip(names, cuts[:-1], cuts[1:], ends[:-1], strict=True)
+    return {k: torch.from_numpy(at[a:b] - e) for k, a, b, e in parts if b > a}
 
 def sampled(
     base:StateDict,              # θ₀

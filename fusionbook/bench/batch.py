@@ -52,7 +52,9 @@ def combinations(
         raise FusionError(f'expected `{both[0]}` either with one value or in the grid, got both')
     if empty := [k for k, v in grid.items() if not v]:
         raise FusionError(f'expected at least one value of `{empty[0]}`, got an empty grid')
-    return [dict(fixed) | dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    return [
+        dict(fixed) | dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+    ]
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #0537bca4
 def _hash(*parts):
@@ -244,7 +246,7 @@ def publish_batch(
     import nbformat
     done, stem = [r for r in runs if r.state in ('finished', 'kept')], page.parent.name
     pages = [publish(r.copy, folder, f'{stem}_{r.copy.stem}') for r in done]
-    shown = [replace(r, copy=p) for r, p in zip(done, pages)]
+    shown = [replace(r, copy=p) for r, p in zip(done, pages, strict=True)]
     table = Path(folder)/f'{stem}.ipynb'
     with atomic(table) as new:
         new.write_text(

@@ -160,7 +160,7 @@ def make_board(
     if metric := metric_of(rows, folder) or (old or {}).get('metric'): facts['metric'] = metric
     every = [dict(r) for r in joined(facts, rows, old, [*book_methods(), *plan.methods])]
     order = ranked(facts | dict(methods=every))
-    for r, lead in zip(order, with_leads(order, folder)): r['lead'] = lead
+    for r, lead in zip(order[:-1], with_leads(order, folder), strict=True): r['lead'] = lead
     if order: order[-1].pop('lead', None)
     references = references_of(rows, folder) or (old or {}).get('references', {})
     return facts | dict(references=references, methods=every)
@@ -169,7 +169,7 @@ def make_board(
 def _without_interval(board):
     "Lines on either side of a lead that has no interval."
     order = ranked(board)
-    pairs = [(a, b) for a, b in zip(order, order[1:]) if a['lead']['low'] is None]
+    pairs = [(a, b) for a, b in zip(order[:-1], order[1:], strict=True) if a['lead']['low'] is None]
     return list({r['name']: r for pair in pairs for r in pair}.values())
 
 def _again(bench, row, method, seeds):

@@ -10,6 +10,7 @@ __all__ = ['bounded', 'limited', 'one_line', 'board_row', 'tested_again', 'metri
 import json, logging, signal
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from .paired import paired
 from .rows import average_interval, averages, spread
@@ -156,7 +157,7 @@ def leads(
 ) -> list[dict]:            # over, difference, low, high, one a row but the last
     "How surely each method is ahead of the next."
     known, found = [answers_of(r, folder) for r in rows], []
-    for i, (above, below) in enumerate(zip(rows, rows[1:])):
+    for i, (above, below) in enumerate(pairwise(rows)):
         lead = dict(over=below['name'], difference=_rounded(abs(above['score'] - below['score'])))
         lead |= dict(low=None, high=None)
         if known[i] and known[i + 1] and known[i][0].keys() == known[i + 1][0].keys():
@@ -171,7 +172,7 @@ def with_leads(
 ) -> list[dict]:             # leads, one a row but the last
     "The leads; where the answers are not in the cache, those of the older digest that are about the same scores."
     found = leads(order, folder)
-    for i, (r, lead) in enumerate(zip(order, found)):
+    for i, (r, lead) in enumerate(zip(order[:-1], found, strict=True)):
         old = r.get('lead') or {}
         alike = all(old.get(k) == lead[k] for k in ('over', 'difference'))
         if lead['low'] is None and alike: found[i] = dict(old)

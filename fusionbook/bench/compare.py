@@ -59,7 +59,7 @@ def with_answers(
         raise FusionError(f'expected a report of a merged model on some tasks, got `{file}` without')
     report.answers = read_predictions(predictions_path(file))
     rows = last_step([r for r in report['rows'] if r['metric'] == report.primary.name])
-    pairs = zip(rows, report.answers)
+    pairs = zip(rows, report.answers, strict=True)
     if len(rows) != len(report.answers) or not all(_belong(report.primary, *pair) for pair in pairs):
         raise FusionError(
             f'expected answers that belong to `{file}`, got `{predictions_path(file)}` of another run'
@@ -87,7 +87,7 @@ def _changed(reports):
     texts, models = [', '.join(f'{k}={c.get(k)}' for k in keys) for c in configs], _models_of(reports)
     return [
         f'{t} of {m}'.strip() if texts.count(t) > 1 and m and len(set(models)) > 1 else t
-        for t, m in zip(texts, models)
+        for t, m in zip(texts, models, strict=True)
     ]
 
 # %% ../../nbs/80_bench/07_compare.ipynb #0db5704e
@@ -98,11 +98,13 @@ def reports_by_name(
     names = [r.get('method', 'report') for r in reports]
     for name in {n for n in names if names.count(n) > 1}:
         some = [i for i, n in enumerate(names) if n == name]
-        for i, text in zip(some, _changed([reports[i] for i in some])): names[i] = f'{name} {text}'.strip()
+        for i, text in zip(some, _changed([reports[i] for i in some]), strict=True):
+            names[i] = f'{name} {text}'.strip()
     return dict(
         zip(
             [n if names.count(n) == 1 else f'{n} #{names[:i].count(n) + 1}' for i, n in enumerate(names)],
             reports,
+            strict=True,
         )
     )
 

@@ -86,7 +86,7 @@ def seed_part(
     def of(a, b): return luck(b - a) if together else luck(a) + luck(b)
     def value(x): return x.mean(1) if metric is None else metric.through_link(x.mean(1))
     means = {t: (value(first[t]), value(second[t])) for t in first}
-    whole = [np.mean(m, axis=0) for m in zip(*means.values())]
+    whole = [np.mean(m, axis=0) for m in zip(*means.values(), strict=True)]
     return {t: of(*m) for t, m in means.items()} | {'average': of(*whole)}
 
 # %% ../../nbs/80_bench/06b_paired.ipynb #097f1efa

@@ -237,7 +237,7 @@ def read_predictions(
         parts = {k: table[k].slice(i, j - i) for k in table.column_names if k not in (*_NAMES, 'index')}
         known = {vectors.get(k, k): p.to_numpy() for k, p in parts.items() if not p.null_count}
         return {k: names[k][i] for k in _NAMES} | known
-    return [one(i, j) for i, j in zip(starts, [*starts[1:], len(table)])]
+    return [one(i, j) for i, j in zip(starts, [*starts, len(table)][1:], strict=True)]
 
 # %% ../../nbs/80_bench/01_report.ipynb #a1187d98
 def _cell(metric, r, interval=False):

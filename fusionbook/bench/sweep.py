@@ -64,7 +64,7 @@ def axis(
     ranges = [bool(re.fullmatch(rf'{_N}(:{_N})+', p)) for p in parts]
     if len(parts) < 2 and not any(ranges): return None
     if not all(parts): raise FusionError(f'expected values between commas, got `{text}`')
-    return list(dict.fromkeys(v for p, r in zip(parts, ranges) for v in (span(p) if r else [p])))
+    return list(dict.fromkeys(v for p, r in zip(parts, ranges, strict=True) for v in (span(p) if r else [p])))
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #ba7c5384
 def points(
@@ -82,7 +82,7 @@ def points(
             f'expected at most {MAX_POINTS:,} points, got {" × ".join(str(len(v)) for v in grid.values())} = '
             f'{count:,}'
         )
-    return [dict(zip(grid, values)) for values in product(*grid.values())]
+    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #61f7613c
 def at(
@@ -138,7 +138,7 @@ def _curve(key, values, scores, reach, label):
     from fusionbook.core.plot import curves
     order = sorted(range(len(values)), key=lambda i: float(values[i]))
     x, y, ends = ([seq[i] for i in order] for seq in ([float(v) for v in values], scores, reach))
-    fig = curves(x, {'mean over tasks': y}, {'mean over tasks': tuple(zip(*ends))}, key, label)
+    fig = curves(x, {'mean over tasks': y}, {'mean over tasks': tuple(zip(*ends, strict=True))}, key, label)
     if x[0] > 0 and x[-1] / x[0] >= 100: fig.axes[0].set_xscale('log')
     return fig
 
@@ -183,8 +183,8 @@ def sweep_figure(
     if len(grid) > 1: return _map(grid, pts, y, pts[best], edge, metric)
     if None in map(_number, values):
         return bars(
-            {'mean over tasks': dict(zip(values, y))},
-            {'mean over tasks': dict(zip(values, ends))},
+            {'mean over tasks': dict(zip(values, y, strict=True))},
+            {'mean over tasks': dict(zip(values, ends, strict=True))},
             ylabel=label,
         )
     fig = _curve(key, values, y, ends, label)
@@ -361,7 +361,7 @@ def _outcome(grid, results, validation, met, metric):
 # %% ../../nbs/80_bench/06_sweep.ipynb #9e69486c
 def _apart(tests, runs, validation, allowed, pools):
     "How many test examples lie in the data to choose on, at most over the points: refused unless allowed."
-    pairs = {_text([a['taskpool'], b['taskpool']]): (a, b) for a, b in zip(tests, runs)}
+    pairs = {_text([a['taskpool'], b['taskpool']]): (a, b) for a, b in zip(tests, runs, strict=True)}
     found = [
         check_apart(pools(a, 'taskpool'), pools(b, 'taskpool'), validation, allowed=allowed)
         for a, b in pairs.values()
@@ -378,7 +378,7 @@ def run_sweep(
 ) -> Report|None:                         # of the chosen point on the test tasks; None for a dry run
     "Score the points of a grid, choose, and report the choice."
     pts = points(grid)
-    tests, runs = zip(*(_split(compose(p), validation) for p in pts))
+    tests, runs = zip(*(_split(compose(p), validation) for p in pts), strict=True)
     for r in runs: build_part(r, 'method') # refuses values that a method does not take, before any work
     folder, pools = Path(folder or sweep_folder(runs, grid)), _Pools()
     for r in tests: check_places(r, folder)

@@ -31,7 +31,7 @@ def _finite(name, base, stack, experts):
     alike = _equal(base, stack)
     bad = [
         getattr(e, 'name', f'expert {i}')
-        for i, (e, row) in enumerate(zip(experts, odd))
+        for i, (e, row) in enumerate(zip(experts, odd, strict=True))
         if (row & ~alike).any()
     ]
     if base is not None and (~torch.isfinite(base) & ~alike).any(): bad.insert(0, 'the base')
@@ -88,7 +88,7 @@ def entries_of(
     if not whole:
         yield from (Entry(name, shape, at, b, x) for at, b, x in parts)
         return
-    at, b, x = zip(*parts)
+    at, b, x = zip(*parts, strict=True)
     rows = torch.cat(x, 1).view(-1, *shape)
     yield Entry(name, shape, slice(0, at[-1].stop), torch.cat(b).view(shape), rows)
 
@@ -216,7 +216,7 @@ def _whole(job, name, shape):
     "The tensor of every model in the shape that a method wants; experts are read one at a time."
     first = (job.experts[0] if job.base is None else job.base)[name].detach()
     stack = torch.empty(len(job.experts), *shape, dtype=_type(first), device=job.device)
-    for row, expert in zip(stack, job.experts): row.copy_(expert[name].detach().reshape(shape))
+    for row, expert in zip(stack, job.experts, strict=True): row.copy_(expert[name].detach().reshape(shape))
     b = None if job.base is None else first.reshape(shape).to(job.device, stack.dtype)
     return _finite(name, b, stack, job.experts)
 

@@ -7,6 +7,7 @@ __all__ = ['LIMIT', 'SHORT', 'DEPTH', 'UNFOLDED', 'read_text', 'read_json', 'che
 
 # %% ../../nbs/00_core/00b_files.ipynb #e99cc495
 import io, json
+from itertools import islice
 from pathlib import Path
 from .errors import FusionError
 
@@ -89,7 +90,7 @@ def read_yaml(
     from omegaconf import OmegaConf
     text = read_text(path, limit=SHORT)
     check_yaml(text, path)
-    first = [type(event).__name__ for event, _ in zip(_events(text, path), range(3))][-1]
+    first = [type(event).__name__ for event in islice(_events(text, path), 3)][-1]
     odd = {'ScalarEvent': 'a bare value', 'SequenceStartEvent': 'a list'}
     if first in odd: raise _bad('keys with values', path, odd[first])
     try: return OmegaConf.load(io.StringIO(text))

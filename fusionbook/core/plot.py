@@ -152,7 +152,8 @@ def matrices(
         frame=False,
     )
     for ax, title, v, t in (
-        (ax, title, v, t) for line, row, t in zip(axes, rows, tall) for ax, (title, v) in zip(line, row)
+        (ax, title, v, t) for line, row, t in zip(axes, rows, tall, strict=True)
+        for ax, (title, v) in zip(line, row, strict=False) # the last row may end early
     ):
         _cells(
             ax,
@@ -180,7 +181,7 @@ def _label(ax, names, inches):
         range(len(names)),
         [
             '\n'.join(l) if level else textwrap.shorten(str(n), 32, placeholder='…')
-            for l, n in zip(lines, names)
+            for l, n in zip(lines, names, strict=True)
         ],
         parse_math=False,
     )
@@ -209,7 +210,7 @@ def _legend(fig, ax, names):
 # %% ../../nbs/00_core/04_plot.ipynb #624b3137
 def _write(ax, x, y, ends):
     "Write the heights `y` beyond the `ends` of their bars."
-    for a, b, v in zip(x, ends, y):
+    for a, b, v in zip(x, ends, y, strict=True):
         if not np.isfinite(v): continue
         ax.annotate(
             f'{v:.3g}' if abs(v) < 1000 else f'{v:,.0f}',
@@ -230,7 +231,7 @@ def _groups(ax, values, intervals, groups):
         x = np.arange(len(groups)) + (i - (len(values) - 1)/2)*width
         y = np.array([row.get(g, np.nan) for g in groups], dtype=float)
         bounds = (intervals or {}).get(series, {})
-        low, high = np.array([bounds.get(g, (v, v)) for g, v in zip(groups, y)], dtype=float).T
+        low, high = np.array([bounds.get(g, (v, v)) for g, v in zip(groups, y, strict=True)], dtype=float).T
         ax.bar(x, y, width*.94, color=_color(i), label=series)
         if bounds: ax.vlines(x, low, high, color=theme['ink'], lw=.8)
         if len(values)*len(groups) <= 16: _write(ax, x, y, np.where(y < 0, np.fmin(low, y), np.fmax(high, y)))
@@ -247,7 +248,7 @@ def bars(
     per_row = math.ceil(len(groups)/math.ceil(len(groups)*len(values)/48))
     rows, half = math.ceil(len(groups)/per_row), max(per_row, 4/len(values))/2 + .1   # a lone bar stays slim
     fig, axes = figure(rows, height=min(2.8, .9 + 4.5/rows)*rows + .4, sharey=True)
-    for ax, start in zip(axes.flat, range(0, len(groups), per_row)):
+    for ax, start in zip(axes.flat, range(0, len(groups), per_row), strict=True):
         part = groups[start:start+per_row]
         _groups(ax, values, intervals, part)
         _label(ax, part, (theme['width'] - .7)*len(part)/per_row)
@@ -268,7 +269,7 @@ def _levels(ax, levels):
         for i in range(len(place) - 1):
             push = max(0, gap - (place[i+1] - place[i]))/2
             place[i], place[i+1] = place[i] - push, place[i+1] + push
-    for name, y in zip(names, place):
+    for name, y in zip(names, place, strict=True):
         ax.annotate(
             f'{name} {levels[name]:.3g}',
             (1.02, y),

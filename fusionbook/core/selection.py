@@ -51,7 +51,7 @@ def count_bins(
 ) -> None:
     "Count one piece of a stream into the bins of each row's bracket."
     bits = _bits(x)
-    top = [min(l + (BINS << s) - 1, torch.iinfo(bits.dtype).max) for l, s in zip(low, shift)]
+    top = [min(l + (BINS << s) - 1, torch.iinfo(bits.dtype).max) for l, s in zip(low, shift, strict=True)]
     first, last = (torch.tensor(ends, dtype=bits.dtype, device=x.device)[:, None] for ends in (low, top))
     above = bits > last
     inside = (bits >= first) ^ above
@@ -92,9 +92,10 @@ def kth_largest(
     at = [bracket(row, k / size) for row, k in zip(sample, ranks, strict=True)]
     kind, done = sample.dtype, [False]
     while not all(done):
-        low, shift = zip(*at)
+        low, shift = zip(*at, strict=True)
         counts = torch.zeros(len(at), BINS + 1, dtype=torch.int64, device=sample.device)
         for x in stream(1): count_bins(x.to(kind), low, shift, counts)
-        *at, done = zip(*[narrow(l, s, row, k, kind) for (l, s), row, k in zip(at, counts, ranks)])
-        at = list(zip(*at))
+        rows = zip(at, counts, ranks, strict=True)
+        *at, done = zip(*[narrow(l, s, row, k, kind) for (l, s), row, k in rows], strict=True)
+        at = list(zip(*at, strict=True))
     return torch.tensor([l for l, _ in at], device=sample.device, dtype=_INTEGER[kind]).view(kind)

@@ -21,7 +21,7 @@ def _shortened(names):
     plain = {_WRAPPED.sub('', n): n for n in names}
     yield 0, {n: n for n in names}
     if len(plain) == len(names): yield 0, plain
-    shared_parts = [set(p) for p in zip(*(n.split('.')[:-1] for n in plain))]
+    shared_parts = [set(p) for p in zip(*(n.split('.')[:-1] for n in plain), strict=False)]
     cut = 0
     for part in shared_parts:
         if len(part) > 1 or len(plain) < len(names): return

@@ -104,7 +104,8 @@ def motion_blur(x, c, rng):
     fade, (h, w), far = np.exp(-.5 * (steps / c) ** 2), x.shape[:2], len(steps)
     right, down = (far + np.rint(steps * f(angle)).astype(int) for f in (np.cos, np.sin))
     wide = np.pad(x, ((far, far), (far, far), (0, 0)), mode='edge')
-    return sum(np.float32(p) * wide[j:j + h, i:i + w] for p, i, j in zip(fade / fade.sum(), right, down))
+    trail = zip(fade / fade.sum(), right, down, strict=True)
+    return sum(np.float32(p) * wide[j:j + h, i:i + w] for p, i, j in trail)
 
 # %% ../../nbs/10_data/02b_corruption.ipynb #99bb79f5
 def brightness(x, c, rng):

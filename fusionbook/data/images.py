@@ -63,7 +63,7 @@ def prepared(
     at = range(len(images)) if at is None else at
     try: return prepare(images)
     except Exception as e:
-        for i, image in zip(at, images):
+        for i, image in zip(at, images, strict=True):
             try: prepare([image])
             except Exception as own:
                 what = own if isinstance(own, FusionError) else f'{type(own).__name__}: {own}'

@@ -39,8 +39,9 @@ def digits(
     low, high = (int(share * len(digit)) for share in SPLITS[ask.split])
     mine = dice('scans').permutation(len(digit))[low:high]
     pools = [mine[digit[mine] == c] for c in range(10)]
+    draws = ask.rng.random(len(ask.labels))
     which = np.array(
-        [pools[c][int(u * len(pools[c]))] for c, u in zip(ask.labels, ask.rng.random(len(ask.labels)))]
+        [pools[c][int(u * len(pools[c]))] for c, u in zip(ask.labels, draws, strict=True)]
     )
     ask.sources = which
     x, y = grid(
@@ -303,7 +304,8 @@ TASKS = {
 }
 
 # %% ../../nbs/10_data/03_mini8.ipynb #b5715375
-PAINTERS = dict(zip(TASKS, [digits, capitals, shapes, textures, counting, clocks, colours, photos]))
+_BY_TASK = [digits, capitals, shapes, textures, counting, clocks, colours, photos]
+PAINTERS = dict(zip(TASKS, _BY_TASK, strict=True))
 BLOCK = 500 # images drawn at once, with their own seed
 
 # %% ../../nbs/10_data/03_mini8.ipynb #0c8869a5
@@ -332,6 +334,6 @@ def load(
     if level is None: level = .3 if split == 'pretraining' else .6
     if not 0 <= level <= 1: raise FusionError(f'expected a level in [0, 1], got {level}')
     blocks = [_block(task, split, seed, number, level) for number in range(-(-size // BLOCK))]
-    images, labels, sources = zip(*blocks)
+    images, labels, sources = zip(*blocks, strict=True)
     clusters = None if sources[0] is None else np.concatenate(sources)[:size]
     return Images(np.concatenate(images)[:size], np.concatenate(labels)[:size], TASKS[task], clusters)

@@ -259,7 +259,7 @@ def check_finite(
     for sd, name in zip(known, names, strict=True): sd.name = f'`{name}`'
     seen = {(k, t.shape) for info in infos for k, t in info.items() if t.is_floating_point()}
     for k, shape in sorted(seen):
-        peers = [sd for sd, info in zip(known, infos) if k in info and info[k].shape == shape]
+        peers = [sd for sd, info in zip(known, infos, strict=True) if k in info and info[k].shape == shape]
         for _ in pieces(k, None, peers): pass
         if len(peers) == 1 and not is_finite(peers[0][k]):
             raise FusionError(

@@ -262,7 +262,7 @@ def _dots(ax, rows, kind, i, scale):
     from fusionbook.core.plot import theme
     some = [r for r in rows if seen_kind(r['uses']) == kind]
     x, y = [r['cpu_seconds'] for r in some], [scale * r['score'] for r in some]
-    ends = list(zip(*(_reach(r, scale) for r in some)))
+    ends = list(zip(*(_reach(r, scale) for r in some), strict=True))
     look = dict(fmt=theme['markers'][i], color=theme['colors'][i], ms=4, elinewidth=.7, lw=0)
     if some: ax.errorbar(x, y, ends, label=kind, **look)
 

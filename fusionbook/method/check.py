@@ -283,7 +283,9 @@ class _BuildTrial(_Trial):
         "Whether a network has the same tensors and answers."
         own, other = self.merged.state_dict(), network.state_dict()
         answers = self.outputs(network)
-        same = len(answers) == len(self.answers) and all(a.equal(b) for a, b in zip(answers, self.answers))
+        same = len(answers) == len(self.answers) and all(
+            a.equal(b) for a, b in zip(answers, self.answers, strict=True)
+        )
         return own.keys() == other.keys() and _same_bytes(own, other) and same
 
 # %% ../../nbs/60_method/01_check.ipynb #2055a0d1

@@ -56,7 +56,7 @@ def _kind(call):
 
 def _request_once(network, calls):
     "Output of the network for each call, from one call; None where the output can not be shared out."
-    args = [torch.cat(ts) for ts in zip(*(a for a, _ in calls))]
+    args = [torch.cat(ts) for ts in zip(*(a for a, _ in calls), strict=True)]
     kwargs = {k: torch.cat([kw[k] for _, kw in calls]) for k in calls[0][1]}
     sizes = [len(next(iter((*a, *kw.values())))) for a, kw in calls]
     def rows(at, t):
@@ -80,7 +80,7 @@ def shared_logits(
         if t in found: continue
         same = [u for u in kinds if kinds[u] == kind]
         outs = None if kind is None or len(same) == 1 else _request_once(network, [calls[u] for u in same])
-        for u, out in zip(same, outs or ()):
+        for u, out in zip(same, outs, strict=True) if outs else ():
             with _forward(network, lambda *a, **kw: out): found[u] = heads[u](network, inputs[u])
         if t not in found: found[t] = heads[t](network, inputs[t])
     return {t: found[t] for t in inputs}

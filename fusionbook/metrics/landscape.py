@@ -79,7 +79,7 @@ def barrier(
     return dict(
         t=line,
         values=values,
-        barrier=max(v - (1 - t) * values[0] - t * values[-1] for t, v in zip(line, values)),
+        barrier=max(v - (1 - t) * values[0] - t * values[-1] for t, v in zip(line, values, strict=True)),
     )
 
 # %% ../../nbs/40_metrics/03f_landscape.ipynb #a70f1161
@@ -138,7 +138,7 @@ def plane_figure(
     fig, ((ax,),) = figure(height=4., width=5.4)
     lines = ax.contourf(grid['x'], grid['y'], grid['values'], levels=14, cmap='Blues')
     ax.grid(False)
-    for i, (name, (x, y)) in enumerate(zip(names, grid['places'].values())):
+    for i, (name, (x, y)) in enumerate(zip(names, grid['places'].values(), strict=True)):
         ax.plot(x, y, theme['markers'][i], color=theme['colors'][1], ms=8, mec=theme['ink'])
         ax.annotate(
             name, (x, y), (6, 6), textcoords='offset points', fontsize=theme['font'], color=theme['ink']

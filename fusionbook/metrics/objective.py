@@ -56,7 +56,7 @@ class Objective:
 def _named(self, w):
     "The flat vector as named tensors."
     parts = w.split([s.numel() for s in self.shapes.values()])
-    return {k: p.view(s) for (k, s), p in zip(self.shapes.items(), parts)}
+    return {k: p.view(s) for (k, s), p in zip(self.shapes.items(), parts, strict=True)}
 
 # %% ../../nbs/40_metrics/02b_objective.ipynb #907e1777
 def _loss(self, w, rows):

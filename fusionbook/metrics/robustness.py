@@ -111,6 +111,6 @@ def gradient_similarity(
     g, h = (input_gradient(m, x, y).flatten(1).double() for m in (a, b))
     k = max(1, round(top * g.shape[1]))
     largest = [[set(row.topk(k).indices.tolist()) for row in z.abs()] for z in (g, h)]
-    ranks = [spearmanr(p.abs().cpu(), q.abs().cpu()).statistic for p, q in zip(g, h)]
+    ranks = [spearmanr(p.abs().cpu(), q.abs().cpu()).statistic for p, q in zip(g, h, strict=True)]
     return dict(cosine=F.cosine_similarity(g, h).mean().item(), spearman=float(sum(ranks) / len(ranks)),
-                overlap=sum(len(p & q) for p, q in zip(*largest)) / (k * len(x)))
+                overlap=sum(len(p & q) for p, q in zip(*largest, strict=True)) / (k * len(x)))

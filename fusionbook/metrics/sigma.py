@@ -79,7 +79,7 @@ class _Shaken:
         return F.cross_entropy(self.net(self.x[rows]).float(), self.y[rows]), len(rows)
     def draw(self, kind, like): return kind(like.shape, generator=self.rng).to(like.device)
     def place(self, noise):
-        for t, c in zip(self.state, self.centre): t.copy_(c + noise(c))
+        for t, c in zip(self.state, self.centre, strict=True): t.copy_(c + noise(c))
     def estimate(self, batches):
         "L̂: the mean over batches, divided by the batch size."
         self.net.eval()
@@ -92,21 +92,21 @@ def _ascend(s, rate):
     s.net.train()
     value, rows = s.loss()
     s.backward += rows
-    for p, g in zip(s.params, torch.autograd.grad(value, s.params)): p.data.add_(g, alpha=rate)
+    for p, g in zip(s.params, torch.autograd.grad(value, s.params), strict=True): p.data.add_(g, alpha=rate)
 
 # %% ../../nbs/40_metrics/03c_sigma.ipynb #e1d9ba18
 def _project(s, sigma, magnitude, eps=1e-3):
     "Back into the ball, or the box."
-    moves = [p.data - h for p, h in zip(s.params, s.home)]
+    moves = [p.data - h for p, h in zip(s.params, s.home, strict=True)]
     if magnitude:
         moves = [
             torch.minimum(torch.maximum(m, -(h.abs() + eps) * sigma), (h.abs() + eps) * sigma)
-            for m, h in zip(moves, s.home)
+            for m, h in zip(moves, s.home, strict=True)
         ]
     else:
         length = sum(m.square().sum() for m in moves).sqrt()
         moves = [m * min(1., (sigma / length).item()) if length > 0 else m for m in moves]
-    for p, h, m in zip(s.params, s.home, moves): p.data.copy_(h + m)
+    for p, h, m in zip(s.params, s.home, moves, strict=True): p.data.copy_(h + m)
 
 # %% ../../nbs/40_metrics/03c_sigma.ipynb #cf96d079
 def sharpness_sigma(

@@ -82,6 +82,6 @@ def density(
     x = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64)
     each = [
         (w * torch.exp(-((x[:, None] - v) ** 2) / (2 * sigma**2))).sum(1)
-        for v, w in zip(found['values'], found['weights'])
+        for v, w in zip(found['values'], found['weights'], strict=True)
     ]
     return x.tolist(), (torch.stack(each).mean(0) / (sigma * (2 * torch.pi) ** .5)).tolist()

@@ -141,7 +141,8 @@ def accuracy(
     net.eval()
     with torch.no_grad():
         right = sum(
-            (net(a).argmax(1) == b).sum().item() for a, b in zip(x.split(batch_size), y.split(batch_size))
+            (net(a).argmax(1) == b).sum().item()
+            for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True)
         )
     net.train(mode)
     return right / len(y)

@@ -205,9 +205,9 @@ def _matching(pool):
     states = [first, *(under_names(sd, first) for sd in others)]
     if not pool.common_only: check_same(states[0], states[1:], names[1:])
     else:
-        for new, name in zip(restricted := common(*states), names): new.name = f'`{name}`'
+        for new, name in zip(restricted := common(*states), names, strict=True): new.name = f'`{name}`'
         states = restricted
-    return dict(zip(names, states))
+    return dict(zip(names, states, strict=True))
 
 # %% ../../nbs/50_modelpool/00_base.ipynb #43c06dc3
 @patch

@@ -222,7 +222,7 @@ def _encode(folder, config, ids, mask):
     "Unit features (P, D) of tokenised prompts."
     model, rows = _text_model(folder, config), []
     with torch.inference_mode():
-        for i, m in zip(ids.split(256), mask.split(256)):
+        for i, m in zip(ids.split(256), mask.split(256), strict=True):
             rows.append(F.normalize(model(input_ids=i, attention_mask=m).text_embeds, dim=-1))
     return torch.cat(rows).clone()
 

@@ -119,7 +119,7 @@ def matched(
     "Pair tensors by name, else by order where every shape and every kind fits."
     info, wanted = meta(sd), meta(like)
     by_name, pairs = without_wrappers(info), renamed(info, wanted)
-    if pairs is None and len(info) == len(wanted): pairs = dict(zip(wanted, _in_order(info)))
+    if pairs is None and len(info) == len(wanted): pairs = dict(zip(wanted, _in_order(info), strict=True))
     if pairs is None:
         odd = next((k for k in by_name if k not in wanted), None) or next(
             k for k in wanted if k not in by_name

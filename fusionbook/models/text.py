@@ -160,7 +160,8 @@ class Tokens:
         "Tokenise, cutting what is too long from its end (of the longer text in a pair)."
         found = self.tokenizer(*map(list, texts), truncation=True, max_length=self.max_length)
         parts = found.get('token_type_ids') or [[0] * len(i) for i in found['input_ids']]
-        return [torch.tensor([i, p], dtype=torch.int32) for i, p in zip(found['input_ids'], parts)]
+        rows = zip(found['input_ids'], parts, strict=True)
+        return [torch.tensor([i, p], dtype=torch.int32) for i, p in rows]
 
 # %% ../../nbs/20_models/05_text.ipynb #34d87a14
 def padded(
@@ -168,7 +169,7 @@ def padded(
 ) -> Tensor:               # (n, 3, longest) int64: ids, parts, mask
     "One batch, padded to its longest row."
     out = torch.zeros(len(rows), 3, max(r.shape[1] for r in rows), dtype=torch.int64)
-    for row, r in zip(out, rows):
+    for row, r in zip(out, rows, strict=True):
         row[:2, :r.shape[1]] = r
         row[2, :r.shape[1]] = 1
     return out

@@ -70,7 +70,7 @@ def descend(
     if precision not in ('float32', 'bfloat16'):
         raise FusionError(f'expected precision float32 or bfloat16, got {precision}')
     device = optimizer.param_groups[0]['params'][0].device.type
-    for step, (rate, batch) in enumerate(zip(rates, batches), 1):
+    for step, (rate, batch) in enumerate(zip(rates, batches, strict=False), 1):
         with torch.autocast(device, torch.bfloat16, enabled=precision == 'bfloat16'):
             value = loss(model, batch)
         number = _finite(value, place.format(step), advice)

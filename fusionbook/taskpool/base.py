@@ -35,7 +35,7 @@ class _Rows:
         try: return i, row_of(self.dataset, i)
         except FusionError as e: return i, e
     def __getitems__(self, indices):
-        try: return list(zip(indices, self.dataset.__getitems__(indices)))
+        try: return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
         except Exception: return [self[i] for i in indices]
 
 # %% ../../nbs/55_taskpool/00_base.ipynb #bf29d08b
@@ -99,7 +99,9 @@ class Inputs:
         rows = [row_of(self.rows, i) for i in at]
         return prepared(
             self.prepare,
-            rows if self.column is None else [_cell(i, r, self.column) for i, r in zip(at, rows)],
+            rows
+            if self.column is None
+            else [_cell(i, r, self.column) for i, r in zip(at, rows, strict=True)],
             at,
         )
 

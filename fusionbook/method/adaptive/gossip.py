@@ -155,7 +155,7 @@ def models(self:CLIPLayerWiseGossip, pool) -> dict[str, StateDict]:
     C, facts = _learned(self, pool, mixture)
     seen = None if self.weights is not None or self.gossip_skip_adamerging else self.data
     self.adaptation = dict(experts=pool.model_names, groups=mixture.names, data=seen) | facts
-    named = dict(zip(pool.model_names, C)) if len(C) > 1 else {}
+    named = dict(zip(pool.model_names, C, strict=True)) if len(C) > 1 else {}
     shares = named | dict(average=C.mean(0))
     more = dict(groups=mixture.groups, device=self.device)
     return {n: merge_coefficients(base, experts, coefficients=w, **more) for n, w in shares.items()}

@@ -162,7 +162,7 @@ def merge(self:GeometricFusion, pool) -> StateDict:
     grams = None if m.costs == 'weights' else _grams(m, pool, spec, at)
     solver, names = {'solver': m.solver} | (m.solver_options or {}), pool.model_names
     def note(maps):
-        moved = {n: moved_share(t) for n, t in zip(names, maps) if t}
+        moved = {n: moved_share(t) for n, t in zip(names, maps, strict=True) if t}
         m.adaptation = dict(moved=moved) | alignment_note(moved)
     return align_and_average(
         spec,

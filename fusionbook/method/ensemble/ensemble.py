@@ -71,7 +71,7 @@ def one_block(
         block = {}
         for k in own[0]:
             block[k] = torch.stack([t[k].detach() for t in own])
-            for t, row in zip(own, block[k]): t[k].data = row
+            for t, row in zip(own, block[k], strict=True): t[k].data = row
     return block
 
 def _lies_in(block, members):
@@ -108,7 +108,7 @@ def batched_outputs(
             return torch.empty(0)
         form[:] = [map_outputs(keep, [out])]
         return tuple(leaves)
-    rows = zip(*(s.unbind() for s in vmap(one)(block)))
+    rows = zip(*(s.unbind() for s in vmap(one)(block)), strict=True)
     def filled(row):
         left = iter(row)
         return map_outputs(lambda _: next(left), form)
@@ -178,6 +178,7 @@ def outputs(self:Ensemble,
         found |= zip(
             group,
             _together(self, i, some, call) if len(group) > 1 and _batches(self) else [call(m) for m in some],
+            strict=True,
         )
     return [found[j] for j in range(len(self.members))]
 

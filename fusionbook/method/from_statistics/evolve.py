@@ -91,7 +91,8 @@ class Gene:
         x = [self.low + (self.high - self.low) * v for v in values]
         if self.over == 'experts': return x
         if self.over is None: return x[0]
-        return [dict(filter=f, value=v) for fs, v in zip(layers, x) for f in fs] + [dict(value=x[-1])]
+        own = [dict(filter=f, value=v) for fs, v in zip(layers, x[:-1], strict=True) for f in fs]
+        return own + [dict(value=x[-1])]
 
 # %% ../../../nbs/65_statistics/evolve.ipynb #f216c7c4
 def gene_of(
@@ -246,7 +247,8 @@ class EvolutionarySearch(BaseAlgorithm):
         value = _objective(self, pool, rows)
         def settings(point): return _settings(genes, point, groups, len(pool))
         sizes = [_size(g, groups, len(pool)) for g in genes]
-        start = torch.tensor([v for g, n in zip(genes, sizes) for v in [_start(self.inner, g)] * n])
+        starts = [[_start(self.inner, g)] * n for g, n in zip(genes, sizes, strict=True)]
+        start = torch.tensor([v for vs in starts for v in vs])
         how = dict(evaluations=self.evaluations, sigma=self.sigma, seed=self.seed, engine=self.engine)
         history = _History(self.checkpoint, _identity(self, pool, rows) if self.checkpoint else {})
         point, lowest, curve = evolved(lambda p: value(settings(p)), start, history=history, **how)

@@ -73,7 +73,7 @@ def check_prompts(
                 f'{nearest(odd[0], experts)}'
             )
     found = [[prompt_list(p.get(e)) for e in experts] for p in settings]
-    if lost := [e for e, p in zip(experts, found[0]) if not p]:
+    if lost := [e for e, p in zip(experts, found[0], strict=True) if not p]:
         raise FusionError(f'expected `positive_prompts` for each expert, got none for `{lost[0]}`')
     pairs = [(p, n) for p, n in zip(*found, strict=True)]
     if len(pairs) > 1 and all(p == pairs[0] for p in pairs):
