@@ -62,10 +62,18 @@ def lessons(code, exported):
 REPORTS = dict(compare_methods='compare_methods_mini8')   # an experiment whose report has a name of its own
 
 def recipe(nb, every):
-    "Faults of an experiment: it is stored without results, and says where its report is."
+    "Faults of an experiment: it is stored without results, says where its report is, and makes both ends of it."
     report = f'../95_reports/{REPORTS.get(nb.stem, nb.stem)}.ipynb'
     if any(c.get('outputs') for c in every): yield 'an experiment is stored without outputs: its report keeps them'
     if every[1]['cell_type'] != 'markdown' or report not in every[1]['src']: yield f'the second cell does not link its report {report}'
+    code = '\n'.join(c['src'] for c in every if c['cell_type'] == 'code')
+    for call, what in (('page.say(', 'the sentences that its report opens with'), ('page.provenance()', 'the provenance that it ends with')):
+        if call not in code: yield f'an experiment makes {what}: `{call}` of `ReportPage`'
+
+def unfolded(nb):
+    "Code of a report that is not folded; the values that it ran with stay open."
+    shown = [c for c in cells(nb) if c['cell_type'] == 'code' and 'injected-parameters' not in c['metadata'].get('tags', [])]
+    if any('#| code-fold: true' not in c['src'] for c in shown): yield f'{nb.relative_to(nbs)}: a report folds its code'
 
 METHODS = '61_', '62_', '63_', '64_', '65_', '66_', '67_', '68_', '70_'   # folders of families
 
@@ -131,4 +139,5 @@ def one_word():
         for name in ast.literal_eval(names) if names else ():
             if name not in SHARED and home.setdefault(name, mod) != mod: yield f'{mod}: `{name}` is a public name of {home[name]} too'
 
-finish([*twice(), *one_word()] + [f'{nb}: {fault}' for nb, (_, faults) in rows.items() for fault in faults], f'{len(rows)} notebooks keep the house limits')
+reports = [fault for nb in notebooks(reports=True) if nb.parent.name == '95_reports' for fault in unfolded(nb)]
+finish([*twice(), *one_word(), *reports] + [f'{nb}: {fault}' for nb, (_, faults) in rows.items() for fault in faults], f'{len(rows)} notebooks keep the house limits')

@@ -49,8 +49,8 @@ class _Watch(TorchDispatchMode):
         given = dict(zip(names, args, strict=True)) | (kwargs or {})
         args = tuple(given.get(a.name, a.default_value) for a in func._schema.arguments) # keywords, too
         found = RULES[name](self.notes, args, out if isinstance(out, Tensor) or several else out[0])
-        if not several: out, found = [out if isinstance(out, Tensor) else out[0]], [found]
-        for t, axes in zip(out, found, strict=True):
+        made = out if several else [out if isinstance(out, Tensor) else out[0]]
+        for t, axes in zip(made, found if several else [found], strict=True):
             self.notes.set(t, list(axes))
         return out
 

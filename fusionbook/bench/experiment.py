@@ -298,6 +298,23 @@ def _bare(output):
             data[k] = v.rstrip() if k.startswith('image') and 'svg' not in k else _ADDRESS.sub('', v)
     if 'text' in output: output['text'] = _ADDRESS.sub('', output['text'])
 
+# %% ../../nbs/80_bench/05_experiment.ipynb #5d1c0e4a
+_RECIPE = re.compile(r'This page is the recipe and keeps no results: they are in '
+                     r'\[its report\]\(\.\./95_reports/(\w+)\.ipynb\)\.')
+
+def _recipe(found):
+    "What a report says instead: the experiment that names this report."
+    link = f'95_reports/{found[1]}.ipynb'
+    texts = {n: (EXPERIMENTS/f'{n}.ipynb').read_text(encoding='utf-8') for n in experiments()}
+    stem = next((n for n, text in texts.items() if link in text), found[1])
+    return f'The recipe is [an experiment](../90_experiments/{stem}.ipynb).'
+
+def _of_report(cell):
+    "The text of a cell in a report: its code is folded, except for the values that it ran with."
+    if cell.cell_type != 'code': return _RECIPE.sub(_recipe, cell.source)
+    kept = 'injected-parameters' in cell.metadata.get('tags', []) or '#| code-fold' in cell.source
+    return cell.source if kept else f'#| code-fold: true\n{cell.source}'
+
 # %% ../../nbs/80_bench/05_experiment.ipynb #c4efbace
 def _clean(nb):
     "Keep what a page needs."
@@ -309,6 +326,7 @@ def _clean(nb):
         kernelspec=dict(name='python3', display_name='python3', language='python'), papermill=kept
     )
     for i, c in enumerate(nb.cells):
+        c.source = _of_report(c)
         c.id = hashlib.sha256(f'{i}{c.source}'.encode()).hexdigest()[:8]
         c.metadata = {k: v for k, v in c.metadata.items() if k == 'tags'}
         if c.cell_type == 'code':

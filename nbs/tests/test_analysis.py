@@ -120,7 +120,7 @@ def jobs(device):
     yield 'spectrum', SpectrumOfMerge(device=device), one
     yield 'mergeability', Mergeability(examples=8, draws=3, device=device), {}
 def numbers(found): return [x for t in found.tables.values() for r in t.rows for x in r if isinstance(x, float) and x == x]
-for (name, a, merged), (_, b, _) in zip(jobs('cpu'), jobs(pretend_device.NAME)):
+for (name, a, merged), (_, b, _) in zip(jobs('cpu'), jobs(pretend_device.NAME), strict=True):
     x, y = (numbers(ask.run(pool, tasks, merged)) for ask in (a, b))
     for m in merged.values(): m.cpu()
     print(json.dumps([name, len(x) == len(y) and max(abs(p - q) / (1 + abs(p)) for p, q in zip(x, y))]), flush=True)

@@ -42,7 +42,7 @@ def another_shape(tensors, draw): k = one(tensors, draw); return tensors | {k: t
 def shorter(tensors, draw): k = one(tensors, draw); return tensors | {k: tensors[k].reshape(-1)[:-1].clone()}
 def another_type(tensors, draw): k = one(tensors, draw); return tensors | {k: tensors[k].to(torch.float16)}
 def all_zeros(tensors, draw): return {k: torch.zeros_like(v) for k, v in tensors.items()}
-def exchanged(tensors, draw): names = sorted(tensors); return dict(zip(names, [tensors[k].clone() for k in names[1:] + names[:1]]))
+def exchanged(tensors, draw): names = sorted(tensors); return dict(zip(names, [tensors[k].clone() for k in names[1:] + names[:1]], strict=True))
 TENSORS = [rewritten(f) for f in (fewer, more, renamed, another_shape, shorter, another_type, all_zeros, exchanged)]
 
 

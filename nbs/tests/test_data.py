@@ -136,7 +136,7 @@ def test_single_tables(tmp_path, kind):
     rows = Dataset.from_dict(dict(text=['a', 'b', 'c'], label=[0, 1, 0]))
     file = tmp_path/f'table.{kind}'
     if kind == 'parquet': rows.to_parquet(file)
-    elif kind in ('csv', 'tsv'): file.write_text(''.join('\t,'[kind == 'csv'].join(map(str, r)) + '\n' for r in [('text', 'label'), *zip(rows['text'], rows['label'])]))
+    elif kind in ('csv', 'tsv'): file.write_text(''.join('\t,'[kind == 'csv'].join(map(str, r)) + '\n' for r in [('text', 'label'), *zip(rows['text'], rows['label'], strict=True)]))
     else: file.write_text(''.join(json.dumps(r) + '\n' for r in rows))
     assert load(file)['text'] == ['a', 'b', 'c'] and labels_of(load(file)).tolist() == [0, 1, 0]
     file.write_bytes(b'\xff\xfe\x00{"')

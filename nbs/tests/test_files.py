@@ -1,5 +1,5 @@
 """Files: what we write, other libraries read; memory stays at one tensor; writers do not hurt each other."""
-import json, os, subprocess, sys, textwrap, time
+import itertools, json, os, subprocess, sys, textwrap, time
 from pathlib import Path
 
 import pytest
@@ -63,7 +63,7 @@ def test_tensors_are_aligned(tmp_path):
     table = {k: v for k, v in json.loads(data[8:8 + length]).items() if k != '__metadata__'}
     assert length % 8 == 0 and not [k for k, v in table.items() if v['data_offsets'][0] % size.get(v['dtype'], 1)]
     spans = sorted(v['data_offsets'] for v in table.values())
-    assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - length and all(a[1] == b[0] for a, b in zip(spans, spans[1:]))
+    assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - length and all(a[1] == b[0] for a, b in itertools.pairwise(spans))
 
 
 def test_tied_tensors_are_stored_once(tmp_path):

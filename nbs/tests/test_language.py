@@ -33,7 +33,7 @@ def made(tmp_path_factory):
     table = Dataset.from_dict({c: TEXTS for c in GLUE} | {'label': [0, 1] * 3})
     for split in ('train', 'validation', 'validation_matched'): table.to_parquet(root/'glue'/'data'/f'{split}-00000-of-00001.parquet')
     for n in ('math', 'code', 'instruction'):
-        lines = [dict(instruction=q, input='' if n == 'math' else 'now', output=a) for q, a in zip(TEXTS[::2], TEXTS[1::2])]
+        lines = [dict(instruction=q, input='' if n == 'math' else 'now', output=a) for q, a in zip(TEXTS[::2], TEXTS[1::2], strict=True)]
         (root/f'{n}.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     return {k: [str(f) for f in v] for k, v in found.items()} | {'glue': str(root/'glue'), 'root': root, 'words': str(root/'words')}
 

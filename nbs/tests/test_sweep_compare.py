@@ -60,7 +60,7 @@ def test_sweep_over_groups_and_choices(sweep):
     assert done.status == 0, done.err
     points = json.loads((done.folder/'sweep.json').read_text())['points']
     assert len(points) == 8 and [p['point']['method'] for p in points] == ['task_arithmetic'] * 4 + ['ties_merging'] * 4
-    for a, b in zip(points[::2], points[1::2]): assert a['accuracy'] == b['accuracy'] # the batch changes nothing
+    for a, b in zip(points[::2], points[1::2], strict=True): assert a['accuracy'] == b['accuracy'] # the batch changes nothing
     assert points[0]['accuracy'] == points[4]['accuracy'] # at scale 0 both are the base
 
 

@@ -102,7 +102,7 @@ def test_a_tied_head_is_stored_once(tmp_path):
     from fusionbook.method import SimpleAverage
     from fusionbook.modelpool import BaseModelPool
     models = [written(tmp_path/n, 'gpt2', seed) for seed, n in enumerate('ab')]
-    for m, n in zip(models, 'ab'):
+    for m, n in zip(models, 'ab', strict=True):
         torch.save(m.state_dict(), tmp_path/n/'pytorch_model.bin')
         (tmp_path/n/'model.safetensors').unlink()
     pool = BaseModelPool({n: str(tmp_path/n) for n in 'ab'})
