@@ -143,7 +143,7 @@ def common(
 ) -> list[Lazy]:        # each restricted to the names that all have with one shape
     "Restrict models to the tensors they share, which must be one at least."
     infos = [meta(sd) for sd in sds]
-    for sd, info in zip(sds, infos): check_weights(info, getattr(sd, 'name', 'a model'))
+    for sd, info in zip(sds, infos, strict=True): check_weights(info, getattr(sd, 'name', 'a model'))
     names = _shared_names(infos)
     if not names:
         raise FusionError(

@@ -50,7 +50,7 @@ def trim(
 ) -> Tensor:         # (T, n)
     "Zero the entries below their row's threshold; entries equal to it stay."
     kept, below = torch.empty_like(tau), _below(smallest, tau.dtype)
-    for row, x, b in zip(kept, tau, below.tolist()): torch.hardshrink(x, b, out=row) # zero unless |x| > b
+    for row, x, b in zip(kept, tau, below.tolist(), strict=True): torch.hardshrink(x, b, out=row) # zero unless |x| > b
     return kept
 
 # %% ../../../nbs/63_task_vector/00_sparsify.ipynb #69b547a7
@@ -162,7 +162,7 @@ def l1_kept(
     @cache
     def factor(name):
         sums = [(mass(e.tau), mass(vectors(e))) for e in entries_of(name, base, experts, device, whole)]
-        return l1_factor(*(torch.stack(s).sum(0) for s in zip(*sums)))
+        return l1_factor(*(torch.stack(s).sum(0) for s in zip(*sums, strict=True)))
     def scaled(e):
         v = vectors(e)
         return v * factor(e.name).to(v.dtype).view(-1, *[1] * (v.ndim - 1))
