@@ -94,11 +94,21 @@ def prepared(cell):
     if cell.cell_type != 'code': return cell
     directives = re.findall(r'(?m)^#\|\s*(.+?)\s*$', cell.source)
     cell.source = re.sub(r'(?m)^#\|.*\n?', '', cell.source)
+    cell.metadata['folded'] = 'code-fold: true' in directives
     if 'output: false' in directives: cell.outputs = []
     cell.metadata['transient'] = dict(remove_source='echo: false' in directives or not cell.source.strip())
     for o in cell.outputs:
         if 'text/markdown' in (data := o.get('data', {})): data['text/markdown'] = re.sub(r'\A---\s+', '', plain(''.join(data['text/markdown'])))
     return cell
+
+def folded(cell):
+    "A cell whose code is folded, as two: the code behind a summary, and what it made."
+    from nbformat.v4 import new_markdown_cell
+    hidden = cell.metadata.get('transient', {}).get('remove_source')
+    if not cell.metadata.get('folded') or hidden: return [cell]
+    code = new_markdown_cell(f'<details><summary>Code</summary>\n\n```python\n{cell.source}\n```\n\n</details>')
+    cell.source, cell.metadata['transient'] = '', dict(remove_source=True)
+    return [code, cell]
 
 def rewritten(html, nb, site, repo):
     "Links between notebooks as links between pages; other files of the repository where they are published."
@@ -134,7 +144,8 @@ def page(quarto, nb, cache, exporter, titles, style):
     import nbformat, yaml
     doc = nbformat.read(str(cache/nb.relative_to(root)), 4)
     front = next((yaml.safe_load(c.source.strip().strip('-')) or {} for c in doc.cells[:1] if c.cell_type == 'raw'), {})
-    doc.cells = [prepared(c) for c in doc.cells if c.cell_type != 'raw' and not c.source.startswith('<!-- WARNING')]
+    shown = [c for c in doc.cells if c.cell_type != 'raw' and not c.source.startswith('<!-- WARNING')]
+    doc.cells = [part for c in shown for part in folded(prepared(c))]
     body, _ = exporter.from_notebook_node(doc)
     web = quarto['website']
     side, turn = navigation(quarto, nb, titles)
