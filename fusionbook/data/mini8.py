@@ -9,8 +9,14 @@ __all__ = ['SPLITS', 'SIZES', 'FONTS', 'SHAPES', 'STAMPS', 'WAVES', 'COLOURS', '
 
 # %% ../../nbs/10_data/03_mini8.ipynb #0bbd622f
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 import numpy as np
+import torch
+from ..core.cached import remembered
 from ..core.errors import FusionError, nearest
+from ..core.identity import text_hash
+from ..core.stamped import cache_folder
 from .canvas import SIDE, crops, dice, grid, hsv, ink, letters, outline, press, scans, speckle
 from .datasets import Images
 
@@ -309,12 +315,31 @@ PAINTERS = dict(zip(TASKS, _BY_TASK, strict=True))
 BLOCK = 500 # images drawn at once, with their own seed
 
 # %% ../../nbs/10_data/03_mini8.ipynb #0c8869a5
-def _block(task, split, seed, number, level):
+def _drawn(task, split, seed, number, level):
     "Images, labels and sources of one block."
     rng = dice('mini8', task, split, seed, number)
     labels = rng.integers(len(TASKS[task]), size=BLOCK)
     order = Order(labels, rng, split, level)
-    return PAINTERS[task](order), labels, order.sources
+    found = dict(images=PAINTERS[task](order), labels=labels, sources=order.sources)
+    return {k: v for k, v in found.items() if v is not None}
+
+# %% ../../nbs/10_data/03_mini8.ipynb #bf7f0931
+_KEPT = 'validation', 'test'
+
+@cache
+def _drawn_by():
+    "What the images depend on beside their names."
+    code = text_hash('fusionbook.data.mini8', 'fusionbook.data.canvas')
+    return [code, *(version(library) for library in ('numpy', 'pillow', 'scikit-learn', 'matplotlib'))]
+
+def _block(*key):
+    "Images, labels and sources of one block, drawn or as they were kept."
+    def draw(): return {k: torch.from_numpy(v) for k, v in _drawn(*key).items()}
+    task, split, *_ = key
+    if split not in _KEPT: return _drawn(*key)
+    file = cache_folder()/'mini8'/f'{"-".join(map(str, key))}.safetensors'
+    found = remembered(file, draw, kind='images', key=[list(key), _drawn_by()])
+    return {k: v.numpy() for k, v in found.items()}
 
 # %% ../../nbs/10_data/03_mini8.ipynb #e5a0252c
 def load(
@@ -334,6 +359,5 @@ def load(
     if level is None: level = .3 if split == 'pretraining' else .6
     if not 0 <= level <= 1: raise FusionError(f'expected a level in [0, 1], got {level}')
     blocks = [_block(task, split, seed, number, level) for number in range(-(-size // BLOCK))]
-    images, labels, sources = zip(*blocks, strict=True)
-    clusters = None if sources[0] is None else np.concatenate(sources)[:size]
-    return Images(np.concatenate(images)[:size], np.concatenate(labels)[:size], TASKS[task], clusters)
+    joined = {part: np.concatenate([b[part] for b in blocks])[:size] for part in blocks[0]}
+    return Images(joined['images'], joined['labels'], TASKS[task], joined.get('sources'))
