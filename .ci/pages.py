@@ -189,12 +189,15 @@ def page(nb, cache, book, style):
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)} – {escape(web["title"])}</title>'
             f'<style>{style}</style></head><body><nav>{side}</nav><main>{heading}<p class="lead">{formulas(escape(lead))}</p>\n{text}\n<footer>{turn}</footer></main></body></html>\n'), body
 
+@cache
+def there(folder, path): return (folder/path).exists()   # pages of one folder share their sidebar
+
 def broken(file, out):
     "What a kept page must not have: links to pages that are not there, raw front matter."
     html = file.read_text(encoding='utf-8')
     for target in set(re.findall(r'<a\b[^>]*?\shref="([^"]+)"', html)):
         path = unquote(unescape(target)).partition('#')[0].partition('?')[0]
-        if path and not re.match(r'[a-zA-Z][\w+.-]*:|//', path) and not (file.parent/path).exists(): yield f'{file.relative_to(out)}: no page for the link `{target}`'
+        if path and not re.match(r'[a-zA-Z][\w+.-]*:|//', path) and not there(file.parent, path): yield f'{file.relative_to(out)}: no page for the link `{target}`'
     if re.search(r'<p>---|output-file:|<body>\s*---', html): yield f'{file.relative_to(out)}: raw front matter'
 
 def main():

@@ -9,6 +9,7 @@ __all__ = ['GROUPS', 'TAKES', 'catalogue', 'split_words', 'readable', 'composer'
 # %% ../../nbs/80_bench/08_arguments.ipynb #19284ee5
 import re, sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from ..core.compose import CONFIG, compose_words, quoted
@@ -128,6 +129,7 @@ def _key(word): return word.lstrip('+~').split('=')[0].split('@')[0]
 def _package(word):
     return word.split('=')[0].partition('@')[2] # where a group is put: `taskpool.test_datasets`
 
+@cache
 def _run_keys(): return [k for k in read_yaml(CONFIG/'fusionbook.yaml') if k != 'defaults']
 
 def _split_groups(words):

@@ -9,6 +9,8 @@ __all__ = ['root_defaults', 'complete', 'restricted', 'run_summary', 'write_repo
 # %% ../../nbs/80_bench/04_configured.ipynb #7207cf10
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 import torch
 from omegaconf import OmegaConf
@@ -38,9 +40,13 @@ from ..modelpool.base import BaseModelPool
 from ..taskpool.base import BaseTaskPool
 
 # %% ../../nbs/80_bench/04_configured.ipynb #b7713ea1
+@cache
+def _defaults():
+    return {k: v for k, v in plain(OmegaConf.load(CONFIG/'fusionbook.yaml')).items() if k != 'defaults'}
+
 def root_defaults() -> dict:
     "The keys beside `method`, `modelpool` and `taskpool`, with their defaults."
-    return {k: v for k, v in plain(OmegaConf.load(CONFIG/'fusionbook.yaml')).items() if k != 'defaults'}
+    return deepcopy(_defaults())
 
 # %% ../../nbs/80_bench/04_configured.ipynb #3609458f
 def complete(

@@ -10,6 +10,7 @@ os.environ |= dict(HF_HUB_OFFLINE='1', HF_HOME=f'{_home.name}/huggingface', FUSI
 
 import numpy as np
 import pytest
+import warm
 
 signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background job ignores Ctrl-C, and so would every child
 
@@ -43,15 +44,16 @@ class Result:
         return lines[0]
 
 
-def run_program(*args, cwd, timeout=180, **env):
-    "The program in a process of its own."
-    done = subprocess.run([*ENTRY, *map(str, args)], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+def run_program(*args, cwd, timeout=180, anew=False, **env):
+    "The program in a process of its own; one that imports everything itself if it is to begin `anew`."
+    if anew: done = subprocess.run([*ENTRY, *map(str, args)], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    else: done = warm.run(*args, cwd=cwd, env=os.environ | env, timeout=timeout)
     return Result(done.returncode, done.stdout, done.stderr, Path(cwd))
 
 
 @pytest.fixture
 def cli(tmp_path):
-    "The program in a process of its own: `cli('list', OMP_NUM_THREADS='2')`."
+    "The program in a process of its own: `cli('list', FUSIONBOOK_CACHE='')`."
     def call(*args, cwd=tmp_path, **kwargs): return run_program(*args, cwd=cwd, **kwargs)
     return call
 
@@ -89,16 +91,24 @@ def write_images(folder, splits=('train', 'test'), per_class=2, seed=0):
     return folder
 
 
+def save_tower(state, folder, base):
+    "Tensors of a vision tower in the hub's layout, with the configuration of a CLIP; the folder."
+    from fusionbook.core.checkpoint import save
+    from fusionbook.models.clip import vision_config
+    save({f'vision_model.{k}': v for k, v in state.items()}, folder, extras={'config.json': vision_config(base).to_json_string(use_diff=False)})
+    return str(folder)
+
+
 @pytest.fixture(scope='session')
 def world(tmp_path_factory):
     "Folders: a tiny CLIP as `base`, two experts as vision towers in the hub's layout, and two sets of images."
-    from fusionbook.core.checkpoint import Checkpoint, save
-    from fusionbook.models.clip import tiny_clip, vision_config, vision_state
+    from fusionbook.core.checkpoint import Checkpoint
+    from fusionbook.models.clip import tiny_clip
     root = tmp_path_factory.mktemp('world')
     tiny_clip(root/'base', [str(d) for d in range(10)], ['a photo of the number: "{}".'])
-    config, tower = vision_config(root/'base').to_json_string(use_diff=False), dict(vision_state(root/'base'))
+    tower = tower_of(root/'base')
     for seed, task in enumerate(EXPERTS, 1):
-        save({f'vision_model.{k}': v for k, v in perturbed(tower, seed).items()}, root/task, extras={'config.json': config})
+        save_tower(perturbed(tower, seed), root/task, root/'base')
         write_images(root/f'{task}_images', seed=seed)
     assert len(Checkpoint(root/'svhn')) == len(tower)
     return root
@@ -124,9 +134,9 @@ def two(hub):
 
 @pytest.fixture(scope='session')
 def first(two, tmp_path_factory):
-    "The page's first call, once, in a process of its own with an empty cache."
+    "The page's first call, once, as a shell starts it, with an empty cache."
     cwd = tmp_path_factory.mktemp('first')
-    return run_program(*two, cwd=cwd, FUSIONBOOK_CACHE=str(cwd/'cache'))
+    return run_program(*two, cwd=cwd, anew=True, FUSIONBOOK_CACHE=str(cwd/'cache'))
 
 
 def tower_of(folder):

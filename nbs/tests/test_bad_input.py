@@ -1,11 +1,12 @@
 """Everything a user can get wrong: one line that says what was expected, no traceback, the right exit status; with --debug the traceback."""
-import json, os, pickle, resource, shutil, signal, subprocess
+import json, os, pickle, shutil, signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ENTRY, mirror, run_program, tower_of
+import warm
+from conftest import mirror, run_program, tower_of
 
 
 @pytest.fixture
@@ -190,8 +191,7 @@ def test_a_folder_of_runs_that_cannot_be_made(refused, two, monkeypatch):
 
 def limited(bytes_, *args, cwd):
     "The program in a process that cannot write files larger than `bytes_`."
-    def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
-    return subprocess.run([*ENTRY, *args], cwd=cwd, env=os.environ | dict(PYTHONDONTWRITEBYTECODE='1'), capture_output=True, text=True, timeout=180, preexec_fn=limit)
+    return warm.run(*args, code=f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_}, {bytes_})); {warm.CODE}', cwd=cwd)
 
 
 def test_full_disk_while_the_model_is_written(here, two, hub):

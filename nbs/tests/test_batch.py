@@ -1,7 +1,7 @@
 """Batches of experiments from the command line: killed and started again, a failure in the middle, refusals, pages of the book."""
-import json, os, signal, subprocess, time
+import json, os, signal, time
 import pytest
-from conftest import ENTRY
+import warm
 
 CELLS = [('markdown', {}, '# Slow squares\n\n> A number, squared after a nap.'),
          ('code', {'tags': ['parameters']}, "x = 1\nnap = 0\nout_json = ''"),
@@ -28,7 +28,7 @@ def whole(data):
 
 def test_killed_batch_goes_on(squares, cli):
     words = ['experiment', 'squares.ipynb', '--grid', 'x=2,3,4', '-p', 'nap', '1.5']
-    process = subprocess.Popen([*ENTRY, *words], cwd=squares, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.Started(*words, cwd=squares, apart=True)
     order, end = squares/'order.txt', time.monotonic() + 120
     while time.monotonic() < end and not any(whole(c) for c in copies(squares).values()): time.sleep(.1)
     time.sleep(.5)

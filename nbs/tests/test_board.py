@@ -1,10 +1,11 @@
 """The board: killed in the middle, resumed, the same bytes; a method that fails is a line; a method of one notebook is everywhere."""
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
-from conftest import ENTRY, EXPERTS
+import warm
+from conftest import EXPERTS
 from test_sweep_compare import mine  # a validation pool in a folder of configurations
 
 POOL = 'clip-vit-base-patch32_svhn_and_mnist'
@@ -25,11 +26,11 @@ def words(two, mine):
 
 def test_a_killed_board_goes_on_with_the_same_bytes(here, words, tmp_path, monkeypatch):
     cache = tmp_path/'killed'
-    child = subprocess.Popen([*ENTRY, *words], cwd=tmp_path, env=os.environ | dict(FUSIONBOOK_CACHE=str(cache)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = warm.Started(*words, cwd=tmp_path, env=os.environ | dict(FUSIONBOOK_CACHE=str(cache)))
     def cells(): return [f for f in (cache/'board').glob('[0-9a-f]*') if f.is_file()] if (cache/'board').exists() else []
     end = time.monotonic() + 150
     while len(cells()) < 5 and child.poll() is None and time.monotonic() < end: time.sleep(.005)
-    os.kill(child.pid, signal.SIGKILL); child.wait()
+    child.kill(); child.wait()
     assert 5 <= len(cells()) < 18 and not Path(f'_runs/board_{POOL}/board.json').exists()
 
     monkeypatch.setenv('FUSIONBOOK_CACHE', str(cache))

@@ -502,7 +502,7 @@ def test_threads_change_no_result(first, two, cli, tmp_path, world):
     "The merged model is the same bit for bit; PyTorch's forward pass may round a loss differently, never an answer here."
     from fusionbook.method import TaskArithmetic
     from fusionbook.modelpool import CLIPVisionModelPool
-    done = cli(*two, 'merged_model_save_path={log_dir}/model', OMP_NUM_THREADS='2', FUSIONBOOK_CACHE=str(tmp_path/'cache'))
+    done = cli(*two, 'merged_model_save_path={log_dir}/model', anew=True, OMP_NUM_THREADS='2', FUSIONBOOK_CACHE=str(tmp_path/'cache'))
     assert done.status == 0, done.err
     assert (first.report['versions']['threads'], done.report['versions']['threads']) == ('1', '2')
     one, two_threads = numbers(first.report), numbers(done.report)

@@ -201,8 +201,10 @@ sys.exit(failed)
 def test_concurrent_writers_do_not_corrupt(tmp_path, where):
     "Four processes write one name: no one fails, what is there is one writer's, and a reader of a file always finds a whole one."
     writers, seen = subprocess.Popen([sys.executable, '-c', WRITERS, where], cwd=tmp_path, stderr=subprocess.PIPE, text=True), set()
+    if where == 'folder': writers.wait()
     while writers.poll() is None:
-        if where != 'folder' and (tmp_path/where).exists(): seen.add(tuple(sorted({v for t in load_file(tmp_path/where).values() for v in t.tolist()})))
+        if not (tmp_path/where).exists(): time.sleep(.001)
+        else: seen.add(tuple(sorted({v for t in load_file(tmp_path/where).values() for v in t.tolist()})))
     assert writers.returncode == 0, writers.stderr.read()
     assert where == 'folder' or seen and all(len(values) == 1 for values in seen)
     final = Checkpoint(tmp_path/where)

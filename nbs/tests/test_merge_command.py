@@ -1,5 +1,5 @@
 "`fusionbook merge` as a user has it: architectures that transformers opens, mergekit's own examples, kills, changed sources, and every bad input."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fusionbook
-from conftest import ENTRY
+import warm
 from fusionbook.core.errors import FusionError
 from fusionbook.core.resumable import unfinished_room
 
@@ -366,15 +366,15 @@ def test_killed_and_started_again(tmp_path):
     "Killed without warning while it writes: no output is there; the next start goes on and ends with the same bytes."
     base, a, b = (plain(tmp_path, n, i, 1500) for i, n in enumerate(('base', 'a', 'b')))
     line = ['merge', 'merge_method=ties', f'base_model={base}', f'models=[{{model: {a}, parameters: {{weight: 1, density: .3}}}}, {{model: {b}, parameters: {{weight: 1, density: .3}}}}]']
-    done = subprocess.run([*ENTRY, *line, str(tmp_path/'whole')], capture_output=True, text=True)
+    done = warm.run(*line, tmp_path/'whole', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     room = unfinished_room(tmp_path/'out')
-    with subprocess.Popen([*ENTRY, *line, str(tmp_path/'out')], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
-        while p.poll() is None and not ((room/'journal').exists() and (room/'journal').read_text().count('\n') > 2): time.sleep(.005)
-        p.send_signal(signal.SIGKILL)
+    p = warm.Started(*line, tmp_path/'out', cwd=tmp_path)
+    while p.poll() is None and not ((room/'journal').exists() and (room/'journal').read_text().count('\n') > 2): time.sleep(.005)
+    p.kill(); p.wait()
     assert not (tmp_path/'out').exists() and room.exists()
     with pytest.raises(FusionError): fusionbook.merge(method='simple_average', models=[str(room)], out=tmp_path/'x')
-    again = subprocess.run([*ENTRY, *line, str(tmp_path/'out')], capture_output=True, text=True)
+    again = warm.run(*line, tmp_path/'out', cwd=tmp_path)
     assert 'going on after' in again.stdout and not room.exists()
     assert bytes_of(tmp_path/'out') == bytes_of(tmp_path/'whole')
 
@@ -406,11 +406,11 @@ def test_a_changed_source_is_noticed(tmp_path, capsys, monkeypatch):
 def test_a_full_disk_keeps_what_is_done(tmp_path):
     "A limit on the size of files stands for a disk that is full."
     a = plain(tmp_path, 'a', 1, 400)
-    code = f'import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1200000, 1200000)); from fusionbook.bench.cli import main; raise SystemExit(main())'
+    code = f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1200000, 1200000)); {warm.CODE}'
     line = ['merge', 'method=simple_average', f'models=[{a}]', str(tmp_path/'out')]
-    done = subprocess.run([sys.executable, '-c', code, *line], capture_output=True, text=True)
+    done = warm.run(*line, code=code, cwd=tmp_path)
     assert done.returncode == 2 and 'goes on from there' in done.stderr and 'Traceback' not in done.stderr and not (tmp_path/'out').exists()
-    assert subprocess.run([*ENTRY, *line], capture_output=True, text=True).returncode == 0 and (tmp_path/'out').exists()
+    assert warm.run(*line, cwd=tmp_path).returncode == 0 and (tmp_path/'out').exists()
 
 
 def test_files_of_all_kinds(tmp_path):

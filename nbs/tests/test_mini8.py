@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not (MODELS/'pretrained').exists(), reason='the 
 def main_job(tmp_path_factory):
     "`fusionbook`, in a fresh process, folder and cache."
     cwd = tmp_path_factory.mktemp('main_job')
-    return run_program(cwd=cwd, timeout=600, FUSIONBOOK_CACHE=str(cwd/'cache'))
+    return run_program(cwd=cwd, timeout=600, anew=True, FUSIONBOOK_CACHE=str(cwd/'cache'))
 
 
 def test_one_word_does_it_all(main_job):

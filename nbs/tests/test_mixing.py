@@ -1,14 +1,12 @@
 """Mixtures are folders: every one answers with the same bytes in a process that has never seen its experts, and a folder that was changed is refused in one line."""
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import fields
 
 import pytest
 import torch
+import warm
 
 import fusionbook
 from fusionbook.core.errors import FusionError
@@ -45,9 +43,7 @@ def test_the_same_bytes_in_a_fresh_process(folders, tmp_path):
     torch.save(x, tmp_path/'x.pt')
     with torch.no_grad():
         here = {n: hashlib.sha256(net(x).numpy().tobytes()).hexdigest() for n, (net, _) in folders.items()}
-    line = [sys.executable, '-c', READER, str(tmp_path/'x.pt'), *[str(p) for _, p in folders.values()]]
-    done = subprocess.run(line, env=os.environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = warm.run(tmp_path/'x.pt', *[p for _, p in folders.values()], code=READER, cwd=tmp_path, check=True)
     assert dict(zip(here, done.stdout.split(), strict=True)) == here
     assert all((path/'config.json').exists() and (path/'fusionbook.json').exists() for _, path in folders.values())
 

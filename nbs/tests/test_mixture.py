@@ -1,11 +1,12 @@
 "Mixtures of dense models as a user has them: files of mergekit-moe and lines of ours, tokenizers, fresh processes, kills, every bad input."
-import json, shutil, subprocess, sys
+import json, shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import fusionbook
+import warm
 from conftest import run_program
 from fusionbook.core.errors import FusionError
 from test_merge_command import made
@@ -13,18 +14,19 @@ from test_merge_command import made
 ANSWER = """
 import sys, torch, fusionbook
 words = torch.arange(6)[None] + 3
-if sys.argv[2] == 'ours': network = fusionbook.open_model(sys.argv[1])
-else:
-    from transformers import AutoModelForCausalLM
-    network = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-with torch.inference_mode(): torch.save(network(words).logits, sys.argv[3])
+for folder in sys.argv[2:]:
+    if sys.argv[1] == 'ours': network = fusionbook.open_model(folder)
+    else:
+        from transformers import AutoModelForCausalLM
+        network = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode(): torch.save(network(words).logits, f'{folder}.{sys.argv[1]}.pt')
 """
 
 
-def elsewhere(folder, who, tmp_path):
-    "Logits of a process that knows nothing of this one."
-    subprocess.run([sys.executable, '-c', ANSWER, folder, who, tmp_path/'y.pt'], check=True, timeout=120)
-    return torch.load(tmp_path/'y.pt')
+def elsewhere(who, *folders):
+    "Logits of models, in a process that knows nothing of this one."
+    warm.run(who, *folders, code=ANSWER, cwd=folders[0].parent, check=True)
+    return [torch.load(f'{f}.{who}.pt') for f in folders]
 
 
 def with_words(folder, count=40, step=1):
@@ -36,15 +38,26 @@ def with_words(folder, count=40, step=1):
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token='w0', bos_token='w1', pad_token='w2').save_pretrained(folder)
 
 
-@pytest.mark.parametrize('kind', ('llama', 'llama_tied', 'mistral', 'qwen2', 'qwen3'))
-def test_copies_answer_as_the_model(kind, tmp_path):
+DENSE = 'llama', 'llama_tied', 'mistral', 'qwen2', 'qwen3'
+
+
+@pytest.fixture(scope='module')
+def upscaled(tmp_path_factory):
+    "Kind -> logits of a dense model, and of its up-scaled copy as plain transformers and as we open it: a process for each of the two."
+    room, wanted, folders = tmp_path_factory.mktemp('upscaled'), [], []
+    for kind in DENSE:
+        (network,), inputs, (place,) = made(kind, room/kind, 1)
+        folders.append(fusionbook.merge(method='mixtral_moe_upscaling', base=place, num_experts=3, out=room/kind/'out'))
+        with torch.inference_mode(): wanted.append(network(**inputs).logits)
+    return dict(zip(DENSE, zip(wanted, elsewhere('theirs', *folders), elsewhere('ours', *folders), strict=True), strict=True))
+
+
+@pytest.mark.parametrize('kind', DENSE)
+def test_copies_answer_as_the_model(kind, upscaled):
     "An up-scaled model opens in plain transformers, in a process of its own, with the answers of the dense one."
-    (network,), inputs, (place,) = made(kind, tmp_path, 1)
-    out = fusionbook.merge(method='mixtral_moe_upscaling', base=place, num_experts=3, out=tmp_path/'out')
-    with torch.inference_mode(): want = network(**inputs).logits
-    got = elsewhere(out, 'theirs', tmp_path)
-    assert torch.allclose(got, want, rtol=0, atol=2 ** -22) # shares of equal answers: four roundings of numbers below one half
-    assert elsewhere(out, 'ours', tmp_path).equal(got)
+    want, theirs, ours = upscaled[kind]
+    assert torch.allclose(theirs, want, rtol=0, atol=2 ** -22) # shares of equal answers: four roundings of numbers below one half
+    assert ours.equal(theirs)
 
 
 def test_a_file_of_mergekit(tmp_path):
@@ -88,7 +101,7 @@ def test_a_run_of_the_method(tmp_path):
     assert done.status == 0, done.err
     names = {f.name for f in (tmp_path/'out').iterdir()}
     assert {'config.json', 'fusionbook.json', 'model.safetensors'} <= names
-    ours, theirs = (elsewhere(tmp_path/'out', who, tmp_path) for who in ('ours', 'theirs'))
+    (ours,), (theirs,) = (elsewhere(who, tmp_path/'out') for who in ('ours', 'theirs'))
     here = fusionbook.open_model(tmp_path/'out')
     with torch.inference_mode(): assert here(**inputs).logits.equal(ours)
     assert ours.equal(theirs) # one network, opened in two ways
@@ -186,7 +199,7 @@ def test_saved_and_opened_elsewhere(tmp_path):
         with torch.inference_mode(): want[name] = net(x)
     torch.save(x, tmp_path/'x.pt')
     folders = [str(tmp_path/n) for n in KEPT]
-    subprocess.run([sys.executable, '-c', OPEN, tmp_path/'x.pt', *folders], check=True, timeout=120)
+    warm.run(tmp_path/'x.pt', *folders, code=OPEN, cwd=tmp_path, check=True)
     for name in KEPT: assert torch.load(f'{tmp_path/name}.pt').equal(want[name]), name
     first, second = tmp_path/'TwinMerging', tmp_path/'ExpertRouting'
     (first/'model.safetensors').write_bytes((second/'model.safetensors').read_bytes())

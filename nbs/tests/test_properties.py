@@ -165,6 +165,7 @@ def test_random_dropping_is_repeatable_and_unbiased_over_200_seeds(name):
         assert error.max() > 0, k
 
 
+FEWER = {'DOGE_TA': dict(steps=40)} # of Adam: every one sees all experts
 SYMMETRIC = [n for n in dir(methods) if isinstance(c := getattr(methods, n), type) and issubclass(c, BaseAlgorithm)
              and c.config_names and c.symmetric is True and isinstance(c.uses, tuple) and set(c.uses) <= {'pretrained', 'experts'} and c.build is None
              and c.__module__.split('.')[2] in ('average', 'task_vector')]
@@ -175,7 +176,7 @@ SYMMETRIC = [n for n in dir(methods) if isinstance(c := getattr(methods, n), typ
 @given(seed=st.integers(0, 10 ** 6), order=st.permutations(range(3)))
 def test_the_order_of_experts_is_irrelevant(name, seed, order):
     base, experts = drawn(seed, 3)
-    method = make(name)
+    method = make(name, **FEWER.get(name, {}))
     try: before = merged(method, base, experts)
     except ValueError as e:
         assert 'expert' in str(e)                       # takes another number of experts

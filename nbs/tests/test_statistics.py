@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
+from conftest import perturbed, save_tower, tower_of
 from fusionbook.core.errors import FusionError
 from fusionbook.data import mini8
 from fusionbook.method import RegMean
@@ -16,6 +17,7 @@ from fusionbook.method.from_statistics.grams import expert_grams
 from fusionbook.method.check import toy_data_pool, toy_pool, ToyPool, ToyTasks
 from fusionbook.method.statistics import input_axis
 from fusionbook.modelpool import CLIPVisionModelPool
+from fusionbook.models.clip import tiny_clip
 from fusionbook.models.text import text_encoder, tiny_text
 from fusionbook.taskpool import CLIPVisionModelTaskPool, TextClassificationTaskPool
 
@@ -84,12 +86,15 @@ def convnext():
     return supervised(lambda: t.ConvNextForImageClassification(config), pictures)
 
 
-def clip():
+def clip(folder):
+    "Towers of a tiny CLIP, which classify by its text tower."
     names = 'digits', 'shapes'
-    def part(kind): return {n: mini8.load(n, kind).select(slice(0, 8)) for n in names}
-    pool = CLIPVisionModelPool({'_pretrained_': 'mini8/pretrained'} | {n: f'mini8/{n}' for n in names}, train_datasets=part('train'), val_datasets=part('validation'))
+    def part(kind): return {n: mini8.load(n, kind, size=8) for n in names}
+    base = tiny_clip(f'{folder}/base', [c for n in names for c in mini8.TASKS[n]], [mini8.TEMPLATE])
+    experts = {n: save_tower(perturbed(tower_of(base), i), f'{folder}/{n}', base) for i, n in enumerate(names, 1)}
+    pool = CLIPVisionModelPool({'_pretrained_': str(base)} | experts, train_datasets=part('train'), val_datasets=part('validation'))
     tests = {n: {'dataset': d, 'templates': [mini8.TEMPLATE]} for n, d in part('test').items()}
-    return pool.attach(CLIPVisionModelTaskPool(tests, 'mini8/clip'))
+    return pool.attach(CLIPVisionModelTaskPool(tests, str(base)))
 
 
 def text(folder):
@@ -104,7 +109,7 @@ def text(folder):
 
 
 WORDS = ['sports news', 'business news', 'the match was won today']
-POOLS = dict(gpt2=gpt2, bert=bert, resnet=resnet, convnext=convnext, clip=clip, text=lambda: text(tempfile.mkdtemp()))
+POOLS = dict(gpt2=gpt2, bert=bert, resnet=resnet, convnext=convnext, clip=lambda: clip(tempfile.mkdtemp()), text=lambda: text(tempfile.mkdtemp()))
 made = {}
 
 

@@ -1,10 +1,11 @@
 """Runs that are stopped: Ctrl-C and SIGTERM to real processes; what was measured is saved, nothing else is touched, the status says which it was."""
-import json, os, signal, subprocess, sys, time
+import json, os, signal, time
 from pathlib import Path
 
 import pytest
 
-from conftest import ENTRY
+import warm
+from test_sweep_compare import mine  # a validation pool in a folder of configurations
 
 
 SLOW = '''
@@ -25,7 +26,7 @@ def test_a_stopped_run_keeps_what_it_measured(tmp_path, two, name, status):
     code = SLOW.replace('SIGTERM', name)
     (tmp_path/'mine.json').write_text(earlier := '{"rows": [], "method": "an earlier report"}')
     env = os.environ | dict(FUSIONBOOK_CACHE=str(tmp_path/'cache'))
-    done = subprocess.run([sys.executable, '-c', code, *two, 'save_report=mine.json'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180)
+    done = warm.run(*two, 'save_report=mine.json', code=code, cwd=tmp_path, env=env)
     assert done.returncode == status, done.stderr
     assert done.stderr.strip().splitlines()[-1] == 'fusionbook: interrupted; what was measured is in the folder of the run'
     assert 'Traceback' not in done.stderr and (tmp_path/'mine.json').read_text() == earlier
@@ -53,7 +54,7 @@ def test_stopped_training_leaves_whole_files(tmp_path):
     "SIGTERM in the middle; status 143; every pass that was done is there, and no half-written file."
     digits(tmp_path/'own')
     def start(where, *more):
-        return subprocess.Popen([*ENTRY, 'train', *TRAIN, '--out', where, *more], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return warm.Started('train', *TRAIN, '--out', where, *more, cwd=tmp_path)
     first = start('a')
     kept = tmp_path/'a'/'e'/'e_seed1'/'checkpoints'/'parent_1'/'checkpoint_epoch5.safetensors'
     while not kept.exists() and first.poll() is None: time.sleep(.02)
@@ -65,10 +66,9 @@ def test_stopped_training_leaves_whole_files(tmp_path):
 
 
 @pytest.mark.parametrize('name, status', [('SIGINT', 130), ('SIGTERM', 143)])
-def test_a_stopped_sweep_keeps_its_points(tmp_path, name, status):
+def test_a_stopped_sweep_keeps_its_points(tmp_path, two, mine, name, status):
     "The points that were scored are there, and the same call takes them."
-    call = [*ENTRY, 'sweep', 'method=task_arithmetic', 'method.scaling_factor=0:1:0.02', 'fast_dev_run=true', 'print_config=false']
-    sweep = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    sweep = warm.Started('sweep', *two, *mine, 'method.scaling_factor=0:1:0.02', 'fast_dev_run=true', 'print_config=false', cwd=tmp_path)
     def points(): return list(tmp_path.glob('_runs/sweep_*/points/*.json'))
     while len(points()) < 2 and sweep.poll() is None: time.sleep(.02)
     sweep.send_signal(signal.Signals[name])
@@ -85,7 +85,7 @@ def test_a_stopped_experiment_leaves_no_kernel(tmp_path):
                   source='import os, time\nopen("pid", "w").write(str(os.getpid()))\nos.rename("pid", "kernel")\ntime.sleep(600)')]
     spec = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
     (tmp_path/'slow.ipynb').write_text(json.dumps(dict(cells=cells, metadata=spec, nbformat=4, nbformat_minor=5)))
-    run = subprocess.Popen([*ENTRY, 'experiment', 'slow.ipynb', '-o', 'copy.ipynb'], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = warm.Started('experiment', 'slow.ipynb', '-o', 'copy.ipynb', cwd=tmp_path)
     while not (tmp_path/'kernel').exists() and run.poll() is None: time.sleep(.05)
     kernel = int((tmp_path/'kernel').read_text())
     run.terminate()

@@ -1,10 +1,11 @@
 """Sweeps, comparisons and seeds as a user meets them: grids, a choice on validation data, kills, refusals."""
-import json, os, shutil, signal, subprocess, time
+import json, shutil, time
 from pathlib import Path
 
 import pytest
 
-from conftest import ENTRY, EXPERTS
+import warm
+from conftest import EXPERTS
 
 SCALES = 'method.scaling_factor=0:0.6:0.2'
 POOL = '''# Images that nobody is tested on.
@@ -96,12 +97,12 @@ def test_a_killed_sweep_goes_on_with_the_same_numbers(two, mine, tmp_path, sweep
     want, report = scores(whole.folder), whole.report
     shutil.rmtree(whole.folder)
     words = ['sweep', *two, *mine, 'method.scaling_factor=0:1:0.05']
-    child = subprocess.Popen([*ENTRY, *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = warm.Started(*words, cwd=tmp_path)
     there, end = [], time.monotonic() + 150
     while len(there) < 3 and child.poll() is None and time.monotonic() < end:
         time.sleep(.005)
         there = sorted((whole.folder/'points').glob('[0-9]*.json'))
-    os.kill(child.pid, signal.SIGKILL); child.wait()
+    child.kill(); child.wait()
     there = sorted((whole.folder/'points').glob('[0-9]*.json'))
     assert 3 <= len(there) < 21 and not (whole.folder/'sweep.json').exists()
     for file in there: json.loads(file.read_text()) # none is half written
