@@ -1,5 +1,5 @@
 "House limits for notebooks: size, title, imports apart, a lesson for every public name, small pictures, strict `zip`. `--table` prints the sizes."
-import ast, io, re, statistics, sys
+import ast, builtins, io, re, statistics, symtable, sys
 from tokenize import OP, TokenError, generate_tokens
 from book import cells, directive, finish, module, modules, nbs, notebooks, source
 
@@ -99,7 +99,7 @@ def check(nb):
     exported = [c for c in code if directive(c, 'exports?', 'exporti')]
     sizes = [size(c['src']) for c in exported] or [0]
     row = dict(cells=len(every), exported=len(exported), median=statistics.median(sizes), max=max(sizes), statements=sum(sizes))
-    out = [*lessons(code, exported), *(f for c in code for f in [*outputs(c), *wide(c['src'])]), *(f for c in exported for f in [*joined(c['src']), *open_zips(c['src'])])]
+    out = [*lessons(code, exported), *(f for c in code for f in [*outputs(c), *wide(c['src'])]), *(f for c in exported for kind in (joined, open_zips) for f in kind(c['src']))]
     if not any(re.match(r'# .+\n\s*\n?> .+', c['src']) for c in every[:2] if c['cell_type'] == 'markdown'): out.append('no `# title` with `> sentence`')
     if max(sizes) > CELL: out.append(f'{sum(s > CELL for s in sizes)} exported cells over {CELL} statements')
     if row['median'] > MEDIAN: out.append(f'median exported cell over {MEDIAN} statements')
@@ -140,4 +140,14 @@ def one_word():
             if name not in SHARED and home.setdefault(name, mod) != mod: yield f'{mod}: `{name}` is a public name of {home[name]} too'
 
 reports = [fault for nb in notebooks(reports=True) if nb.parent.name == '95_reports' for fault in unfolded(nb)]
-finish([*twice(), *one_word(), *reports] + [f'{nb}: {fault}' for nb, (_, faults) in rows.items() for fault in faults], f'{len(rows)} notebooks keep the house limits')
+def borrowed():
+    "Names that a module uses and only its notebook has, such as those that a lesson imports."
+    for mod in modules():
+        file = source(mod) if source(mod).is_file() else source(mod)/'__init__.py'
+        scopes = [symtable.symtable(file.read_text(encoding='utf-8'), str(file), 'exec')]
+        known = {s.get_name() for s in scopes[0].get_symbols() if s.is_assigned() or s.is_imported()} | {*dir(builtins), '__file__', '__class__'}
+        for scope in scopes: scopes += scope.get_children()
+        used = {s.get_name() for scope in scopes for s in scope.get_symbols() if s.is_global() and not s.is_local()}
+        for name in sorted(used - known): yield f'{mod}: `{name}` is known to the notebook alone'
+
+finish([*twice(), *one_word(), *borrowed(), *reports] + [f'{nb}: {fault}' for nb, (_, faults) in rows.items() for fault in faults], f'{len(rows)} notebooks keep the house limits')

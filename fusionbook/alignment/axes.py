@@ -107,7 +107,8 @@ def equate(
     for x, y in ((a, b), (b, a)):
         if len(x) == 1 and len(x[0]) == 1: return _become(x[0][0], y)
     sizes = [[prod(u.size for u in p) for p in x] for x in (a, b)]
-    if sizes[0] != sizes[1] or not all(_products(p, q) for p, q in zip(a, b, strict=True)):
+    same_sizes = sizes[0] == sizes[1]
+    if not same_sizes or not all(_products(p, q) for p, q in zip(a, b, strict=True)):
         fix(a)
         fix(b)
 

@@ -33,7 +33,8 @@ def _turn(cross):
     v, found = vt.mT, s > 1e-10 * s[0]
     if found.all(): return v @ u.mT
     x, _, y = torch.linalg.svd(v[:, ~found].mT @ u[:, ~found])
-    return v[:, found] @ u[:, found].mT + v[:, ~found] @ (x @ y) @ u[:, ~found].mT
+    kept = v[:, found] @ u[:, found].mT
+    return kept + v[:, ~found] @ (x @ y) @ u[:, ~found].mT
 
 # %% ../../nbs/30_alignment/08_cca.ipynb #7a79fab5
 def cca_map(
@@ -43,9 +44,11 @@ def cca_map(
     "The map from A's features to those of B by canonical correlation (Horoi et al., 2024)."
     if gamma < 0: raise FusionError(f'expected `gamma` of at least 0, got {gamma}')
     n, cov = len(cov) // 2, cov.double()
-    a, b = _ridge(cov[:n, :n], gamma), _ridge(cov[n:, n:], gamma)
+    a = _ridge(cov[:n, :n], gamma)
+    b = _ridge(cov[n:, n:], gamma)
     root = _power(a, -.5)
-    return root @ _turn(_power(b, -.5) @ cov[n:, :n] @ root) @ _power(b, .5)
+    turn = _turn(_power(b, -.5) @ cov[n:, :n] @ root)
+    return root @ turn @ _power(b, .5)
 
 # %% ../../nbs/30_alignment/08_cca.ipynb #e80aee63
 def cca_transform(
@@ -54,5 +57,6 @@ def cca_transform(
     maps:Mapping[str, Tensor], # group -> M (n, n); groups left out stay
 ) -> Lazy:                     # A in the features of B; computed when read
     "Makers get Mᵀ, readers its inverse."
-    read = {g + READ: torch.linalg.inv(m.double()).mT for g, m in maps.items() if g + READ in spec.groups}
+    readers = {g + READ: m for g, m in maps.items() if g + READ in spec.groups}
+    read = {g: torch.linalg.inv(m.double()).mT for g, m in readers.items()}
     return transform(spec, moved, dict(maps) | read)

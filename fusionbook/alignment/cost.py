@@ -59,8 +59,9 @@ def _inverse(x, floor): return torch.where(x > floor, 1 / x.where(x > floor, 1),
 def _centered(gram):
     "Squares and products after each row's mean is taken off."
     n = gram.count
-    return ((gram.sq_a - gram.sum_a ** 2 / n).clamp(min=0), (gram.sq_b - gram.sum_b ** 2 / n).clamp(min=0),
-            gram.cross - gram.sum_a[..., :, None] * gram.sum_b[..., None, :] / n)
+    sq_a = (gram.sq_a - gram.sum_a ** 2 / n).clamp(min=0)
+    sq_b = (gram.sq_b - gram.sum_b ** 2 / n).clamp(min=0)
+    return sq_a, sq_b, gram.cross - gram.sum_a[..., :, None] * gram.sum_b[..., None, :] / n
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #1305758d
 def distances(
@@ -82,12 +83,16 @@ def distances(
     if metric in ('cosine', 'correlation'):
         # below it is rounding, not direction
         floor = 1e-6 * torch.stack([gram.sq_a.amax(), gram.sq_b.amax()]).amax().sqrt()
-        return 1 - x * _inverse(p.sqrt(), floor)[..., :, None] * _inverse(q.sqrt(), floor)[..., None, :]
+        by_row = _inverse(p.sqrt(), floor)[..., :, None]
+        by_column = _inverse(q.sqrt(), floor)[..., None, :]
+        return 1 - x * by_row * by_column
     if unit or standardize:
         size = 1 if unit else (gram.count - 1) ** .5
         s, t = (1 / (v.sqrt() / size + TINY) for v in (p, q))
-        p, q, x = p * s ** 2, q * t ** 2, x * s[..., :, None] * t[..., None, :]
-    far = (p[..., :, None] + q[..., None, :] - 2 * x).clamp(min=0) / divide_by
+        p, q = p * s ** 2, q * t ** 2
+        x = x * s[..., :, None] * t[..., None, :]
+    far = p[..., :, None] + q[..., None, :] - 2 * x
+    far = far.clamp(min=0) / divide_by
     return far if metric == 'squared' else far.sqrt()
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #1424a322
@@ -207,7 +212,9 @@ def prepare(
     if pool and x.ndim > 2: x = x.flatten(2).mean(2)
     if how in ('center', 'standardize'): x = x - x.mean(0)
     if how == 'standardize': x = x / (x.std(0) + TINY)
-    if how == 'normalize': x = x / (x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1)) + TINY)
+    if how == 'normalize':
+        lengths = x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+        x = x / (lengths + TINY)
     return x.transpose(0, 1).flatten(1)
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #be4d84af
@@ -215,7 +222,8 @@ def _stored(file):
     "Arrays of one stored case: tensors and the option string."
     import numpy as np
     with np.load(file, allow_pickle=False) as z:
-        return {k: str(z[k]) if z[k].dtype.kind == 'U' else torch.from_numpy(z[k]) for k in z.files}
+        arrays = {k: z[k] for k in z.files}
+        return {k: str(a) if a.dtype.kind == 'U' else torch.from_numpy(a) for k, a in arrays.items()}
 
 # %% ../../nbs/30_alignment/02_cost.ipynb #c99dde9d
 def ot_cases(

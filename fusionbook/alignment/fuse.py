@@ -108,7 +108,8 @@ def weight_gram(
     "Sums over the weights of one group."
     gram = Gram()
     for name, axis in places:
-        gram.add(*(unfold(p, name, _real(sd[name]), axis, group) for p, sd in zip(specs, sds, strict=True)))
+        sides = zip(specs, sds, strict=True)
+        gram.add(*(unfold(p, name, _real(sd[name]), axis, group) for p, sd in sides))
     return gram
 
 def _real(t): return t if t.dtype == torch.float64 else t.float()
@@ -120,7 +121,8 @@ def _pair_costs(specs, sds, parent, names, done, cost_of, solve):
     for child in [g for g, v in specs[1].groups.items() if v.within == parent]:
         gram = Gram()
         for name, axis in _writers(specs[1], child, names, done) or _places(specs[1], child, names):
-            a, b = (unfold(p, name, _real(sd[name]), axis, child) for p, sd in zip(specs, sds, strict=True))
+            sides = zip(specs, sds, strict=True)
+            a, b = (unfold(p, name, _real(sd[name]), axis, child) for p, sd in sides)
             gram.add(a[:, None], b[None])
         far = distances(gram, **cost_of)
         costs = torch.tensor([[solve(c).cost for c in row] for row in far], dtype=torch.float64)
@@ -153,7 +155,9 @@ def _beside(a, group, places, now):
     out, (specs, sds) = {}, a.sides(now)
     if a.masses == 'importance':
         gram = weight_gram(specs, sds, group, places)
-        out |= {k: (v := sq.sqrt() + TINY) / v.sum() for k, sq in (('mu', gram.sq_a), ('nu', gram.sq_b))}
+        for side, square in (('mu', gram.sq_a), ('nu', gram.sq_b)):
+            norms = square.sqrt() + TINY
+            out[side] = norms / norms.sum()
     if a.inner:
         out['structure'] = [
             distances(weight_gram((p, p), (sd, sd), group, places), **a.cost_of)
@@ -274,7 +278,9 @@ def average(
 
 # %% ../../nbs/30_alignment/05_fuse.ipynb #be4246fd
 def _same(a, b):
-    return a.keys() == b.keys() and all(a[g].dtype == b[g].dtype and torch.equal(a[g], b[g]) for g in a)
+    if a.keys() != b.keys(): return False
+    def same(g): return a[g].dtype == b[g].dtype and torch.equal(a[g], b[g])
+    return all(map(same, a))
 
 def _turn(spec, models, target, keep, grams, options):
     "Maps of all models onto a target; the model `keep` is the target's own."

@@ -80,8 +80,10 @@ def _match_parents(spec, group, moved, anchor):
     for name, axis in [p for p in _voters(spec, group) if p not in covered]:
         b, a = (unfold(spec, name, _float(sd[name]), axis, group) for sd in (anchor, moved))
         total = total + b @ a.mT
-    best = {f: assignment(p.flatten(0, 1)).unflatten(0, p.shape[:2]) for f, p in pairs.items()}
-    for f, p in pairs.items(): total = total + p.gather(-1, best[f][..., None]).sum((-2, -1))
+    best = {}
+    for f, p in pairs.items():
+        best[f] = assignment(p.flatten(0, 1)).unflatten(0, p.shape[:2])
+        total = total + p.gather(-1, best[f][..., None]).sum((-2, -1))
     heads = assignment(total)
     return {group: heads} | {f: q[torch.arange(len(heads)), heads] for f, q in best.items()}
 
@@ -93,7 +95,8 @@ def _better(spec, group, moved, anchor):
     return {group: assignment(s)} if isinstance(s, Tensor) else {}
 
 def _product(names, a, b):
-    return sum((_float(a[n]).double() * _float(b[n]).double()).sum().item() for n in names)
+    def product(n): return (_float(a[n]).double() * _float(b[n]).double()).sum().item()
+    return sum(map(product, names))
 
 # %% ../../nbs/30_alignment/04_matching.ipynb #54e25cc0
 def sweep(

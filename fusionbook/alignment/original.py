@@ -57,7 +57,9 @@ def _incoming(name, w, M):
             'fails at the first shortcut that changes the width: use `fuse` with a specification, or '
             'activations with `handle_skips`'
         )
-    return torch.einsum('ons,nm->oms', w.reshape(len(w), n, -1), M).reshape(len(w), -1, *w.shape[2:])
+    rows = w.reshape(len(w), n, -1)
+    mapped = torch.einsum('ons,nm->oms', rows, M)
+    return mapped.reshape(len(w), -1, *w.shape[2:])
 
 def _cost(opt, rows, weights):
     "Costs of one layer in the original's order of steps."
@@ -141,7 +143,8 @@ def original_steps(
         walk.leave(M := _map(opt, p, not acts))
         out = torch.einsum('nm,n...->m...', M, aligned if opt.past_correction else w)
         s = opt.ensemble_step
-        yield Step(name, cost, p, (out + v) / 2 if s == .5 else (1 - s) * out + s * v)
+        mixed = (out + v) / 2 if s == .5 else (1 - s) * out + s * v
+        yield Step(name, cost, p, mixed)
 
 # %% ../../nbs/30_alignment/05b_original.ipynb #21aae483
 def _check(moved, anchor, opt, acts):

@@ -27,10 +27,14 @@ def channel_statistics(
     for batch in track(batches, 'measuring channels'):
         for n, x in record(network, names, batch).items():
             x = x.double()
-            sums[n] = [s + v for s, v in zip(sums[n], (x.shape[1], x.sum(1), x.square().sum(1)), strict=True)]
+            added = x.shape[1], x.sum(1), x.square().sum(1)
+            sums[n] = [s + v for s, v in zip(sums[n], added, strict=True)]
     if lost := [n for n, (count, _, _) in sums.items() if not count]:
         raise FusionError(f'expected at least one batch that reaches `{lost[0]}`, got none')
-    return {n: (s / c, (q / c - (s / c).square()).clamp(min=0).sqrt()) for n, (c, s, q) in sums.items()}
+    def moments(count, total, square):
+        mean = total / count
+        return mean, (square / count - mean.square()).clamp(min=0).sqrt()
+    return {n: moments(*s) for n, s in sums.items()}
 
 # %% ../../nbs/30_alignment/06_repair.ipynb #8f7a95cd
 def _leaves(out): return tree_leaves(dict(out) if hasattr(out, 'keys') else out)
@@ -94,9 +98,8 @@ def repair(
     if len(weights) != len(parents):
         raise FusionError(f'expected {len(parents)} weights, one per parent, got {len(weights)}')
     known = [channel_statistics(p, layers, batches) for p in parents]
-    goals = {
-        n: [sum(w * k[n][i] for w, k in zip(weights, known, strict=True)) for i in (0, 1)] for n in layers
-    }
+    def goal(n, i): return sum(w * k[n][i] for w, k in zip(weights, known, strict=True))
+    goals = {n: [goal(n, i) for i in (0, 1)] for n in layers}
     out = copy.deepcopy(network)
     for n in track(layers, 'repairing layers'):
         fold(out.get_submodule(n), channel_statistics(out, [n], batches)[n], goals[n])

@@ -74,8 +74,10 @@ def _bmm(notes, args, out):
     a, b = map(notes.of, args[:2])
     equate(a[0], b[0])
     equate(a[2], b[1])
-    notes.inside += [(a[0], a[2]), (a[0], a[1]), (a[0], b[2])]
-    return [a[0], a[1], b[2]]
+    batch, rows, inner = a
+    columns = b[2]
+    notes.inside += [(batch, inner), (batch, rows), (batch, columns)]
+    return [batch, rows, columns]
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #616464a2
 @_rule('baddbmm')
@@ -105,7 +107,8 @@ def _attention(notes, args, out):
     equate(k[2], v[2])
     notes.inside += [(k[1], q[3]), (k[1], v[3]), (k[1], shared)]
     for t in args[3:]: # a mask or bias of the scores, perhaps one for each head
-        if isinstance(t, Tensor): _broadcast([notes.of(t), [q[0], q[1], q[2], k[2]]])
+        scores = [q[0], q[1], q[2], k[2]]
+        if isinstance(t, Tensor): _broadcast([notes.of(t), scores])
     return [q[0], q[1], q[2], v[3]]
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #9bb93bd3
@@ -118,10 +121,10 @@ def _spatial(axes, out, n=2):
 @_rule('convolution', '_convolution')
 def _convolution(notes, args, out):
     x, w = map(notes.of, args[:2])
-    groups, new = args[8], _spatial(w, out)
+    groups, transposed, new = args[8], args[6], _spatial(w, out)
     _spatial(x, out)
-    if args[6] and groups > 1: channels = _held(x[1], w[0], w[1], out.shape[1])
-    elif args[6]:
+    if transposed and groups > 1: channels = _held(x[1], w[0], w[1], out.shape[1])
+    elif transposed:
         equate(x[1], w[0])
         channels = w[1]
     elif groups == 1:
@@ -141,7 +144,8 @@ def _held(*axes):
 def _grouped(x, w, inner, groups):
     "Channels of a grouped convolution: blocks move together, and inside alike."
     block = Unknown(groups)
-    equate(x, [[block, *known(inner)[0]]] if len(known(inner)) == 1 else new_axis(length(x), True))
+    parts = known(inner)
+    equate(x, [[block, *parts[0]]] if len(parts) == 1 else new_axis(length(x), True))
     equate(w, [[block, *new_axis(length(w) // groups)[0]]])
     return w
 
@@ -165,14 +169,17 @@ def _layer_norm(notes, args, out):
     x = notes.of(args[0])
     for t in args[2:4]:
         if not isinstance(t, Tensor): continue
-        for a, b in zip(x[-len(args[1]):], notes.of(t), strict=True): equate(a, b)
+        normalised = x[-len(args[1]):]
+        for a, b in zip(normalised, notes.of(t), strict=True): equate(a, b)
     return x
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #9225f3f1
 @_rule('native_group_norm', 'group_norm')
 def _group_norm(notes, args, out):
     x, groups = notes.of(args[0]), args[6] if len(args) > 6 else args[1]
-    if 1 < groups < length(x[1]): equate(x[1], [[Unknown(groups), Unknown(length(x[1]) // groups)]])
+    if 1 < groups < length(x[1]):
+        blocks = [Unknown(groups), Unknown(length(x[1]) // groups)]
+        equate(x[1], [blocks])
     for t in (args[1:3] if len(args) > 6 else args[2:4]):
         if isinstance(t, Tensor): equate(x[1], notes.of(t)[0])
     return x
@@ -259,16 +266,20 @@ def _pinned(axis, n):
 # %% ../../nbs/30_alignment/01c_rules.ipynb #d3c4d0a1
 @_rule('split', 'split_with_sizes', 'chunk', 'unsafe_split', 'unsafe_chunk', 'tensor_split')
 def _split(notes, args, out):
-    x, d = notes.of(args[0]), (args[2] if len(args) > 2 else 0) % args[0].ndim
-    return [[*x[:d], piece, *x[d + 1:]] for piece in cut(x[d], [t.shape[d] for t in out])]
+    x = notes.of(args[0])
+    d = (args[2] if len(args) > 2 else 0) % args[0].ndim
+    sizes = [t.shape[d] for t in out]
+    return [[*x[:d], piece, *x[d + 1:]] for piece in cut(x[d], sizes)]
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #8a2ff59a
 @_rule('slice', 'narrow')
 def _sliced(notes, args, out):
-    x, d = notes.of(args[0]), (args[1] if len(args) > 1 else 0) % args[0].ndim
+    x = notes.of(args[0])
+    d = (args[1] if len(args) > 1 else 0) % args[0].ndim
     n, size = out.shape[d], args[0].shape[d]
     if n == size: return x
-    if len(args) > 4 and args[4] != 1: return [*x[:d], _pinned(x[d], n), *x[d + 1:]]
+    strided = len(args) > 4 and args[4] != 1
+    if strided: return [*x[:d], _pinned(x[d], n), *x[d + 1:]]
     start = (args[2] or 0) % size if args[2] != size else size
     pieces = cut(x[d], [k for k in (start, n, size - start - n) if k])
     return [*x[:d], pieces[1 if start else 0], *x[d + 1:]]
@@ -276,7 +287,8 @@ def _sliced(notes, args, out):
 # %% ../../nbs/30_alignment/01c_rules.ipynb #33f6631c
 @_rule('select', 'unbind', 'index_select')
 def _selected(notes, args, out):
-    x, d = notes.of(args[0]), (args[1] if len(args) > 1 else 0) % args[0].ndim
+    x = notes.of(args[0])
+    d = (args[1] if len(args) > 1 else 0) % args[0].ndim
     fix(x[d])
     left = (
         x[:d] + x[d + 1 :]
@@ -301,7 +313,8 @@ def _padded(notes, args, out):
         before, after = args[1][2 * i:2 * i + 2]
         if before or after:
             # copies of one number: any order
-            x[-1 - i] = new_axis(before)[:bool(before)] + known(x[-1 - i]) + new_axis(after)[:bool(after)]
+            first, last = new_axis(before)[:bool(before)], new_axis(after)[:bool(after)]
+            x[-1 - i] = first + known(x[-1 - i]) + last
     return x
 
 # %% ../../nbs/30_alignment/01c_rules.ipynb #0da3f9f3

@@ -157,10 +157,9 @@ def make_spec(
             raise FusionError(
                 f'expected {info[name].ndim} axes for `{name}`, {tuple(info[name].shape)}, got {len(a)}'
             )
-    parts = {
-        name: tuple(read_axis(x, n) for x, n in zip(a, info[name].shape, strict=True))
-        for name, a in axes.items()
-    }
+    def read(name, a):
+        return tuple(read_axis(x, n) for x, n in zip(a, info[name].shape, strict=True))
+    parts = {name: read(name, a) for name, a in axes.items()}
     found = _solve(parts, info, sizes)
     groups = dict.fromkeys(
         g for a in parts.values() for axis in a for part in axis for g in part if isinstance(g, str)
@@ -300,7 +299,8 @@ def output_change(
             if isinstance(t, Tensor)
         ]
         pairs = list(zip(run(sd), run(permute(spec, sd, random_permutations(spec, seed))), strict=True))
-    return max((a - b).abs().max().item() for a, b in pairs) / max(a.abs().max().item() for a, _ in pairs)
+    change = max((a - b).abs().max().item() for a, b in pairs)
+    return change / max(a.abs().max().item() for a, _ in pairs)
 
 # %% ../../nbs/30_alignment/01_spec.ipynb #660c5e4e
 def as_maps(
@@ -313,7 +313,8 @@ def as_maps(
 def _resized(spec, maps):
     "The specification of the result; maps are checked."
     check_known(maps, spec.groups, 'the groups')
-    groups = {g: Group(maps[g].shape[-1] if g in maps else v.size, v.within) for g, v in spec.groups.items()}
+    sizes = {g: m.shape[-1] for g, m in maps.items()}
+    groups = {g: Group(sizes.get(g, v.size), v.within) for g, v in spec.groups.items()}
     for g, m in maps.items():
         lead = (groups[v].size,) if (v := groups[g].within) else ()
         if tuple(m.shape[:-1]) != (*lead, spec.groups[g].size):
@@ -360,8 +361,9 @@ def transform(
     new, info = _resized(spec, maps), meta(sd)
     def read(name):
         t = sd[name]
-        if not (axes := [(i, a) for i, a in enumerate(spec.axes.get(name, ())) if _names(a) & set(maps)]):
-            return t
+        own = enumerate(spec.axes.get(name, ()))
+        axes = [(i, a) for i, a in own if _names(a) & set(maps)]
+        if not axes: return t
         if not t.is_floating_point():
             raise FusionError(f'expected floating-point numbers to mix, got {t.dtype} in `{name}`')
         x = t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)

@@ -127,7 +127,8 @@ def _families(notes, places):
     for outer, inner in notes.inside:
         for a in _single(outer):
             for b in _single(inner):
-                behind = all(a in part[:k] for *_, part, k in places.get(b, [(None, None, [], 0)]))
+                own = places.get(b, [(None, None, [], 0)])
+                behind = all(a in part[:k] for *_, part, k in own)
                 if a is not b and a in places and behind and (a, b) not in mixed: found[b] = a
     return {b: a for b, a in found.items() if a not in found}
 
@@ -138,7 +139,8 @@ def _named(places, table):
     for name, axes in table.items():
         for u in [u for axis in axes for part in axis for u in part if not u.fixed and u not in names]:
             stem = name.rpartition('.')[0] or name
-            text = next(t for t in (stem, *(f'{stem}.{k}' for k in range(2, 1000))) if t not in taken)
+            stems = stem, *(f'{stem}.{k}' for k in range(2, 1000))
+            text = next(t for t in stems if t not in taken)
             names[u] = text
             taken.add(text)
     return names

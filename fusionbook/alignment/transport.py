@@ -75,10 +75,9 @@ class Plan:
         return T
     def __repr__(self):
         kind = 'one to one' if self.index is not None else 'in shares'
-        return (
-            f'Plan({kind}, cost '
-            f'{self.cost:.4g}{f", scale {self.scale:.4g}" if self.scale != 1 else ""}{"".join("; " + n for n in self.notes)})'
-        )
+        scale = f', scale {self.scale:.4g}' if self.scale != 1 else ''
+        notes = ''.join('; ' + n for n in self.notes)
+        return f'Plan({kind}, cost {self.cost:.4g}{scale}{notes})'
 
 # %% ../../nbs/30_alignment/03_transport.ipynb #fe20bc80
 def _exact(C, mu, nu, opt):

@@ -37,7 +37,8 @@ def split_reads(
 ) -> Spec:             # the same axes; group `g` is `g read` where it is read
     "Making and reading as groups of their own."
     reading = set(_reads(network)) & set(spec.axes)
-    axes = {n: (a[0], _read(a[1]), *a[2:]) if n in reading else a for n, a in spec.axes.items()}
+    def split(n, a): return (a[0], _read(a[1]), *a[2:]) if n in reading else a
+    axes = {n: split(n, a) for n, a in spec.axes.items()}
     groups = {g + READ: Group(v.size, v.within and v.within + READ) for g, v in spec.groups.items()}
     return Spec(axes, dict(spec.groups) | groups)
 
@@ -129,12 +130,14 @@ def zip_maps(
 def _wide(sd):
     "The same model in float64."
     def up(t): return t.double() if t.is_floating_point() else t
-    return Lazy({k: lambda k=k: up(sd[k]) for k in sd}, {k: up(v) for k, v in meta(sd).items()})
+    reads = {k: lambda k=k: up(sd[k]) for k in sd}
+    return Lazy(reads, {k: up(v) for k, v in meta(sd).items()})
 
 def _maps(clusters, t, spec):
     "Maps of network t for making and for reading."
     merge, unmerge = {}, {}
-    for g, c in clusters.items(): merge[g], unmerge[g + READ] = (m[t] for m in zip_maps(c))
+    for g, c in clusters.items():
+        merge[g], unmerge[g + READ] = (m[t] for m in zip_maps(c))
     return merge, {g: m for g, m in unmerge.items() if g in spec.groups}
 
 def _makers(spec, clusters): return {n for g in clusters for n, _ in members(spec, g)}
@@ -165,7 +168,8 @@ def zip_models(
         if not info[name].is_floating_point(): return carried(name, like or experts[0], experts)
         total = sum(p[name] for p in parts)
         return (total if name in made else total / len(parts)).to(info[name].dtype)
-    shapes = {k: torch.empty(t.shape, dtype=info[k].dtype, device='meta') for k, t in meta(parts[0]).items()}
+    def shape(k, t): return torch.empty(t.shape, dtype=info[k].dtype, device='meta')
+    shapes = {k: shape(k, t) for k, t in meta(parts[0]).items()}
     return Lazy({k: partial(f, k) for k in info}, shapes, shared(experts[0]))
 
 # %% ../../nbs/30_alignment/07_zipit.ipynb #6c12912e

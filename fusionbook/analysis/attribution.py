@@ -85,7 +85,8 @@ def attribute(
                 )
             )
         rows += found
-        whole, parts = m.sign * (h.values[1] - h.values[0]), sum(r['recovered'] for r in found)
+        whole = m.sign * (h.values[1] - h.values[0])
+        parts = sum(r['recovered'] for r in found)
         totals[m.name] = dict(
             merged=h.values[0], expert=h.values[1], gap=whole, recovered=parts, interaction=whole - parts
         )
@@ -214,7 +215,8 @@ def _of_drift(taskpool, totals, drifts, methods):
     lost = {(r['method'], r['task']): r['gap'] for r in totals if r['metric'] == metric.name}
     last = {(r['method'], r['task']): 1 - r['cka'] for r in drifts} # the last layer stands last
     known = {k: v for k, v in last.items() if v == v}
-    points = {m: [(v, metric.scale * lost[k]) for k, v in known.items() if k[0] == m] for m in methods}
+    def of_method(m): return [(v, metric.scale * lost[k]) for k, v in known.items() if k[0] == m]
+    points = {m: of_method(m) for m in methods}
     points = {m: p for m, p in points.items() if p}
     label = f'{metric.words} lost' + (f' in {metric.unit}' if metric.unit else '')
     return scattered(points, '1 − CKA in the last layer', label) if points else None

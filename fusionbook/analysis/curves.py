@@ -31,7 +31,8 @@ def filter_normalised(
             continue
         d = torch.randn(t.shape, generator=generator(seed, f'{k}/{of}'), dtype=torch.float64).flatten(1)
         length = t.double().flatten(1).norm(dim=1, keepdim=True)
-        found[k] = (t.double() + (d / d.norm(dim=1, keepdim=True) * length).view(t.shape)).to(t.dtype)
+        scaled = d / d.norm(dim=1, keepdim=True) * length
+        found[k] = (t.double() + scaled.view(t.shape)).to(t.dtype)
     return found
 
 # %% ../../nbs/75_analysis/05b_directions.ipynb #e70de4ef
@@ -41,7 +42,8 @@ def coordinates(
 ) -> tuple[list[float], float]:  # c₁ … cₘ; the share of ‖model − θ₀‖ that lies outside of the plane
     "The nearest point in the space that some models span."
     sums = added(pair_sums(anchors[0], [*anchors[1:], model]).values()).gram
-    g, own, size = sums[:-1, :-1], sums[:-1, -1], sums[-1, -1].item()
+    g, own = sums[:-1, :-1], sums[:-1, -1]
+    size = sums[-1, -1].item()
     check_independent(g)
     c = torch.linalg.solve(g, own)
     return c.tolist(), math.sqrt(max(0., size - float(c @ own)) / size) if size else 0.
@@ -75,7 +77,8 @@ def connect(
     *, steps:int, lr:float, seed:int,
 ) -> tuple[dict, list[float]]: # the bend c, float32; the loss of each step
     "Learn the bend of a curve between two models (Garipov et al., 2018)."
-    bend = {k: t.float() if t.is_floating_point() else t for k, t in spanned([a, b], (.5, .5)).items()}
+    middle = spanned([a, b], (.5, .5))
+    bend = {k: t.float() if t.is_floating_point() else t for k, t in middle.items()}
     trained = {k: bend[k].clone() for k, p in network.named_parameters() if k in bend}
     optimizer, draw, curve = torch.optim.Adam(list(trained.values()), lr), generator(seed, 't'), []
     for _, batch in zip(track(range(steps), 'connecting'), batches, strict=False):
@@ -86,7 +89,8 @@ def connect(
         value.backward()
         grads = dict(network.named_parameters())
         for k, p in trained.items():
-            p.grad = None if grads[k].grad is None else 2 * t * (1 - t) * grads[k].grad.cpu().to(p)
+            grad = grads[k].grad
+            p.grad = None if grad is None else 2 * t * (1 - t) * grad.cpu().to(p)
         optimizer.step()
         curve.append(float(value.detach()))
         if not math.isfinite(curve[-1]):

@@ -295,7 +295,8 @@ def _plane(ask, pool, taskpool, models, merged, tasks):
     places, weights = map(list, zip(*points, strict=True))
     width, height, foot = _frame(anchors)
     def place(s, t): return s * width + t * foot * width, t * height
-    own = [(n, *place(*c), 0., False) for n, c in zip(models, ((0, 0), (1, 0), (0, 1)), strict=True)]
+    corners = (0, 0), (1, 0), (0, 1)
+    own = [(n, *place(*c), 0., False) for n, c in zip(models, corners, strict=True)]
     marks = own + _marks(anchors, {n: m for n, m in merged.items() if n not in models}, place)
     found = _measured(ask, pool, taskpool, anchors, tasks, weights)
     figures = _drawn_plane(places, found, marks, ('distance in weight space', ''), 'plane')
@@ -312,7 +313,8 @@ def _of_tasks(ask, pool, taskpool, models, merged, tasks):
     check_independent(added(pair_sums(anchors[0], anchors[1:]).values()).gram)
     places, weights = map(list, zip(*_grid(ask.low, ask.high, ask.points), strict=True))
     def place(s, t): return s, t
-    own = [(n, *c, 0., False) for n, c in zip(['base', *models], ((0, 0), (1, 0), (0, 1)), strict=True)]
+    corners = (0, 0), (1, 0), (0, 1)
+    own = [(n, *c, 0., False) for n, c in zip(['base', *models], corners, strict=True)]
     marks = own + _marks(anchors, merged, place)
     found, (a, b) = _measured(ask, pool, taskpool, anchors, tasks, weights), models
     figures = _drawn_plane(places, found, marks, (f'λ of {a}', f'λ of {b}'), 'tasks')
@@ -340,7 +342,8 @@ def _learned(ask, pool, taskpool, anchors, tasks):
     if pool.taskpool is None: pool.attach(taskpool)
     rows = {t: pool.labelled(t, ask.data, batch_size=ask.batch_size, seed=ask.seed) for t in tasks}
     batches = ((t, *next(rows[t])) for t in cycle(tasks))
-    net, heads = pool.load(anchors[0]).to(ask.device).eval(), {t: taskpool.logits(t) for t in tasks}
+    net = pool.load(anchors[0]).to(ask.device).eval()
+    heads = {t: taskpool.logits(t) for t in tasks}
     def loss(net, batch):
         task, x, y = batch
         return F.cross_entropy(heads[task](net, x.to(ask.device)), y.to(ask.device))
@@ -374,7 +377,9 @@ def _curve(ask, pool, taskpool, models, merged, tasks):
 # %% ../../nbs/75_analysis/06_landscape.ipynb #cdd30977
 def _pair_line(at, ts, count):
     "Weights along the line of one pair."
-    def weights(t): return tuple(1 - t if i == at[0] else t if i == at[1] else 0. for i in range(count))
+    def weights(t):
+        ends = {at[1]: t, at[0]: 1 - t}
+        return tuple(ends.get(i, 0.) for i in range(count))
     return [weights(t) for t in ts]
 
 # %% ../../nbs/75_analysis/06_landscape.ipynb #5941e7ba

@@ -25,8 +25,9 @@ from ..metrics.correlation import statistic
 def _spearman(x, y):
     "Rank correlation of two vectors; NaN where one is constant or short."
     keep = np.isfinite(x) & np.isfinite(y)
-    if keep.sum() < 3 or np.ptp(x[keep]) == 0 or np.ptp(y[keep]) == 0: return math.nan
-    return statistic('spearman', x[keep], y[keep])
+    x, y = x[keep], y[keep]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0: return math.nan
+    return statistic('spearman', x, y)
 
 # %% ../../nbs/75_analysis/08_mergeability.ipynb #9ea9a052
 def rank_correlation(
@@ -45,7 +46,8 @@ def rank_correlation(
         found.append(_spearman(x[a, b][a != b], y[a, b][a != b]))
     found = [f for f in found if f == f]
     low, high = np.quantile(found, [.025, .975]) if found else (math.nan, math.nan)
-    return dict(value=_spearman(x[i, j], y[i, j]), low=float(low), high=float(high), pairs=len(i))
+    value = _spearman(x[i, j], y[i, j])
+    return dict(value=value, low=float(low), high=float(high), pairs=len(i))
 
 # %% ../../nbs/75_analysis/08_mergeability.ipynb #19da8be6
 def _outcome(taskpool, tasks, answers, own):
@@ -74,7 +76,8 @@ def pair_outcomes(
     ends = {t: a[t] for t, a in zip(tasks, alone, strict=True)}
     found = {}
     def put(name, pair, values):
-        kept, rise = found.setdefault(name, tuple(np.full((len(tasks),) * 2, math.nan) for _ in range(2)))
+        unknown = [np.full((len(tasks),) * 2, math.nan) for _ in range(2)]
+        kept, rise = found.setdefault(name, tuple(unknown))
         for z, v in zip((kept, rise), values, strict=True): z[pair] = z[pair[::-1]] = v
     named = [[tasks[i] for i in p] for p in pairs]
     for scale in scales:
@@ -144,8 +147,9 @@ def _before(ask, pool, taskpool, tasks):
 def _told(ask, tasks, before, after):
     "The findings."
     pairs = list(combinations(range(len(tasks)), 2))
+    def measures(i, j): return [z[i, j] for z in before.values()]
     rows = [
-        [m, tasks[i], tasks[j], kept[i, j], rise[i, j], *(z[i, j] for z in before.values())]
+        [m, tasks[i], tasks[j], kept[i, j], rise[i, j], *measures(i, j)]
         for m, (kept, rise) in after.items()
         for i, j in pairs
     ]
@@ -174,10 +178,12 @@ def _figures(tasks, before, after, lines):
     "Correlations at a glance, what pairs keep, and the strongest measure against the outcome."
     at = {(l[0], l[1]): l[2] for l in lines}
     found = dict(prediction=heatmap([[at[k, m] for m in after] for k in before], list(before), list(after)))
-    for i, (m, (kept, _)) in enumerate(after.items(), 1): found[f'kept_{i}'] = heatmap(kept, tasks, tasks)
+    for i, (m, (kept, _)) in enumerate(after.items(), 1):
+        found[f'kept_{i}'] = heatmap(kept, tasks, tasks)
     known = [l for l in lines if l[2] == l[2]]
     if not known: return found
     best = max(known, key=lambda l: abs(l[2]))[0]
     i, j = np.triu_indices(len(tasks), 1)
-    points = {m: list(zip(before[best][i, j], kept[i, j], strict=True)) for m, (kept, _) in after.items()}
+    def points_of(kept): return list(zip(before[best][i, j], kept[i, j], strict=True))
+    points = {m: points_of(kept) for m, (kept, _) in after.items()}
     return found | dict(strongest=scattered(points, best.replace('_', ' '), 'share of the experts\' score'))

@@ -39,7 +39,9 @@ def spanned(
     if len(kept) == 1 and kept[0][0] == 1: return kept[0][1]
     (first, base), *rest = kept or [(0., anchors[0])]
     # where `rest` is empty the base stands in for the experts, without a weight
-    def f(e): return sum((w * x for (w, _), x in zip(rest, e.experts, strict=False)), first * e.base)
+    def f(e):
+        terms = (w * x for (w, _), x in zip(rest, e.experts, strict=False))
+        return sum(terms, first * e.base)
     return map_tensors(f, base, [sd for _, sd in rest] or [base], elementwise=True)
 
 # %% ../../nbs/75_analysis/05_points.ipynb #bb56a822
@@ -228,7 +230,8 @@ def barrier_height(
     "Height of the loss, or depth of a score, beyond the chord (Frankle et al., 2020)."
     t, sign = np.asarray(places, float), -found.metric.sign
     def above(v):
-        chord = v[..., :1] + (v[..., -1:] - v[..., :1]) * (t - t[0]) / (t[-1] - t[0])
+        first, last = v[..., :1], v[..., -1:]
+        chord = first + (last - first) * (t - t[0]) / (t[-1] - t[0])
         return (sign * (v - chord)).max(-1) + 0. # no minus zero
     low, high = np.quantile(above(found.draws), [.025, .975]).tolist()
     if low != low: low = high = None

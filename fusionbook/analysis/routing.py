@@ -45,9 +45,8 @@ def gate_entropy(
     total = gates.double().sum(1, keepdim=True)
     p = gates.double() / total
     if gates.shape[1] < 2: return torch.zeros(len(gates), dtype=torch.float64)
-    return torch.where(
-        total[:, 0] > 0, -torch.special.xlogy(p, p).sum(1) / math.log(gates.shape[1]), math.nan
-    )
+    entropy = -torch.special.xlogy(p, p).sum(1) / math.log(gates.shape[1])
+    return torch.where(total[:, 0] > 0, entropy, math.nan)
 
 def load(
     gates:Tensor, # (N, E)

@@ -87,7 +87,8 @@ def _of_directions(directions):
         a, b = directions[i], directions[j]
         shared = singular_task_interference([a, b], relative=True)
         values = subspace_overlap(a.left, b.left), subspace_overlap(a.right, b.right), shared
-        for n, v in zip(_MATRIX, values, strict=True): found[n][i, j] = found[n][j, i] = v
+        for n, v in zip(_MATRIX, values, strict=True):
+            found[n][i, j] = found[n][j, i] = v
     return found
 
 def _mean(tables):
@@ -108,7 +109,8 @@ def layer_similarities(
     shared = {k: _of_directions(d) for k, d in directions}
     def of(names):
         return _of_sums(added(sums[k] for k in names)) | _mean([shared[k] for k in names if k in shared])
-    return {l: of(ks) for l, ks in by_layer(list(sums)).items()}, of(list(sums)), added(sums.values())
+    layers = {l: of(names) for l, names in by_layer(list(sums)).items()}
+    return layers, of(list(sums)), added(sums.values())
 
 # %% ../../nbs/75_analysis/04_similarity.ipynb #7d2a1d53
 def dendrogram(
@@ -118,7 +120,8 @@ def dendrogram(
     "The tree of average linkage (Sokal and Michener, 1958)."
     from scipy.cluster.hierarchy import dendrogram as places, linkage
     from scipy.spatial.distance import squareform
-    apart = (1 - similarity.fill_diagonal_(1)).clamp(min=0).numpy() if len(names) > 1 else np.array([np.nan])
+    if len(names) < 2: return None
+    apart = (1 - similarity.fill_diagonal_(1)).clamp(min=0).numpy()
     if not np.isfinite(apart).all(): return None
     drawn = places(linkage(squareform(apart, checks=False), 'average'), labels=list(names), no_plot=True)
     fig, ((ax,),) = figure(height=.8 + .28 * len(names))
@@ -273,7 +276,8 @@ def pair_features(
 def _rows(tables, names):
     "A row for each pair: its measures."
     keys = [k for k in (*_PAIR, *_MATRIX, 'cka') if k in tables]
-    return keys, [[names[i], names[j], *(tables[k][i, j].item() for k in keys)] for i, j in _pairs(names)]
+    def cells(i, j): return [tables[k][i, j].item() for k in keys]
+    return keys, [[names[i], names[j], *cells(i, j)] for i, j in _pairs(names)]
 
 def _kinship(whole, names):
     rows = [[n, kinship(whole[k])] for n, k in (('pcc', 'correlation'), ('cs', 'cosine'), ('ed', 'distance'))]
@@ -311,7 +315,8 @@ def _layer_table(layers, names):
     "A row for each layer and pair."
     keys = [k for k in (*_PAIR, *_MATRIX, 'cka') if any(k in t for t in layers.values())]
     def cells(t, i, j): return [t[k][i, j].item() if k in t else None for k in keys]
-    rows = [[l, names[i], names[j], *cells(t, i, j)] for l, t in layers.items() for i, j in _pairs(names)]
+    places = [(l, t, i, j) for l, t in layers.items() for i, j in _pairs(names)]
+    rows = [[l, names[i], names[j], *cells(t, i, j)] for l, t, i, j in places]
     return Table(['layer', 'first', 'second', *keys], rows)
 
 def _told(layers, whole, sums, values, names):

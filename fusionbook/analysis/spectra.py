@@ -110,7 +110,10 @@ def _figures(rows, drawn, methods):
     found = {m: _shares(s)[:n] for m, s in drawn[worst].items()}
     label = f'share of the sum of singular values, {layer_name(worst)}'
     at = {(r[0], r[1]): r for r in rows}
-    ranks = [[at[methods[0], k][2], at[methods[0], k][3], *(at[m, k][4] for m in methods)] for k in drawn]
+    def ranks_of(k):
+        first = at[methods[0], k]
+        return [first[2], first[3], *(at[m, k][4] for m in methods)]
+    ranks = [ranks_of(k) for k in drawn]
     heads = ['accumulation', 'rank of sum', *(f'rank of {m}' for m in methods)]
     return dict(
         spectrum=curves(range(1, n + 1), found, xlabel='singular value', ylabel=label),

@@ -39,7 +39,8 @@ def _sums(b, tau):
     sign = tau.sign()
     both, same = sign.abs() @ sign.abs().T, sign @ sign.T
     count = torch.tensor(float(tau.shape[1]), dtype=torch.float64)
-    found = tau @ tau.T, both, (both - same) / 2, tau.sum(1), tau.abs().sum(1), b @ b, count
+    opposite = (both - same) / 2
+    found = tau @ tau.T, both, opposite, tau.sum(1), tau.abs().sum(1), b @ b, count
     return PairSums(*(x.cpu() for x in found))
 
 # %% ../../nbs/75_analysis/01_task_vectors.ipynb #5fc0283d
@@ -128,7 +129,8 @@ def sample_places(
     sizes = [meta(base)[k].numel() for k in names]
     ends = np.cumsum([0, *sizes])
     draw = np.random.default_rng(generator(seed, 'places').initial_seed() % 2**63)
-    at = np.arange(ends[-1]) if count >= ends[-1] else np.sort(draw.choice(ends[-1], count, replace=False))
+    every = count >= ends[-1]
+    at = np.arange(ends[-1]) if every else np.sort(draw.choice(ends[-1], count, replace=False))
     cuts = np.searchsorted(at, ends)
     parts = zip(names, cuts[:-1], cuts[1:], ends[:-1], strict=True)
     return {k: torch.from_numpy(at[a:b] - e) for k, a, b, e in parts if b > a}

@@ -173,7 +173,8 @@ def _heads(file):
     if file.suffix == '.safetensors':
         return {n: (t['dtype'], tuple(t['shape'])) for n, t in read_table(file)['tensors'].items()}
     from fusionbook.core.reading import CODES, contents
-    return {n: (CODES.get(m.dtype, str(m.dtype)), tuple(m.shape)) for n, (m, _) in contents(file)[0].items()}
+    metas = {n: m for n, (m, _) in contents(file)[0].items()}
+    return {n: (CODES.get(m.dtype, str(m.dtype)), tuple(m.shape)) for n, m in metas.items()}
 
 # %% ../../nbs/00_core/01e_adapters.ipynb #4498812c
 def is_adapter_folder(
@@ -279,7 +280,8 @@ def _biased(shapes, name):
 def _turned(adapter, target, part, shape, shapes, name):
     "Whether a base stores inputs first; None where the factors have another shape."
     a, b = adapter.shape(part.inputs), adapter.shape(part.outputs)
-    straight, turned = (b[0], *a[1:]) == shape, (*a[1:], b[0]) == shape and len(shape) == 2
+    straight = (b[0], *a[1:]) == shape
+    turned = (*a[1:], b[0]) == shape and len(shape) == 2
     if 'lora_embedding' in part.inputs: return True if turned else None
     if straight and turned:
         inputs_first = _biased(shapes, name)

@@ -42,9 +42,8 @@ def _stem(path):
 def _room(path):
     "A new room beside `path`."
     pid = os.getpid()
-    return Path(
-        tempfile.mkdtemp(prefix=f'{_stem(path)}{_machine()}-{pid}-{_started(pid) or 0}.', dir=path.parent)
-    )
+    prefix = f'{_stem(path)}{_machine()}-{pid}-{_started(pid) or 0}.'
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
 
 # %% ../../nbs/00_core/01b_atomic.ipynb #67d2f9ef
 _WEEK = 7 * 24 * 3600

@@ -68,7 +68,8 @@ def shard_plan(
         groups[-1].append(name)
         room -= need
     if len(groups) == 1: return {'model.safetensors': groups[0]}
-    return {f'model-{i + 1:05}-of-{len(groups):05}.safetensors': g for i, g in enumerate(groups)}
+    count = f'{len(groups):05}'
+    return {f'model-{i:05}-of-{count}.safetensors': g for i, g in enumerate(groups, 1)}
 
 def shard_index(
     info:Mapping[str, Tensor],      # as in `shard_plan`
@@ -124,7 +125,9 @@ class Checkpoint(Lazy):
         info = {k: m for k, (m, _) in entries.items()}
         tied |= (alone := stored_ties(self.metadata, info, self.path))
         super().__init__(
-            {k: read for k, (_, read) in entries.items()}, info | {a: info[o] for a, o in alone.items()}, tied
+            {k: read for k, (_, read) in entries.items()},
+            info | {a: info[o] for a, o in alone.items()},
+            tied,
         )
 
 # %% ../../nbs/00_core/02_checkpoint.ipynb #d882b083
@@ -139,7 +142,8 @@ def model_card(
         + (['base_model:', *(f'- {p}' for p in hub)] if hub else [])
         + ['---']
     )
-    rows = [f'| `{n}` | {s.get("path") or "in memory"} | `{s["hash"]}` |' for n, s in sources.items()]
+    paths = {n: s.get('path') or 'in memory' for n, s in sources.items()}
+    rows = [f'| `{n}` | {paths[n]} | `{s["hash"]}` |' for n, s in sources.items()]
     hyper = [f'| `{k}` | {json.dumps(v)} |' for k, v in lineage['hyperparameters'].items()]
     return '\n'.join(
         [

@@ -93,7 +93,8 @@ def quoted(
     mark:str='"',  # around it: `"` or `'`
 ) -> str:          # in Hydra's grammar
     "A text that Hydra reads as it is written here, but for interpolations."
-    return mark + re.sub(rf'(\\*)({mark}|\Z)', lambda m: 2 * m[1] + f'\\{mark}' * bool(m[2]), text) + mark
+    def escaped(m): return 2 * m[1] + f'\\{mark}' * bool(m[2])
+    return mark + re.sub(rf'(\\*)({mark}|\Z)', escaped, text) + mark
 
 # %% ../../nbs/00_core/02d_compose.ipynb #2d405440
 def compose_words(

@@ -123,7 +123,8 @@ def memory_needed(
         shape = _way(f, elementwise, name, t.shape)[1]
         if shape is None: return t.numel() * t.element_size() + (count + 3) * piece_size(count) * width
         held = getattr(f, 'held', None)
-        return (count + 3) * t.numel() * width if held is None else 2 * t.numel() * width + held(*shape)
+        if held is None: return (count + 3) * t.numel() * width
+        return 2 * t.numel() * width + held(*shape)
     sizes = {name: need(name, t) for name, t in info.items() if t.is_floating_point()}
     largest = max(sizes, key=sizes.get, default='')
     return sizes.get(largest, 0), largest

@@ -154,11 +154,8 @@ def resolved(
     if not OmegaConf.is_config(cfg): return {k: plain(v) for k, v in cfg.items() if k not in DROPPED}
     raw = unresolved(cfg)
     path = raw['path'] if isinstance(raw.get('path'), Mapping) else {}
-    raw |= (
-        {'path': {k: v if k not in _PLACES or '$' not in str(v) else _PLACES[k] for k, v in path.items()}}
-        if path
-        else {}
-    )
+    moved = {k: _PLACES[k] for k, v in path.items() if k in _PLACES and '$' in str(v)}
+    if path: raw |= {'path': path | moved}
     node = OmegaConf.create({k: v if k == 'hydra' else _placed(v) for k, v in raw.items()})
     if gaps := sorted(k for k in _open_keys(raw) if k.split('.')[0] not in DROPPED):
         raise FusionError(

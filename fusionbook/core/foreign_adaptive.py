@@ -40,7 +40,8 @@ def adaptive_keys(
     cfg:Mapping, # a method of FusionBench that learns
 ) -> dict:       # the same in our fields; what is not known stays, to be refused
     "FusionBench's way to say how a method learns."
-    cfg = {k: v for k, v in cfg.items() if k not in _IDLE and not (k in _OFF and v in _OFF[k])}
+    def idle(k, v): return k in _IDLE or k in _OFF and v in _OFF[k]
+    cfg = {k: v for k, v in cfg.items() if not idle(k, v)}
     loader = cfg.pop('dataloader_kwargs', None) or {}
     if more := [k for k in loader if k not in _LOADER]:
         raise FusionError(f'expected a loader with {", ".join(_LOADER)}, got `{more[0]}`')

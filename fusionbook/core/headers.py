@@ -78,7 +78,8 @@ def read_table(
 # %% ../../nbs/00_core/00a_headers.ipynb #21c9679f
 def _check_places(table, room, file):
     "Refuse tensors that do not follow each other up to the end of the file."
-    try: found = sorted((*v['data_offsets'], v['dtype'], prod(v['shape']), k) for k, v in table.items())
+    def place(k, v): return *v['data_offsets'], v['dtype'], prod(v['shape']), k
+    try: found = sorted(place(k, v) for k, v in table.items())
     except (TypeError, KeyError, ValueError): raise _damaged(file, 'its table is not complete') from None
     at = 0
     for begin, end, code, count, name in found:

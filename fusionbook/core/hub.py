@@ -79,7 +79,8 @@ def _arguments(cfg, mirror):
     loads, first = cfg.get('_target_') == 'datasets.load_dataset', _here(args[0], mirror) if args else None
     if loads and cfg.get('path') is not None and _here(cfg['path'], mirror) != cfg['path']:
         cfg.pop('name', None)
-    if args: cfg['_args_'] = [first] if loads and first != args[0] else [first, *mirrored(args[1:], mirror)]
+    named = loads and args and first != args[0]
+    if args: cfg['_args_'] = [first] if named else [first, *mirrored(args[1:], mirror)]
     return cfg
 
 # %% ../../nbs/00_core/06b_hub.ipynb #0135a9d4

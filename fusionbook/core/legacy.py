@@ -137,7 +137,8 @@ def _method(cfg):
     on_test = name.startswith(_ON_TEST)
     data = {'data': 'unlabeled_test'} if on_test else {}
     named = {'name': name} if name.startswith(_ON_TEST[:2]) and name.endswith('_adamerging') else {}
-    return plain(OmegaConf.load(files[name])) | data | {k: v for k, v in cfg.items() if k != 'name'} | named
+    given = {k: v for k, v in cfg.items() if k != 'name'}
+    return plain(OmegaConf.load(files[name])) | data | given | named
 
 # %% ../../nbs/00_core/07_legacy.ipynb #2a0b1cae
 _ABSENT = (
@@ -397,7 +398,8 @@ def translate(
         )
     ours = our_target(str(cfg['_target_']), kind)
     if foreign:
-        cfg = _POOLS.get(ours.rpartition('.')[2], dict)({k: v for k, v in cfg.items() if k not in _DROP})
+        convert = _POOLS.get(ours.rpartition('.')[2], dict)
+        cfg = convert({k: v for k, v in cfg.items() if k not in _DROP})
         if kind == 'method': cfg = _where_it_can({k: _inner(v) for k, v in cfg.items()})
     return helped(cfg | {'_target_': ours}) | ({} if kind == 'method' else {'_recursive_': False})
 

@@ -51,7 +51,8 @@ def check_variance(
 # %% ../../nbs/00_core/00c_mergeable.ipynb #088f4080
 def _range(t):
     t = t[torch.isfinite(t)]
-    return f'values from {t.min().item():.6g} to {t.max().item():.6g}' if t.numel() else 'no finite value'
+    if not t.numel(): return 'no finite value'
+    return f'values from {t.min().item():.6g} to {t.max().item():.6g}'
 
 # %% ../../nbs/00_core/00c_mergeable.ipynb #b8376286
 def not_finite(

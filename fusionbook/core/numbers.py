@@ -27,7 +27,8 @@ def whole(
     "Whole numbers, refused where a value is none."
     if isinstance(values, np.ndarray) and values.dtype.kind in 'bi': return values.astype(np.int64)
     found = [_whole(v) for v in values]
-    bad = next((i for i, v in enumerate(found) if v is None or not -2**63 <= v < 2**63), None)
+    def fits(v): return v is not None and -2**63 <= v < 2**63
+    bad = next((i for i, v in enumerate(found) if not fits(v)), None)
     if bad is None: return np.array(found, dtype=np.int64)
     raise FusionError(
         f'expected integer {what}, got {values[bad]!r:.80} in row {bad if at is None else at[bad]}'

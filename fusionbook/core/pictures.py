@@ -17,7 +17,8 @@ def _from_array(x):
     from PIL import Image
     if x.dtype == np.uint16: x = (x >> 8).astype(np.uint8)
     if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
-    if x.dtype == np.uint8 and x.size and (x.ndim == 2 or x.ndim == 3 and x.shape[2] in (3, 4)):
+    grey_or_colour = x.ndim == 2 or x.ndim == 3 and x.shape[2] in (3, 4)
+    if x.dtype == np.uint8 and x.size and grey_or_colour:
         return Image.fromarray(x)
     raise FusionError(
         f'expected a picture as uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {x.dtype} {x.shape}'

@@ -193,7 +193,8 @@ def _label(ax, names, inches):
 def _legend(fig, ax, names):
     "Name the series above the panels, unless there is one."
     if len(names) < 2: return
-    letters, handles = max(len(str(n)) for n in names), list(ax.containers) or ax.lines[:len(names)]
+    letters = max(len(str(n)) for n in names)
+    handles = list(ax.containers) or ax.lines[:len(names)]
     legend = fig.legend(
         handles,
         [str(n) for n in names],
@@ -231,10 +232,12 @@ def _groups(ax, values, intervals, groups):
         x = np.arange(len(groups)) + (i - (len(values) - 1)/2)*width
         y = np.array([row.get(g, np.nan) for g in groups], dtype=float)
         bounds = (intervals or {}).get(series, {})
-        low, high = np.array([bounds.get(g, (v, v)) for g, v in zip(groups, y, strict=True)], dtype=float).T
+        pairs = [bounds.get(g, (v, v)) for g, v in zip(groups, y, strict=True)]
+        low, high = np.array(pairs, dtype=float).T
         ax.bar(x, y, width*.94, color=_color(i), label=series)
         if bounds: ax.vlines(x, low, high, color=theme['ink'], lw=.8)
-        if len(values)*len(groups) <= 16: _write(ax, x, y, np.where(y < 0, np.fmin(low, y), np.fmax(high, y)))
+        ends = np.where(y < 0, np.fmin(low, y), np.fmax(high, y))
+        if len(values)*len(groups) <= 16: _write(ax, x, y, ends)
 
 # %% ../../nbs/00_core/04_plot.ipynb #2c98eda7
 def bars(
@@ -246,7 +249,8 @@ def bars(
     groups = list(dict.fromkeys(g for row in values.values() for g in row))
     if not groups: raise FusionError("expected at least one series with one group, got none")
     per_row = math.ceil(len(groups)/math.ceil(len(groups)*len(values)/48))
-    rows, half = math.ceil(len(groups)/per_row), max(per_row, 4/len(values))/2 + .1   # a lone bar stays slim
+    rows = math.ceil(len(groups)/per_row)
+    half = max(per_row, 4/len(values))/2 + .1   # a lone bar stays slim
     fig, axes = figure(rows, height=min(2.8, .9 + 4.5/rows)*rows + .4, sharey=True)
     for ax, start in zip(axes.flat, range(0, len(groups), per_row), strict=True):
         part = groups[start:start+per_row]
@@ -336,7 +340,9 @@ def heatmap(
         raise FusionError(f"expected values of shape ({len(rows)}, {len(columns)}), got {x.shape}")
     seen = x[np.isfinite(x)]
     far = np.abs(seen).max(initial=0) or 1
-    fig, ((ax,),) = figure(height=min(7, .9 + .3*len(rows)), width=min(theme['width'], 2.2 + .6*len(columns)))
+    height = min(7, .9 + .3*len(rows))
+    width = min(theme['width'], 2.2 + .6*len(columns))
+    fig, ((ax,),) = figure(height=height, width=width)
     letters = max(len(format(v, fmt)) for v in x.flat)
     room = fig.get_figwidth()*.8/len(columns)/letters/.085
     diverging = seen.min(initial=0) < 0
@@ -357,7 +363,8 @@ def heatmap(
 def _few_lines(text, letters):
     "`text` in at most three lines of so many letters, cut with `…` where it is longer."
     lines = textwrap.wrap(str(text), letters) or ['']
-    return '\n'.join(lines if len(lines) <= 3 else [*lines[:2], lines[2][:letters-1] + '…'])
+    if len(lines) <= 3: return '\n'.join(lines)
+    return '\n'.join([*lines[:2], lines[2][:letters-1] + '…'])
 
 # %% ../../nbs/00_core/04_plot.ipynb #33362a0b
 def _tiles(images, columns, tall):
@@ -383,8 +390,10 @@ def contact_sheet(
         raise FusionError(f"expected {len(images)} titles, got {len(titles)}")
     columns, (h, w) = min(columns, len(images)), images.shape[1:3]
     inch = min(.9, theme['width']/columns)/(w + 2)  # of one pixel
-    names = [_few_lines(t, max(4, int((w + 2)*inch/.068))) for t in titles] if titles is not None else []
-    tall = h + 2 + round(max((.05 + .12*len(n.split('\n')) for n in names), default=0)/inch)
+    letters = max(4, int((w + 2)*inch/.068))
+    names = [_few_lines(t, letters) for t in titles] if titles is not None else []
+    most = max((len(n.split('\n')) for n in names), default=0)
+    tall = h + 2 + round((.05 + .12*most if names else 0)/inch)
     sheet = _tiles(images, columns, tall)
     fig, ((ax,),) = figure(height=sheet.shape[0]*inch, width=sheet.shape[1]*inch, frame=False)
     ax.imshow(sheet, interpolation='nearest')

@@ -273,5 +273,6 @@ def recall(self:ReadLog, seen:Mapping) -> None:
 def identity(self:ReadLog, model:str) -> str:
     "16 hexadecimal digits for what was read of a model."
     start = f'{model}|'
-    lines = sorted(f'{k.removeprefix(start)} {v}' for k, v in self.sums.items() if k.startswith(start))
+    own = {k.removeprefix(start): v for k, v in self.sums.items() if k.startswith(start)}
+    lines = sorted(f'{k} {v}' for k, v in own.items())
     return hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]

@@ -51,7 +51,8 @@ def count_bins(
 ) -> None:
     "Count one piece of a stream into the bins of each row's bracket."
     bits = _bits(x)
-    top = [min(l + (BINS << s) - 1, torch.iinfo(bits.dtype).max) for l, s in zip(low, shift, strict=True)]
+    most = torch.iinfo(bits.dtype).max
+    top = [min(l + (BINS << s) - 1, most) for l, s in zip(low, shift, strict=True)]
     first, last = (torch.tensor(ends, dtype=bits.dtype, device=x.device)[:, None] for ends in (low, top))
     above = bits > last
     inside = (bits >= first) ^ above
@@ -96,6 +97,7 @@ def kth_largest(
         counts = torch.zeros(len(at), BINS + 1, dtype=torch.int64, device=sample.device)
         for x in stream(1): count_bins(x.to(kind), low, shift, counts)
         rows = zip(at, counts, ranks, strict=True)
-        *at, done = zip(*[narrow(l, s, row, k, kind) for (l, s), row, k in rows], strict=True)
+        steps = [narrow(*ends, row, k, kind) for ends, row, k in rows]
+        *at, done = zip(*steps, strict=True)
         at = list(zip(*at, strict=True))
     return torch.tensor([l for l, _ in at], device=sample.device, dtype=_INTEGER[kind]).view(kind)

@@ -58,8 +58,8 @@ class Lazy(Mapping):
     def __iter__(self): return iter(self.meta)
     def __len__(self): return len(self.meta)
     def __repr__(self):
-        return (f'{type(self).__name__}({len(self)} tensors, {sum(t.numel() for t in self.meta.values()):,} '
-                f'entries)')
+        entries = sum(t.numel() for t in self.meta.values())
+        return f'{type(self).__name__}({len(self)} tensors, {entries:,} entries)'
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #9704b78e
 def is_counter(
@@ -74,19 +74,21 @@ _ADVICE = ('To merge only what all models share, use `common(...)` or `modelpool
            '(`+modelpool.…` where a file of yours lacks the key)')
 
 def _some(names):
-    return ', '.join(f'`{n}`' for n in names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return ', '.join(f'`{n}`' for n in names[:3]) + more
 
 def _kinds(a, b):
     "Tensors that are numbers in one model and integers in the other, but for counters."
     odd = [k for k in a if k in b and a[k].is_floating_point() != b[k].is_floating_point()]
-    return [f'{k}: {str(b[k].dtype)[6:]} for {str(a[k].dtype)[6:]}' for k in odd if not is_counter(k, a[k])]
+    odd = [k for k in odd if not is_counter(k, a[k])]
+    def kind(t): return str(t.dtype)[6:]
+    return [f'{k}: {kind(b[k])} for {kind(a[k])}' for k in odd]
 
 def _difference(a, b):
     "What keeps meta state dict `b` from having the names and shapes of `a`, or ''."
     lacks, extra = [k for k in a if k not in b], [k for k in b if k not in a]
-    shape = [
-        f'{k}: {tuple(b[k].shape)} for {tuple(a[k].shape)}' for k in a if k in b and a[k].shape != b[k].shape
-    ]
+    other = [k for k in a if k in b and a[k].shape != b[k].shape]
+    shape = [f'{k}: {tuple(b[k].shape)} for {tuple(a[k].shape)}' for k in other]
     parts = [
         (lacks, 'it lacks'),
         (extra, 'it also has'),

@@ -37,12 +37,14 @@ def grid(
     "Which point of its stamp each pixel of `n` randomly placed images sees."
     def draw(low, high): return rng.uniform(low, high, (n, 1, 1)).astype('f4')
     u = (np.arange(SIDE, dtype='f4') + .5) / SIDE * 2 - 1
-    x, y = u[None, None, :] - draw(-shift, shift), u[None, :, None] - draw(-shift, shift)
+    x = u[None, None, :] - draw(-shift, shift)
+    y = u[None, :, None] - draw(-shift, shift)
     a = np.deg2rad(draw(-turn, turn))
     size = draw(*scale)
     slant = draw(-shear, shear)
     wide = np.exp(draw(-stretch, stretch))
-    x, y = (np.cos(a) * x + np.sin(a) * y) / size, (np.cos(a) * y - np.sin(a) * x) / size
+    cos, sin = np.cos(a), np.sin(a)
+    x, y = (cos * x + sin * y) / size, (cos * y - sin * x) / size
     return (x + slant * y) / wide, y * wide
 
 # %% ../../nbs/10_data/02_canvas.ipynb #9684b249
@@ -54,12 +56,15 @@ def press(
 ) -> np.ndarray: # (n, 32, 32) in [0, 1]; 0 outside the stamp
     "Read each image's stamp at the points `x`, `y`, bilinearly."
     size = stamps.shape[-1]
-    wide, flat = size + 2, np.pad(stamps, ((0, 0), (1, 1), (1, 1))).reshape(-1)
-    p, q = [np.clip((c + 1) / 2 * size + .5, 0, size + .9999) for c in (x, y)]
+    wide = size + 2
+    flat = np.pad(stamps, ((0, 0), (1, 1), (1, 1))).reshape(-1)
+    def pixels(c): return np.clip((c + 1) / 2 * size + .5, 0, size + .9999)
+    p, q = pixels(x), pixels(y)
     i, j = p.astype(int), q.astype(int)
     at = which[:, None, None] * wide**2 + j * wide + i
     top = flat[at] + (flat[at + 1] - flat[at]) * (p - i)
-    low = flat[at + wide] + (flat[at + wide + 1] - flat[at + wide]) * (p - i)
+    below = at + wide
+    low = flat[below] + (flat[below + 1] - flat[below]) * (p - i)
     return top + (low - top) * (q - j)
 
 # %% ../../nbs/10_data/02_canvas.ipynb #5af39870
@@ -69,8 +74,8 @@ def clouds(
     cells:int=5,             # knots per side; fewer are softer
 ) -> np.ndarray:             # (n, 32, 32, 3), mean 0, knots of variance 1
     "Soft random spots in three colours: random knots, joined linearly."
-    hat = 1 - np.abs(np.linspace(0, cells - 1, SIDE, dtype='f4')[:, None] - np.arange(cells, dtype='f4'))
-    hat = hat.clip(0)
+    place = np.linspace(0, cells - 1, SIDE, dtype='f4')[:, None]
+    hat = (1 - np.abs(place - np.arange(cells, dtype='f4'))).clip(0)
     return (hat @ rng.standard_normal((n, 3, cells, cells), dtype='f4') @ hat.T).transpose(0, 2, 3, 1)
 
 # %% ../../nbs/10_data/02_canvas.ipynb #a5f93843
@@ -106,7 +111,8 @@ def hsv(
 ) -> np.ndarray: # red, green, blue in [0, 1], (n, 3)
     "Hue, saturation and value as red, green and blue."
     k = (np.array([5, 3, 1]) + np.asarray(h)[..., None] % 1 * 6) % 6
-    s, v = np.clip(s, 0, 1)[..., None], np.clip(v, 0, 1)[..., None]
+    s = np.clip(s, 0, 1)[..., None]
+    v = np.clip(v, 0, 1)[..., None]
     return (v * (1 - s * np.clip(np.minimum(k, 4 - k), 0, 1))).astype('f4')
 
 # %% ../../nbs/10_data/02_canvas.ipynb #37f7eb81
@@ -155,7 +161,8 @@ def outline(
     "The stamp of a shape: the share of nine points inside it, for each pixel."
     u = (np.arange(96) + .5) / 48 - 1
     x, y = np.broadcast_arrays(u[None, :], -u[:, None])
-    return inside(x, y, np.hypot(x, y), np.arctan2(x, y)).astype('f4').reshape(32, 3, 32, 3).mean((1, 3))
+    points = inside(x, y, np.hypot(x, y), np.arctan2(x, y)).astype('f4')
+    return points.reshape(32, 3, 32, 3).mean((1, 3))
 
 # %% ../../nbs/10_data/02_canvas.ipynb #641aa195
 @lru_cache

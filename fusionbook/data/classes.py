@@ -151,8 +151,9 @@ def by_name(
             f'{values[0]!r}; the order of the names is the order of the labels'
         )
     if bad := [i for i, v in enumerate(values) if v not in names]:
+        word = values[bad[0]]
         raise FusionError(
-            f'{task}: expected a label of {", ".join(names[:5])}, got {values[bad[0]]!r} in row {bad[0]}; '
-            f'{nearest(str(values[bad[0]]), names)}'
+            f'{task}: expected a label of {", ".join(names[:5])}, got {word!r} in row {bad[0]}; '
+            f'{nearest(str(word), names)}'
         )
     return dataset.cast_column(label, ClassLabel(names=list(names)))

@@ -77,7 +77,8 @@ def speckle_noise(x, c, rng):
 def impulse_noise(x, c, rng):
     "A share `c` of the values is lost: half become 0, half become 1."
     u = torch.rand(x.shape, generator=rng).numpy()
-    return np.where(u < c / 2, 0, np.where(u > 1 - c / 2, 1, x)).astype(np.float32)
+    salted = np.where(u > 1 - c / 2, 1, x)
+    return np.where(u < c / 2, 0, salted).astype(np.float32)
 
 # %% ../../nbs/10_data/02b_corruption.ipynb #65f0172b
 def disc(
@@ -86,7 +87,9 @@ def disc(
     "How much of each pixel a disc covers, from 81 points in each."
     reach = ceil(radius)
     u = (np.arange(9 * (2 * reach + 1)) + .5) / 9 - reach - .5
-    share = (u[:, None] ** 2 + u ** 2 <= radius ** 2).reshape(2 * reach + 1, 9, 2 * reach + 1, 9).mean((1, 3))
+    inside = u[:, None] ** 2 + u ** 2 <= radius ** 2
+    side = 2 * reach + 1
+    share = inside.reshape(side, 9, side, 9).mean((1, 3))
     return (share / share.sum()).astype(np.float32)
 
 # %% ../../nbs/10_data/02b_corruption.ipynb #093e34b2
@@ -100,12 +103,15 @@ def gaussian_blur(x, c, rng):
 
 def motion_blur(x, c, rng):
     "Each point leaves a trail that fades over `c` pixels, in a random direction of at most 45 degrees."
-    angle, steps = float(np.pi / 4 * (2 * torch.rand(1, generator=rng) - 1)), np.arange(ceil(3 * c) + 1)
-    fade, (h, w), far = np.exp(-.5 * (steps / c) ** 2), x.shape[:2], len(steps)
+    angle = float(np.pi / 4 * (2 * torch.rand(1, generator=rng) - 1))
+    steps = np.arange(ceil(3 * c) + 1)
+    fade = np.exp(-.5 * (steps / c) ** 2)
+    (h, w), far = x.shape[:2], len(steps)
     right, down = (far + np.rint(steps * f(angle)).astype(int) for f in (np.cos, np.sin))
     wide = np.pad(x, ((far, far), (far, far), (0, 0)), mode='edge')
     trail = zip(fade / fade.sum(), right, down, strict=True)
-    return sum(np.float32(p) * wide[j:j + h, i:i + w] for p, i, j in trail)
+    def moved(i, j): return wide[j:j + h, i:i + w]
+    return sum(np.float32(p) * moved(i, j) for p, i, j in trail)
 
 # %% ../../nbs/10_data/02b_corruption.ipynb #99bb79f5
 def brightness(x, c, rng):

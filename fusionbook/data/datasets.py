@@ -142,7 +142,8 @@ def opened(
     if source['_target_'] != 'datasets.load_dataset': return instantiate(source, allow=allow)
     check_targets(source, allow)
     check_loader(source)
-    return load(*source.get('_args_', ())[:2], **{k: v for k, v in source.items() if k not in FILLED})
+    options = {k: v for k, v in source.items() if k not in FILLED}
+    return load(*source.get('_args_', ())[:2], **options)
 
 # %% ../../nbs/10_data/01_datasets.ipynb #c8d4c297
 def _file(dataset, i):
@@ -198,7 +199,8 @@ def column(
     if wanted is not None and wanted in names: return wanted
     typed = [k for k, f in names.items() if type(f).__name__ == feature]
     usual = [k for k in USUAL[kind] if k in (typed or names)]
-    if wanted is None and (found := typed[:1] if len(typed) == 1 else usual[:1]): return found[0]
+    found = typed[:1] if len(typed) == 1 else usual[:1]
+    if wanted is None and found: return found[0]
     raise FusionError(f"expected {'an' if kind == 'image' else 'a'} {kind} column"
         f"{'' if wanted is None else f' named {wanted!r}'}, got the columns {', '.join(map(str, names))}")
 

@@ -49,7 +49,8 @@ class Normalise:
             x = (
                 (x.int() * torch.tensor([19595, 38470, 7471], device=x.device)).sum(-1, keepdim=True) + 32768
             ) >> 16
-        return (x.permute(0, 3, 1, 2).float() / 255 - self.mean.to(x.device)) / self.std.to(x.device)
+        scaled = x.permute(0, 3, 1, 2).float() / 255
+        return (scaled - self.mean.to(x.device)) / self.std.to(x.device)
     def __call__(self, images) -> Tensor:
         return self.bytes(torch.from_numpy(np.stack([self.one(i) for i in images])))
 
@@ -70,11 +71,9 @@ def prepared(
                 raise FusionError(
                     f'row {i}: {what}'.splitlines()[0]
                 ) from own
-        raise (
-            e
-            if isinstance(e, FusionError)
-            else FusionError(f'rows {at[0]} to {at[-1]}: {type(e).__name__}: {e}'.splitlines()[0])
-        ) from e
+        if isinstance(e, FusionError): raise
+        rows = f'rows {at[0]} to {at[-1]}'
+        raise FusionError(f'{rows}: {type(e).__name__}: {e}'.splitlines()[0]) from e
 
 # %% ../../nbs/10_data/01b_images.ipynb #99f12111
 def as_images(
@@ -109,7 +108,8 @@ def crop_and_flip(
     mirrored, across = torch.rand(n, 1, generator=rng) < .5, torch.arange(w).expand(n, w)
     rows, columns = down + torch.arange(h), right + torch.where(mirrored, across.flip(1), across)
     image, rows, columns = (t.to(x.device) for t in (torch.arange(n), rows, columns))
-    return F.pad(x, (0, 0, pad, pad, pad, pad))[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+    padded = F.pad(x, (0, 0, pad, pad, pad, pad))
+    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 # %% ../../nbs/10_data/01b_images.ipynb #f68c0c0e
 DATASETS = {

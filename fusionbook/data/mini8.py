@@ -45,10 +45,9 @@ def digits(
     low, high = (int(share * len(digit)) for share in SPLITS[ask.split])
     mine = dice('scans').permutation(len(digit))[low:high]
     pools = [mine[digit[mine] == c] for c in range(10)]
-    draws = ask.rng.random(len(ask.labels))
-    which = np.array(
-        [pools[c][int(u * len(pools[c]))] for c, u in zip(ask.labels, draws, strict=True)]
-    )
+    shares = ask.rng.random(len(ask.labels))
+    def pick(c, u): return pools[c][int(u * len(pools[c]))]
+    which = np.array(list(map(pick, ask.labels, shares)))
     ask.sources = which
     x, y = grid(
         len(which),
@@ -92,7 +91,29 @@ def capitals(
 
 # %% ../../nbs/10_data/03_mini8.ipynb #269fcb14
 def _polygon(k):
-    return lambda x, y, r, t: r * np.cos(t % (2 * np.pi / k) - np.pi / k) < .8 * np.cos(np.pi / k)
+    "A regular polygon of `k` sides."
+    half = np.pi / k
+    def inside(x, y, r, t):
+        height = r * np.cos(t % (2 * np.pi / k) - half)
+        return height < .8 * np.cos(half)
+    return inside
+
+def _star(x, y, r, t):
+    ray = 2 * (t * 5 / (2 * np.pi) % 1) - 1
+    return r < 0.85 * (0.42 + 0.58 * ray ** 2)
+
+def _cross(x, y, r, t):
+    near, far = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
+    return (near < 0.22) & (far < 0.8)
+
+def _heart(x, y, r, t):
+    height = 1.25 * y + 0.1 - 0.75 * np.sqrt(abs(1.3 * x))
+    return (1.3 * x) ** 2 + height ** 2 < 0.75
+
+def _arrow(x, y, r, t):
+    shaft = (abs(y) < 0.16) & (x > -0.8) & (x < 0.2)
+    head = (x >= 0.1) & (x + 1.2 * abs(y) < 0.85)
+    return shaft | head
 
 # %% ../../nbs/10_data/03_mini8.ipynb #9ebd965a
 SHAPES = {
@@ -102,15 +123,13 @@ SHAPES = {
     'square': _polygon(4),
     'pentagon': _polygon(5),
     'rectangle': lambda x, y, r, t: (abs(x) < 0.8) & (abs(y) < 0.38),
-    'star': lambda x, y, r, t: r < 0.85 * (0.42 + 0.58 * (2 * (t * 5 / (2 * np.pi) % 1) - 1) ** 2),
-    'cross': lambda x, y, r, t: (np.minimum(abs(x), abs(y)) < 0.22) & (np.maximum(abs(x), abs(y)) < 0.8),
+    'star': _star,
+    'cross': _cross,
     'ring': lambda x, y, r, t: (r < 0.8) & (r > 0.48),
     'crescent': lambda x, y, r, t: (r < 0.8) & (np.hypot(x - 0.35, y) > 0.62),
-    'heart': lambda x, y, r, t: (1.3 * x) ** 2 + (1.25 * y + 0.1 - 0.75 * np.sqrt(abs(1.3 * x))) ** 2 < 0.75,
+    'heart': _heart,
     'half disc': lambda x, y, r, t: (r < 0.8) & (y > -0.05),
-    'arrow': lambda x, y, r, t: (
-        ((abs(y) < 0.16) & (x > -0.8) & (x < 0.2)) | ((x >= 0.1) & (x + 1.2 * abs(y) < 0.85))
-    ),
+    'arrow': _arrow,
     'flower': lambda x, y, r, t: r < 0.55 + 0.28 * np.cos(6 * t),
 }
 
@@ -133,6 +152,15 @@ def shapes(
     return ink(press(STAMPS, ask.labels, x, y), ask.rng, ask.level)
 
 # %% ../../nbs/10_data/03_mini8.ipynb #12e10674
+def _brick_wall(x, y):
+    row = np.floor(y / (2 * np.pi))
+    return np.maximum(np.cos(y), np.cos(x * 0.5 + row * np.pi)) - 0.85
+
+def _honeycomb(x, y):
+    falling = np.cos(0.5 * x + 0.866 * y)
+    rising = np.cos(0.5 * x - 0.866 * y)
+    return np.cos(x) + falling + rising + 0.4
+
 WAVES = {
     'horizontal stripes': lambda x, y: np.sin(y),
     'vertical stripes': lambda x, y: np.sin(x),
@@ -140,14 +168,12 @@ WAVES = {
     'a checkerboard': lambda x, y: 3 * np.sin(x) * np.sin(y),
     'a grid': lambda x, y: np.maximum(np.cos(x), np.cos(y)) - 0.75,
     'polka dots': lambda x, y: np.cos(x) + np.cos(y) - 0.6,
-    'a brick wall': lambda x, y: (
-        np.maximum(np.cos(y), np.cos(x * 0.5 + np.floor(y / (2 * np.pi)) * np.pi)) - 0.85
-    ),
+    'a brick wall': _brick_wall,
     'waves': lambda x, y: np.sin(y + 1.6 * np.sin(x * 0.8)),
     'zigzags': lambda x, y: np.sin(y + 2 * np.arcsin(np.sin(x * 0.7))),
     'rings': lambda x, y: np.sin(np.hypot(x, y)),
     'rays': lambda x, y: np.sin(10 * np.arctan2(y, x)),
-    'a honeycomb': lambda x, y: np.cos(x) + np.cos(0.5 * x + 0.866 * y) + np.cos(0.5 * x - 0.866 * y) + 0.4,
+    'a honeycomb': _honeycomb,
 }
 
 # %% ../../nbs/10_data/03_mini8.ipynb #c29f841d
@@ -156,7 +182,14 @@ def textures(
 ) -> np.ndarray: # uint8, (N, 32, 32, 3)
     "Periodic patterns that fill the image."
     n, level = len(ask.labels), ask.level
-    x, y = grid(n, ask.rng, turn=2 + 13 * level, shift=.1 + .5 * level, shear=.15 * level, stretch=.1 * level)
+    x, y = grid(
+        n,
+        ask.rng,
+        turn=2 + 13 * level,
+        shift=.1 + .5 * level,
+        shear=.15 * level,
+        stretch=.1 * level,
+    )
     f = ask.rng.uniform(10 - 2 * level, 12 + 8 * level, (n, 1, 1)).astype('f4')
     mask = np.empty_like(x)
     for c, wave in enumerate(WAVES.values()):
@@ -178,7 +211,8 @@ def counting(
         left, top = 0.38 * (np.stack([column, row]) - 2)[:, :, None, None] + rng.uniform(
             -0.03, 0.03, (2, n, 1, 1)
         )
-        dot = (16 * (radius - np.hypot(u[None, :] - left, u[:, None] - top)) + .5).clip(0, 1)
+        inside = 16 * (radius - np.hypot(u[None, :] - left, u[:, None] - top))
+        dot = (inside + .5).clip(0, 1)
         mask = np.maximum(mask, dot * (k <= ask.labels)[:, None, None])
     return ink(mask.astype('f4'), rng, level)
 
@@ -209,8 +243,10 @@ def clocks(
         shift=0.03 + 0.08 * level,
         stretch=0.05 * level,
     )
-    dial = (1 - 14 * np.abs(np.hypot(x, y) - .88)).clip(0, 1) * rng.integers(2, size=(n, 1, 1))
-    hour, second = (ask.labels[:, None, None] + 1) * np.pi / 6, rng.uniform(0, 2 * np.pi, (n, 1, 1))
+    ring = (1 - 14 * np.abs(np.hypot(x, y) - .88)).clip(0, 1)
+    dial = ring * rng.integers(2, size=(n, 1, 1))
+    hour = (ask.labels[:, None, None] + 1) * np.pi / 6
+    second = rng.uniform(0, 2 * np.pi, (n, 1, 1))
     mask = np.maximum(dial, hand(x, y, hour, .5, .11))
     if level >= .5: mask = np.maximum(mask, hand(x, y, second, .8, .035))
     return ink(mask.astype('f4'), rng, level)
@@ -254,12 +290,23 @@ def colours(
 # %% ../../nbs/10_data/03_mini8.ipynb #8f6dcaec
 def _blur(a, k=2):
     for axis in (1, 2):
-        a = np.pad(a, [(0, 0)] + [(k, k) if i == axis else (0, 0) for i in (1, 2, 3)], mode='edge')
-        a = np.mean([np.take(a, range(i, i + SIDE), axis) for i in range(2 * k + 1)], 0)
+        sides = [(k, k) if i == axis else (0, 0) for i in range(4)]
+        a = np.pad(a, sides, mode='edge')
+        shifted = [np.take(a, range(i, i + SIDE), axis) for i in range(2 * k + 1)]
+        a = np.mean(shifted, 0)
     return a
 
+def _emboss(a):
+    slope = a - np.roll(a, (1, 1), (1, 2))
+    return 0.5 + 1.5 * slope.mean(-1, keepdims=True).repeat(3, -1)
+
 # %% ../../nbs/10_data/03_mini8.ipynb #01723042
-BANDS = {'pretraining': (0, 1, 2, 5, 6, 7), 'train': (0, 1, 2, 5, 6, 7), 'validation': (3, 8), 'test': (4, 9)}
+BANDS = {
+    'pretraining': (0, 1, 2, 5, 6, 7),
+    'train': (0, 1, 2, 5, 6, 7),
+    'validation': (3, 8),
+    'test': (4, 9),
+}
 
 # %% ../../nbs/10_data/03_mini8.ipynb #03498d3e
 EFFECTS = {  # a: crops in [0, 1], z: standard normal noise of the same shape
@@ -272,9 +319,7 @@ EFFECTS = {  # a: crops in [0, 1], z: standard normal noise of the same shape
     'a photographic negative': lambda a, z: 1 - a,
     'a grey photograph': lambda a, z: a.mean(-1, keepdims=True).repeat(3, -1),
     'a posterised photograph': lambda a, z: np.round(a),
-    'an embossed photograph': lambda a, z: (
-        0.5 + 1.5 * (a - np.roll(a, (1, 1), (1, 2))).mean(-1, keepdims=True).repeat(3, -1)
-    ),
+    'an embossed photograph': lambda a, z: _emboss(a),
     'a faded photograph': lambda a, z: 0.55 + 0.25 * (a - 0.5),
     'a photograph in stripes': lambda a, z: a * np.where(np.arange(SIDE) % 4 < 2, 0.4, 1)[:, None, None],
     'a sepia photograph': lambda a, z: a.mean(-1, keepdims=True) * np.array([1.05, 0.85, 0.6]),
@@ -288,7 +333,8 @@ def photos(
     "Crops of photographs after one of twelve treatments."
     n, level, rng = len(ask.labels), ask.level, ask.rng
     a, ask.sources = crops(n, rng, BANDS[ask.split])
-    a = a * rng.uniform(1 - .4 * level, 1, (n, 1, 1, 1)) + rng.uniform(0, .15 * level, (n, 1, 1, 1))
+    light = rng.uniform(1 - .4 * level, 1, (n, 1, 1, 1))
+    a = a * light + rng.uniform(0, .15 * level, (n, 1, 1, 1))
     z = rng.standard_normal(a.shape, dtype='f4')
     for c, effect in enumerate(EFFECTS.values()):
         mine = ask.labels == c

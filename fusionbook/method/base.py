@@ -129,7 +129,8 @@ def check_fields(
         value = getattr(method, f.name)
         kinds = (f.type.__name__ if isinstance(f.type, type) else str(f.type)).split(' | ')
         if value is None and (f.default is None or 'None' in kinds): continue
-        kind, known = kinds[0], [_TYPES.get(k, ('', lambda x: True)) for k in kinds if k != 'None']
+        kind = kinds[0]
+        known = [_TYPES.get(k, ('', lambda x: True)) for k in kinds if k != 'None']
         if not any(right(value) for _, right in known):
             expected = ' or '.join(what for what, _ in known)
             raise FusionError(f'expected `{f.name}` as {expected}, got {value!r:.60}')
@@ -259,7 +260,8 @@ def check_finite(
     for sd, name in zip(known, names, strict=True): sd.name = f'`{name}`'
     seen = {(k, t.shape) for info in infos for k, t in info.items() if t.is_floating_point()}
     for k, shape in sorted(seen):
-        peers = [sd for sd, info in zip(known, infos, strict=True) if k in info and info[k].shape == shape]
+        pairs = zip(known, infos, strict=True)
+        peers = [sd for sd, info in pairs if k in info and info[k].shape == shape]
         for _ in pieces(k, None, peers): pass
         if len(peers) == 1 and not is_finite(peers[0][k]):
             raise FusionError(

@@ -64,7 +64,8 @@ def with_neighbours(
 ) -> list[dict]:         # their rows and those of their neighbours in the ranking, the best first
     "Methods between their neighbours."
     rows = ranked(board)
-    at = {i + d for i, r in enumerate(rows) if r['name'] in names for d in (-1, 0, 1)}
+    places = [i for i, r in enumerate(rows) if r['name'] in names]
+    at = {i + d for i in places for d in (-1, 0, 1)}
     return [r for i, r in enumerate(rows) if i in at]
 
 # %% ../../nbs/60_method/08_board.ipynb #f7eb5229
@@ -72,7 +73,8 @@ def short_seconds(
     seconds:float, # CPU time
 ) -> str:
     "Seconds in few letters."
-    return f'{seconds:,.0f}' if seconds >= 10 else f'{seconds:.1f}' if seconds >= 1 else f'{seconds:.2f}'
+    decimals = 0 if seconds >= 10 else 1 if seconds >= 1 else 2
+    return f'{seconds:,.{decimals}f}'
 
 def score_text(
     r:Mapping, # a row, or one of the board's references
@@ -80,15 +82,19 @@ def score_text(
 ) -> str:      # such as `61.0 [59.0, 63.0]`
     "A score with its interval."
     def text(x): return f'{metric.scale * x:.{metric.decimals}f}'
-    interval = f' [{text(r["low"])}, {text(r["high"])}]' if r.get('low') is not None else ''
-    return text(r['score']) + interval + (f' ± {text(r["sd"])}' if r.get('sd') else '')
+    low, high = r.get('low'), r.get('high')
+    interval = f' [{text(low)}, {text(high)}]' if low is not None else ''
+    spread = f' ± {text(r["sd"])}' if r.get('sd') else ''
+    return text(r['score']) + interval + spread
 
 def chosen_text(
     r:Mapping, # a row
 ) -> str:      # such as `scaling_factor=0.6`
     "What was chosen for a method, and whether at the edge."
-    values = [f'{k}={v}' + ' (edge)' * (k in r['edge']) for k, v in r['chosen'].items()]
-    return ', '.join(values + [f'{k}={v} (cut)' for k, v in r.get('cut', {}).items()])
+    def value_text(k, v): return f'{k}={v}' + ' (edge)' * (k in r['edge'])
+    values = [value_text(k, v) for k, v in r['chosen'].items()]
+    cut = [f'{k}={v} (cut)' for k, v in r.get('cut', {}).items()]
+    return ', '.join(values + cut)
 
 # %% ../../nbs/60_method/08_board.ipynb #c76c9c65
 def _pages():
@@ -97,7 +103,8 @@ def _pages():
 
 def _linked(r, root, pages):
     cls = pages.get(r['cls'])
-    return f'[{r["cls"]}]({Path(root, page_of(cls)).as_posix()})' if cls else r['cls']
+    if cls is None: return r['cls']
+    return f'[{r["cls"]}]({Path(root, page_of(cls)).as_posix()})'
 
 def _sees(r): return ', '.join(r['uses']) or 'nothing'
 def _score_head(metric): return f'score [95 %]{"" if metric.sign > 0 else ", lower is better"}'
@@ -136,7 +143,8 @@ def _by(lead, metric):
     "How sure a lead is."
     if lead.get('low') is None: return ''
     sure = lead['low'] > 0
-    low, high = (f'{metric.scale * lead[k]:+.{metric.decimals}f}' for k in ('low', 'high'))
+    def text(x): return f'{metric.scale * x:+.{metric.decimals}f}'
+    low, high = text(lead['low']), text(lead['high'])
     return f' ({"surely" if sure else "undecided"}: {low} to {high})'
 
 def _against(rows, i, metric):
@@ -144,8 +152,8 @@ def _against(rows, i, metric):
     found, unit = [], 'points ' if metric.unit == '%' else ''
     def apart(lead): return f'{metric.scale * lead["difference"]:.{metric.decimals}f}'
     if i and rows[i - 1].get('lead'):
-        lead = rows[i - 1]['lead']
-        found.append(f'{apart(lead)} {unit}behind `{rows[i - 1]["name"]}`{_by(lead, metric)}')
+        lead, name = rows[i - 1]['lead'], rows[i - 1]['name']
+        found.append(f'{apart(lead)} {unit}behind `{name}`{_by(lead, metric)}')
     if lead := rows[i].get('lead'):
         unit = '' if found else unit
         found.append(f'{apart(lead)} {unit}ahead of `{lead["over"]}`{_by(lead, metric)}')
@@ -161,12 +169,14 @@ def board_sentence(
     if name not in every:
         call = f'`fusionbook board {board["pool"]} {name}`'
         return f'`{name}` is not on the board of {board["pool"]} yet; {call} adds it.'
-    if 'error' in (r := every[name]): return f'`{name}` has no score on {board["pool"]}: {r["error"]}.'
+    r = every[name]
+    if 'error' in r: return f'`{name}` has no score on {board["pool"]}: {r["error"]}.'
     i = next(i for i, x in enumerate(rows) if x['name'] == name)
     base, top = (board['references'][k]['score'] for k in ('pretrained', 'experts'))
     share = f'{100 * (r["score"] - base) / (top - base):.0f} % of the way from the base to the experts'
     against = f', {found}' if (found := _against(rows, i, shown_metric(board))) else ''
-    return f'On {board["pool"]} `{name}` is number {i + 1} of {len(rows)}, {share}{against}.'
+    place = f'number {i + 1} of {len(rows)}'
+    return f'On {board["pool"]} `{name}` is {place}, {share}{against}.'
 
 # %% ../../nbs/60_method/08_board.ipynb #d1188f4c
 def rows_of(
@@ -273,7 +283,8 @@ def _name_front(ax, rows, metric):
     middle = math.sqrt(min(costs) * max(costs))
     small = dict(fontsize=theme['font'] - 2, color=theme['ink'], textcoords='offset points')
     for r in (r for r in rows if r['name'] in named):
-        side = dict(xytext=(-4, 4), ha='right') if r['cpu_seconds'] > middle else dict(xytext=(4, 4))
+        slow = r['cpu_seconds'] > middle
+        side = dict(xytext=(-4, 4), ha='right') if slow else dict(xytext=(4, 4))
         ax.annotate(r['cls'], (r['cpu_seconds'], metric.scale * r['score']), **side, **small)
 
 # %% ../../nbs/60_method/08_board.ipynb #8d70040c

@@ -85,7 +85,9 @@ def stored_tables(
     outputs = [o for c in cells for o in c.get('outputs', [])]
     for text in (''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs):
         lines = [re.split(r'(?<!\\)\|', l)[1:-1] for l in text.splitlines() if l.startswith('|')]
-        if len(lines) > 2: tables.append([dict(zip(lines[0], l, strict=True)) for l in lines[2:]])
+        if len(lines) > 2:
+            head, _, *rows = lines
+            tables.append([dict(zip(head, l, strict=True)) for l in rows])
     return tables
 
 # %% ../../nbs/60_method/06_map.ipynb #28918e67
@@ -102,7 +104,8 @@ def _verdict(row):
 
 def _claims(report):
     "The rows of a report's claims: claim, the two numbers where there are any, verdict."
-    for row in (r for t in stored_tables(report) if {'claim', 'holds'} & set(t[0]) for r in t):
+    tables = [t for t in stored_tables(report) if {'claim', 'holds'} & set(t[0])]
+    for row in (r for t in tables for r in t):
         yield next(iter(row.values())), row.get('left', ''), row.get('right', ''), _verdict(row)
 
 # %% ../../nbs/60_method/06_map.ipynb #71b06646

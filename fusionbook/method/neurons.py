@@ -88,7 +88,8 @@ def _traced(method, pool, shape):
     try: return derive(net, *args, **kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError) as e:
         if isinstance(e, FusionError): raise
-        sizes = ', '.join(str(tuple(t.shape)) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        sizes = ', '.join(str(tuple(t.shape)) for t in inputs)
         raise FusionError(
             f'expected an input that {type(net).__name__} takes, got {sizes}: {str(e).splitlines()[0]}'
         ) from None
@@ -154,7 +155,8 @@ def moved_share(
     total = moved = 0
     for m in maps.values():
         if m.is_floating_point():
-            at, whole = (m - torch.eye(*m.shape[-2:], dtype=m.dtype)).abs().amax(-1) > 1e-6, m[..., 0]
+            still = torch.eye(*m.shape[-2:], dtype=m.dtype)
+            at, whole = (m - still).abs().amax(-1) > 1e-6, m[..., 0]
         else: at, whole = m != torch.arange(m.shape[-1], device=m.device), m
         total, moved = total + whole.numel(), moved + int(at.sum())
     return moved / max(1, total)

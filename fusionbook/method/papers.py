@@ -24,7 +24,8 @@ def _entry(cls):
     entry = dict(eprint=number, archivePrefix='arXiv') if kind == 'arxiv' else dict(doi=number)
     entry |= dict(year=cls.year, url=paper_url(cls.paper), note=cls.__doc__.splitlines()[0])
     key = cls.config_names[0].replace('/', '_') if cls.config_names else cls.__name__
-    return '\n'.join([f'@misc{{{key},', *(f'  {k} = {{{v}}},' for k, v in entry.items()), '}', ''])
+    fields = [f'  {k} = {{{v}}},' for k, v in entry.items()]
+    return '\n'.join([f'@misc{{{key},', *fields, '}', ''])
 
 # %% ../../nbs/60_method/07_papers.ipynb #202775fc
 def bibliography(

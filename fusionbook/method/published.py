@@ -124,7 +124,8 @@ def published_of(
 def _line(p):
     "A printed number in a line of Markdown."
     how = f', `{p.values}`' if p.values else f', `{p.chosen}` chosen on validation data' if p.chosen else ''
-    told = f'* {p.score:.1f} on family {p.family}, {FAMILIES[p.family].checkpoints} ({p.source}{how})'
+    family = f'family {p.family}, {FAMILIES[p.family].checkpoints}'
+    told = f'* {p.score:.1f} on {family} ({p.source}{how})'
     if words := anchor_words(p): return f'{told}: expected within {WITHIN} by `fusionbook {" ".join(words)}`'
     return told
 

@@ -139,7 +139,8 @@ def collect(
         for batch in track(batches, label): run(network, batch)
     observed = {name: s for name, s in sums.items() if s.count}
     if not observed: raise FusionError('expected batches that reach at least one matrix, got none')
-    found = {f'{kind}/{n}.weight': s.statistic(kind).cpu() for n, s in observed.items() for kind in kinds}
+    places = [(kind, n) for n in observed for kind in kinds]
+    found = {f'{kind}/{n}.weight': observed[n].statistic(kind).cpu() for kind, n in places}
     found |= {f'rows/{n}.weight': torch.tensor(s.count) for n, s in observed.items()}
     return found | {f'input_axis/{n}.weight': torch.tensor(input_axis(modules[n])) for n in observed}
 

@@ -21,7 +21,8 @@ def norm_bound(
     *, a:float,     # factor of ‖d‖²/σ²
 ) -> float:
     "a ‖d‖²/σ² + ln(m/δ) + 10."
-    return a * d.cpu().double().square().sum().item() / sigma ** 2 + math.log(m / DELTA) + 10
+    square = d.cpu().double().square().sum().item()
+    return a * square / sigma ** 2 + math.log(m / DELTA) + 10
 
 # %% ../../nbs/40_metrics/03b_bounds.ipynb #4ab68e1a
 def magnitude_bound(
@@ -34,9 +35,8 @@ def magnitude_bound(
     "The magnitude-aware form: ½ Σ ln(…) + ln(m/δ) + 10."
     square = d.cpu().double().square()
     top = EPSILON ** 2 + (sigma ** 2 + b) * square.sum() / len(d)
-    return (
-        factor * (top.log() - (EPSILON**2 + sigma**2 * square).log()).sum().item() + math.log(m / DELTA) + 10
-    )
+    noise = EPSILON**2 + sigma**2 * square
+    return factor * (top.log() - noise.log()).sum().item() + math.log(m / DELTA) + 10
 
 # %% ../../nbs/40_metrics/03b_bounds.ipynb #efd28c7e
 def _check(w, w0, m, **sigmas):

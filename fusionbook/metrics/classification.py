@@ -19,7 +19,8 @@ def wilson(
     if not 0 <= correct <= n or n < 1:
         raise FusionError(f'expected 0 <= correct <= n with n >= 1, got {correct} of {n}')
     p, w = correct / n, z * z / n
-    centre, radius = p + w / 2, z * (p * (1 - p) / n + w / (4 * n)) ** .5
+    centre = p + w / 2
+    radius = z * (p * (1 - p) / n + w / (4 * n)) ** .5
     low, high = (centre - radius) / (1 + w), (centre + radius) / (1 + w)
     return (0. if correct == 0 else float(low)), (1. if correct == n else float(high))
 
@@ -47,7 +48,9 @@ def effective_size(
     if len(m) == n: return float(n)
     if len(m) < FEW: return None
     p, effect = x.mean(), np.sum(m**2) / n
-    if 0 < p < 1: effect = len(m) / (len(m) - 1) * np.sum(np.bincount(at, x - p)**2) / (n * p * (1 - p))
+    if 0 < p < 1:
+        between = np.sum(np.bincount(at, x - p)**2)
+        effect = len(m) / (len(m) - 1) * between / (n * p * (1 - p))
     return float(n / max(1., effect) * (1.96 / stdtrit(len(m) - 1, .975))**2)
 
 # %% ../../nbs/40_metrics/01_classification.ipynb #3ef1f8bb
@@ -59,9 +62,11 @@ def mean_interval(
     "Interval for the mean of independent proportions."
     if not len(sizes) or any(n is None for n in sizes): return None
     p, n = np.asarray(accuracies, np.float64), np.asarray(sizes, np.float64)
-    smooth = (p * n + z * z / (2 * len(p))) / (n + z * z / len(p))
+    tasks = len(p)
+    smooth = (p * n + z * z / (2 * tasks)) / (n + z * z / tasks)
     variance = np.sum(smooth * (1 - smooth) / n) / len(p)**2
-    equal, size = len(p)**2 / np.sum(1 / n), smooth.mean() * (1 - smooth.mean()) / variance
+    equal = len(p)**2 / np.sum(1 / n)
+    size = smooth.mean() * (1 - smooth.mean()) / variance
     return wilson(min(p.mean(), 1.) * (k := max(equal, size)), k, z)
 
 # %% ../../nbs/40_metrics/01_classification.ipynb #f4a2b8fb

@@ -45,7 +45,9 @@ def correlations(
 # %% ../../nbs/40_metrics/05_correlation_space.ipynb #2db912d3
 def _features(kind, X):
     "What the coefficient multiplies, centred: values, ranks, or signs of all differences, (P, m)."
-    if kind == 'kendall': return np.sign(X[:, :, None] - X[:, None, :]).reshape(len(X), -1)
+    if kind == 'kendall':
+        differences = X[:, :, None] - X[:, None, :]
+        return np.sign(differences).reshape(len(X), -1)
     if kind == 'spearman':
         from scipy.stats import rankdata
         X = rankdata(X, axis=1)
@@ -101,4 +103,11 @@ def correlation_with_chance(
     drawn = _many(kind, x[rows], y[rows])
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.quantile(drawn, [.025, .975]) if len(drawn) else (math.nan, math.nan)
-    return dict(value=statistic(kind, x, y), p=p, exact=exact, low=float(low), high=float(high), n=len(x))
+    return dict(
+        value=statistic(kind, x, y),
+        p=p,
+        exact=exact,
+        low=float(low),
+        high=float(high),
+        n=len(x),
+    )

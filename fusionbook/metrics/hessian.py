@@ -109,7 +109,8 @@ def _krylov(f, rows, start, steps, tolerance):
         Q = torch.stack(basis)
         small = (Q @ torch.stack(products).T).cpu().double()
         values, vectors = torch.linalg.eigh((small + small.T) / 2)
-        value, old, v = values[-1].item(), value, vectors[:, -1].float().to(Q.device) @ Q
+        old, value = value, values[-1].item()
+        v = vectors[:, -1].float().to(Q.device) @ Q
         rest = products[-1]
         for _ in range(2): rest = rest - (Q @ rest) @ Q   # twice is enough to stay orthogonal
         if _settled(value, old, tolerance) or rest.norm() <= 1e-6 * products[-1].norm():
@@ -146,11 +147,8 @@ def hessian_trace_full(
     rows = row_batches(len(f), batches=batches, batch_size=batch_size, seed=seed)
     total = 0.
     for p in range(probes):
-        Z = torch.stack(
-            [
-                torch.randint(2, (len(f.w),), generator=generator(seed, f'signs {p} {k}')).float() * 2 - 1
-                for k in range(batches)
-            ]
-        ).to(f.w.device)
+        sources = [generator(seed, f'signs {p} {k}') for k in range(batches)]
+        signs = [torch.randint(2, (len(f.w),), generator=g).float() * 2 - 1 for g in sources]
+        Z = torch.stack(signs).to(f.w.device)
         total = total + (hessian_products(f, Z, rows) * Z).sum(1)
     return estimate(total / probes, f, before)

@@ -76,11 +76,8 @@ def barrier(
             f'expected finite numbers along the line, got '
             f'{values[[*map(math.isfinite, values)].index(False)]}'
         )
-    return dict(
-        t=line,
-        values=values,
-        barrier=max(v - (1 - t) * values[0] - t * values[-1] for t, v in zip(line, values, strict=True)),
-    )
+    def above_chord(t, v): return v - (1 - t) * values[0] - t * values[-1]
+    return dict(t=line, values=values, barrier=max(map(above_chord, line, values)))
 
 # %% ../../nbs/40_metrics/03f_landscape.ipynb #a70f1161
 def plane_frame(
@@ -100,13 +97,16 @@ def plane(
     gram = torch.zeros(2, 2, dtype=torch.float64)
     check_same(a, [c], ['the third network'])
     for name in _floats(a, b):
-        moved = torch.stack([z[name].double().flatten() - a[name].double().flatten() for z in (b, c)])
+        start = a[name].double().flatten()
+        moved = torch.stack([z[name].double().flatten() - start for z in (b, c)])
         gram += moved @ moved.T
     width, height, foot = plane_frame(gram)
     def at(x, y):
         second = y / height
         first = x / width - second * foot
-        def f(e): return e.base + first * (e.experts[0] - e.base) + second * (e.experts[1] - e.base)
+        def f(e):
+            to_b, to_c = e.experts[0] - e.base, e.experts[1] - e.base
+            return e.base + first * to_b + second * to_c
         return map_tensors(f, a, [b, c], elementwise=True)
     return dict(a=(0., 0.), b=(width, 0.), c=(foot * width, height)), at
 
@@ -121,7 +121,8 @@ def plane_grid(
     if points < 2: raise FusionError(f'expected at least 2 points along each side, got {points}')
     places, at = plane(*networks)
     def axis(i):
-        low, high = min(p[i] for p in places.values()), max(p[i] for p in places.values())
+        own = [p[i] for p in places.values()]
+        low, high = min(own), max(own)
         reach = margin * (high - low)
         return torch.linspace(low - reach, high + reach, points, dtype=torch.float64).tolist()
     x, y = axis(0), axis(1)

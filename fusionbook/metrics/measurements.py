@@ -154,8 +154,6 @@ def summary(
 # %% ../../nbs/40_metrics/09_measurements.ipynb #98384e8e
 def _mean(vs):
     mean = sum(vs) / len(vs)
-    return (
-        mean,
-        (sum((v - mean) ** 2 for v in vs) / (len(vs) - 1)) ** 0.5 if len(vs) > 1 else math.nan,
-        len(vs),
-    )
+    if len(vs) < 2: return mean, math.nan, len(vs)
+    spread = (sum((v - mean) ** 2 for v in vs) / (len(vs) - 1)) ** 0.5
+    return mean, spread, len(vs)

@@ -73,7 +73,8 @@ def _of_mean(x, clusters):
     at, count = _sources(clusters, len(x))
     if count is None or count < 2: return None, None
     apart = np.bincount(at, x - x.mean())
-    half = t.ppf(.975, count - 1) * (count / (count - 1) * np.sum(apart**2))**.5 / len(x)
+    spread = (count / (count - 1) * np.sum(apart**2))**.5
+    half = t.ppf(.975, count - 1) * spread / len(x)
     return x.mean() - half, x.mean() + half
 
 # %% ../../nbs/40_metrics/01b_metric.ipynb #882dae6c

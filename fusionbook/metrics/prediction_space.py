@@ -23,7 +23,8 @@ def checked(
         raise FusionError(
             'expected rows of probabilities that sum to 1, got others; logits need a softmax first'
         )
-    if labels is not None and (len(labels) != len(p) or np.min(labels) < 0 or np.max(labels) >= p.shape[1]):
+    if labels is None: return p
+    if len(labels) != len(p) or np.min(labels) < 0 or np.max(labels) >= p.shape[1]:
         raise FusionError(
             f'expected {len(p)} labels in 0..{p.shape[1] - 1}, got {len(labels)} in '
             f'{np.min(labels)}..{np.max(labels)}'
@@ -65,7 +66,10 @@ def agreement_excess(
 ) -> dict:  # agreement: both right or both wrong; expected: if they were independent; excess: the difference
     "How much more often two networks are right together, or wrong together, than chance would have it."
     a, b = (x.argmax(1) == np.asarray(labels) for x in _pair(p, q))
-    agreement, expected = float((a == b).mean()), float(a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean()))
+    agreement = float((a == b).mean())
+    both_right = a.mean() * b.mean()
+    both_wrong = (1 - a.mean()) * (1 - b.mean())
+    expected = float(both_right + both_wrong)
     return dict(agreement=agreement, expected=expected, excess=agreement - expected)
 
 # %% ../../nbs/40_metrics/04_prediction_space.ipynb #cedfc325
@@ -75,7 +79,8 @@ def kl_divergence(
 ) -> float:           # nats, mean over examples
     "Kullback-Leibler divergence of q from p."
     p, q = _pair(p, q)
-    return float((p * (np.log(np.maximum(p, floor)) - np.log(np.maximum(q, floor)))).sum(1).mean())
+    log_ratio = np.log(np.maximum(p, floor)) - np.log(np.maximum(q, floor))
+    return float((p * log_ratio).sum(1).mean())
 
 # %% ../../nbs/40_metrics/04_prediction_space.ipynb #17f7f49e
 def js_divergence(
@@ -131,7 +136,8 @@ def expected_calibration_error(
 ) -> float:      # in [0, 1]
     "Mean gap between confidence and accuracy (Guo et al., 2017)."
     r = reliability(p, labels, bins)
-    return float(np.nansum(r['count'] * np.abs(r['accuracy'] - r['confidence'])) / r['count'].sum())
+    gap = np.abs(r['accuracy'] - r['confidence'])
+    return float(np.nansum(r['count'] * gap) / r['count'].sum())
 
 # %% ../../nbs/40_metrics/04_prediction_space.ipynb #9cad1b28
 def ensemble_gain(

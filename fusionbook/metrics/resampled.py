@@ -40,7 +40,8 @@ def resampled_values(
     "A number made of means, and what it is of other examples or sources."
     at = np.arange(scores.shape[1]) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     sizes = np.bincount(at)
-    sums, equal = np.stack([np.bincount(at, x) for x in scores], 1), np.full(len(sizes), 1 / len(sizes))
+    sums = np.stack([np.bincount(at, x) for x in scores], 1)
+    equal = np.full(len(sizes), 1 / len(sizes))
     parts = [rng.multinomial(len(sizes), equal, size=k) for k in portions(draws)]
     sample = np.concatenate([value((p @ sums) / (p @ sizes)[:, None]) for p in parts])
     centre, single = value(scores.mean(1)), len(sizes) == scores.shape[1]

@@ -59,9 +59,8 @@ def pgd(
     "Projected gradient descent from a random start (Madry et al., 2018)."
     _check(x, y, epsilon=epsilon, steps=steps)
     length = 2.5 * epsilon / steps if step is None else step
-    start = torch.stack(
-        [torch.rand(x.shape[1:], generator=generator(seed, f'pgd/{first + i}')) for i in range(len(x))]
-    ).to(x)
+    sources = [generator(seed, f'pgd/{first + i}') for i in range(len(x))]
+    start = torch.stack([torch.rand(x.shape[1:], generator=g) for g in sources]).to(x)
     z = (x + epsilon * (2 * start - 1)).clamp(low, high)
     for _ in range(steps):
         z = z + length * input_gradient(model, z, y).sign()
@@ -94,9 +93,9 @@ def noisy(
     "Gaussian noise, seeded by the place of each example in the data."
     if std < 0: raise FusionError(f'expected `std` of at least 0, got {std}')
     def changed(x, y, first):
-        return x + std * torch.stack(
-            [torch.randn(x.shape[1:], generator=generator(seed, f'noise/{first + i}')) for i in range(len(x))]
-        ).to(x)
+        sources = [generator(seed, f'noise/{first + i}') for i in range(len(x))]
+        noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in sources]).to(x)
+        return x + std * noise
     return changed
 
 # %% ../../nbs/40_metrics/02d_robustness.ipynb #b66aade8
@@ -111,6 +110,7 @@ def gradient_similarity(
     g, h = (input_gradient(m, x, y).flatten(1).double() for m in (a, b))
     k = max(1, round(top * g.shape[1]))
     largest = [[set(row.topk(k).indices.tolist()) for row in z.abs()] for z in (g, h)]
-    ranks = [spearmanr(p.abs().cpu(), q.abs().cpu()).statistic for p, q in zip(g, h, strict=True)]
+    sizes = zip(g.abs().cpu(), h.abs().cpu(), strict=True)
+    ranks = [spearmanr(p, q).statistic for p, q in sizes]
     return dict(cosine=F.cosine_similarity(g, h).mean().item(), spearman=float(sum(ranks) / len(ranks)),
                 overlap=sum(len(p & q) for p, q in zip(*largest, strict=True)) / (k * len(x)))

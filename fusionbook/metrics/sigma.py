@@ -25,7 +25,8 @@ def original_loss(
     net, total = deepcopy(model).eval(), 0.
     with torch.no_grad():
         for i in range(0, len(y), batch_size):
-            total += F.cross_entropy(net(x[i:i + batch_size]).float(), y[i:i + batch_size]).item()
+            logits = net(x[i:i + batch_size]).float()
+            total += F.cross_entropy(logits, y[i:i + batch_size]).item()
     return total / len(y)
 
 # %% ../../nbs/40_metrics/03c_sigma.ipynb #abd77ad9
@@ -92,7 +93,8 @@ def _ascend(s, rate):
     s.net.train()
     value, rows = s.loss()
     s.backward += rows
-    for p, g in zip(s.params, torch.autograd.grad(value, s.params), strict=True): p.data.add_(g, alpha=rate)
+    grads = torch.autograd.grad(value, s.params)
+    for p, g in zip(s.params, grads, strict=True): p.data.add_(g, alpha=rate)
 
 # %% ../../nbs/40_metrics/03c_sigma.ipynb #e1d9ba18
 def _project(s, sigma, magnitude, eps=1e-3):

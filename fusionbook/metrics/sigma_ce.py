@@ -41,12 +41,10 @@ def solve(
     a = b = t
     ha = hb = h(t)
     while ha > 0 and a > math.log(low):
-        b, hb = a, ha
-        a = max(a - math.log(4), math.log(low))
+        a, b, hb = max(a - math.log(4), math.log(low)), a, ha
         ha = h(a)
     while hb < 0 and b < math.log(high):
-        a, ha = b, hb
-        b = min(b + math.log(4), math.log(high))
+        a, ha, b = b, hb, min(b + math.log(4), math.log(high))
         hb = h(b)
     if ha > 0 or hb < 0: return (low if ha > 0 else high), 2., True, len(tried)
     while b - a > tolerance and min(abs(ha), abs(hb)) > tolerance:
@@ -54,7 +52,9 @@ def solve(
         ht = h(t)
         if ht > 0: b, hb = t, ht
         else: a, ha = t, ht
-    return math.exp(a if abs(ha) < abs(hb) else b), max((hb - ha) / max(b - a, 1e-9), .1), False, len(tried)
+    nearest = a if abs(ha) < abs(hb) else b
+    slope = max((hb - ha) / max(b - a, 1e-9), .1)
+    return math.exp(nearest), slope, False, len(tried)
 
 # %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #2142bd89
 def refine(
@@ -70,7 +70,8 @@ def refine(
     for look in range(looks):
         parts = rise(math.exp(t)).cpu().double()
         now = t, _log_rise(parts, target)
-        if before and abs(t - before[0]) > .01: slope = max((now[1] - before[1]) / (t - before[0]), .1)
+        if before and abs(t - before[0]) > .01:
+            slope = max((now[1] - before[1]) / (t - before[0]), .1)
         t, before = t - max(min(now[1] / slope, 1), -1), now
         if abs(now[1]) < near: break
     return (
@@ -83,7 +84,9 @@ def refine(
 def _rows(n, parts, size, seed, name):
     "Rows for each part, (parts, size): shuffled passes over the data, one after the other."
     g, need = generator(seed, name), parts * size
-    return torch.cat([torch.randperm(n, generator=g) for _ in range(-(-need // n))])[:need].view(parts, size)
+    passes = -(-need // n)
+    order = torch.cat([torch.randperm(n, generator=g) for _ in range(passes)])
+    return order[:need].view(parts, size)
 
 # %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #8f222644
 def _scale(f, magnitude): return (f.w.square() + EPSILON ** 2).sqrt() if magnitude else torch.ones_like(f.w)
@@ -107,7 +110,8 @@ def mean_rises(
         half
     ):  # noise is drawn again at each σ: the same numbers, no memory
         noise = sigma * torch.stack([_noise(f, k, seed, scale) for k in ks.tolist()])
-        up, down = losses(f, torch.cat([f.w + noise, f.w - noise]), rows[ks].repeat(2, 1)).chunk(2)
+        both = torch.cat([f.w + noise, f.w - noise])
+        up, down = losses(f, both, rows[ks].repeat(2, 1)).chunk(2)
         out.append((up + down) / 2)
     return torch.cat(out) - still
 
@@ -152,7 +156,8 @@ def _clip(D, sigma, scale, magnitude):
 # %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #c0058557
 def _uphill(G, sigma, scale, magnitude):
     "Steps (R, ω) as long as the ball or the box."
-    return sigma * scale * G.sign() if magnitude else sigma * G / G.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    if magnitude: return sigma * scale * G.sign()
+    return sigma * G / G.norm(dim=1, keepdim=True).clamp(min=1e-30)
 
 # %% ../../nbs/40_metrics/03d_sigma_ce.ipynb #70406295
 def worst_rises(
@@ -168,7 +173,8 @@ def worst_rises(
     "The largest rise of the loss that R ascents find, for each part."
     K, scale = len(rows), f.w.abs() + EPSILON if magnitude else torch.ones_like(f.w)
     rows, measure = rows.repeat_interleave(restarts, 0), measure.repeat_interleave(restarts, 0)
-    D = torch.stack([_noise(f, f'{k // restarts} {k % restarts}', seed, scale) for k in range(len(rows))])
+    starts = [divmod(j, restarts) for j in range(len(rows))]
+    D = torch.stack([_noise(f, f'{k} {r}', seed, scale) for k, r in starts])
     D = _clip(sigma * D if magnitude else sigma * D / D.norm(dim=1, keepdim=True), sigma, scale, magnitude)
     for step in range(rows.shape[1]):
         D = _clip(
@@ -186,7 +192,9 @@ def sharpness_worst(
     seed:int=0,
     target:float=.1,      # rise of the cross-entropy, in nats
     restarts:int=2, ascent:int=3, # R, and steps of each
-    parts:tuple[int, int]=(2, 8), rows:tuple[int, int]=(32, 128), measure:tuple[int, int]=(64, 512), # K, n and N: while searching, and at the end
+    parts:tuple[int, int]=(2, 8),      # K: while searching, and at the end
+    rows:tuple[int, int]=(32, 128),    # n: while searching, and at the end
+    measure:tuple[int, int]=(64, 512), # N: while searching, and at the end
     low:float=1e-5, high:float=1e3,
 ) -> Sigma:
     "The σ whose worst noise raises the cross-entropy by `target`; the largest rise over restarts counts."

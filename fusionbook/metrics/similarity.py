@@ -40,15 +40,18 @@ def linear_cka(
 ) -> float: # in [0, 1]
     "Linear centred kernel alignment (Kornblith et al., 2019)."
     x, y = _both(x, y)
-    return float(np.linalg.norm(y.T @ x) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
+    shared = np.linalg.norm(y.T @ x) ** 2
+    return float(shared / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
 
 # %% ../../nbs/40_metrics/06_similarity.ipynb #6ccc4916
 def _hsic(k, l):
     "Unbiased estimate from two kernels (N, N)."
-    n, k, l = len(k), k - np.diag(np.diag(k)), l - np.diag(np.diag(l))
-    return (np.sum(k * l) + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * k.sum(0) @ l.sum(0) / (n - 2)) / (
-        n * (n - 3)
-    )
+    n = len(k)
+    k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))
+    entries = np.sum(k * l)
+    totals = k.sum() * l.sum() / ((n - 1) * (n - 2))
+    rows = 2 * k.sum(0) @ l.sum(0) / (n - 2)
+    return (entries + totals - rows) / (n * (n - 3))
 
 def _aligned(k, l):
     if len(k) < 4: raise FusionError(f'expected at least 4 examples for the unbiased form, got {len(k)}')
@@ -88,7 +91,8 @@ def _basis(x, share=1.):
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     keep = s > s[0] * 1e-10
     u, s = u[:, keep], s[keep]
-    return u[:, :int(np.searchsorted(np.cumsum(s ** 2) / (s ** 2).sum(), share - 1e-12) + 1)]
+    held = np.cumsum(s ** 2) / (s ** 2).sum()
+    return u[:, :int(np.searchsorted(held, share - 1e-12) + 1)]
 
 # %% ../../nbs/40_metrics/06_similarity.ipynb #15272386
 def canonical_correlations(

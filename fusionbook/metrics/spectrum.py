@@ -22,7 +22,8 @@ def _coefficients(product, basis, steps):
         all_before = torch.stack([b.double() for b in basis])
         alpha.append((w @ all_before[-1]).item())
         for _ in range(2): w = w - all_before.T @ (all_before @ w)
-        if len(alpha) == steps or w.norm() <= 1e-7 * max(1e-30, *map(abs, alpha + beta)): return alpha, beta
+        floor = 1e-7 * max(1e-30, *map(abs, alpha + beta))
+        if len(alpha) == steps or w.norm() <= floor: return alpha, beta
         beta.append(w.norm().item())
         basis.append(w / w.norm())
 

@@ -140,10 +140,8 @@ def accuracy(
     mode = net.training
     net.eval()
     with torch.no_grad():
-        right = sum(
-            (net(a).argmax(1) == b).sum().item()
-            for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True)
-        )
+        batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        right = sum((net(a).argmax(1) == b).sum().item() for a, b in batches)
     net.train(mode)
     return right / len(y)
 
@@ -171,10 +169,9 @@ def _row(found):
 def _original_search(s, find, measures, **counts):
     "Six rows from a plain and a magnitude-aware search."
     L = original_loss(s.net, *s.train, s.batch_size)
-    two = [
-        find(s.net, *s.train, loss=L, magnitude=m, seed=s.seed, **{k: s.count(n) for k, n in counts.items()})
-        for m in (False, True)
-    ]
+    budget = {k: s.count(n) for k, n in counts.items()}
+    def search(m): return find(s.net, *s.train, loss=L, magnitude=m, seed=s.seed, **budget)
+    two = [search(m) for m in (False, True)]
     values = measures(two[0].sigma, two[1].sigma, *s.place)
     own = {k: two['_mag_' in k] for k in values}
     return {
@@ -194,12 +191,9 @@ def _counted(f, value): return dict(value=value, forward=f.forward, backward=f.b
 # %% ../../nbs/40_metrics/09b_suite.ipynb #29b98820
 def _hessian(s, run, **counts):
     f = Objective(s.net, *s.test)
-    return _counted(
-        f,
-        run(
-            f, batch_size=min(s.batch_size, len(f)), seed=s.seed, **{k: s.count(n) for k, n in counts.items()}
-        ),
-    )
+    budget = {k: s.count(n) for k, n in counts.items()}
+    found = run(f, batch_size=min(s.batch_size, len(f)), seed=s.seed, **budget)
+    return _counted(f, found)
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #8e3ec7f4
 def _full(s, run, batches):
@@ -210,12 +204,15 @@ def _full(s, run, batches):
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #de469b9a
 def _drop(s):
-    a, b, n, m = accuracy(s.net, *s.train), accuracy(s.net, *s.test), len(s.train[1]), len(s.test[1])
-    return dict(value=a - b, error=(a * (1 - a) / n + b * (1 - b) / m) ** .5, n=m)
+    a, n = accuracy(s.net, *s.train), len(s.train[1])
+    b, m = accuracy(s.net, *s.test), len(s.test[1])
+    variance = a * (1 - a) / n + b * (1 - b) / m
+    return dict(value=a - b, error=variance ** .5, n=m)
 
 # %% ../../nbs/40_metrics/09b_suite.ipynb #2b450706
 def _gain(s):
-    found = lipschitz_lower_bound(s.net, tuple(s.train[0].shape[1:]), seed=s.seed, restarts=s.count(16, 2))
+    shape = tuple(s.train[0].shape[1:])
+    found = lipschitz_lower_bound(s.net, shape, seed=s.seed, restarts=s.count(16, 2))
     return dict(
         value=found.value,
         saturated=found.settled < 1,
@@ -227,13 +224,15 @@ def _gain(s):
 # %% ../../nbs/40_metrics/09b_suite.ipynb #8abe3626
 def _some(s, data, n):
     "Random rows, as many as the budget allows."
-    rows = row_batches(len(data[1]), batches=1, batch_size=min(s.count(n, 20), len(data[1])), seed=s.seed)[0]
+    size = min(s.count(n, 20), len(data[1]))
+    rows = row_batches(len(data[1]), batches=1, batch_size=size, seed=s.seed)[0]
     return tuple(t[rows.to(t.device)] for t in data)
 
 def _robust(s):
     x, y = _some(s, s.test, 1000)
     found = robustness(s.net, x, y, seed=s.seed)
-    return {k: dict(value=v, error=(v * (1 - v) / len(y)) ** .5, n=len(y)) for k, v in found.items()}
+    def error(v): return (v * (1 - v) / len(y)) ** .5
+    return {k: dict(value=v, error=error(v), n=len(y)) for k, v in found.items()}
 
 def _beside(s, i):
     if s.parent is None:
@@ -296,7 +295,5 @@ def measure_group(
     start = time.perf_counter()
     rows = _GROUPS[group](s)
     seconds = time.perf_counter() - start
-    return [
-        dict(space=_KNOWN[k][0], metric=k, **{c: v for c, v in r.items() if v is not None}, seconds=seconds)
-        for k, r in rows.items()
-    ]
+    known = {k: {c: v for c, v in r.items() if v is not None} for k, r in rows.items()}
+    return [dict(space=_KNOWN[k][0], metric=k, **r, seconds=seconds) for k, r in known.items()]

@@ -65,7 +65,9 @@ def mixed_linear(
     "A linear layer whose weights are W₀ + Σ g τ, for each sample its own."
     if gates.ndim == 1: return _one_weight(x, weight, deltas, gates, bias, bias_deltas)
     g, rows = for_samples(gates, x), _tokens(x)
-    if g.shape[1] > 1: rows, g = rows.reshape(-1, 1, rows.shape[2]), g.reshape(-1, 1, g.shape[2])
+    if g.shape[1] > 1:
+        rows = rows.reshape(-1, 1, rows.shape[2])
+        g = g.reshape(-1, 1, g.shape[2])
     if rows.shape[1] > 2: y = _mixed_weights(rows, weight, deltas, g[:, 0])
     else: y = _mixed_answers(rows, weight, deltas, g)
     if bias is not None: y = y + (bias if bias_deltas is None else bias + g @ bias_deltas)
@@ -74,7 +76,8 @@ def mixed_linear(
 # %% ../../nbs/20_models/07c_experts.ipynb #2f9c2718
 def _all_experts(x, down, up, gates, y):
     "Every expert sees every row, (N, m)."
-    z = F.linear(x, down.flatten(0, 1)).unflatten(1, down.shape[:2]) * gates[..., None]
+    z = F.linear(x, down.flatten(0, 1)).unflatten(1, down.shape[:2])
+    z = z * gates[..., None]
     return y + z.sum(1) if up is None else torch.addmm(y, z.flatten(1), up.flatten(0, 1))
 
 def _own_rows(x, down, up, gates, y):
@@ -100,7 +103,8 @@ def low_rank_linear(
 ) -> Tensor:          # (n, …, m)
     "A linear layer and low-rank experts: W₀x + b₀ + Σ g (UᵀVx + b)."
     rows, g = x.reshape(-1, x.shape[-1]), for_samples(gates, x)
-    g = g.expand(len(x), _tokens(x).shape[1], -1).reshape(-1, g.shape[-1])
+    tokens = _tokens(x).shape[1]
+    g = g.expand(len(x), tokens, -1).reshape(-1, g.shape[-1])
     y = F.linear(rows, weight, bias)
     if bias_deltas is not None: y = torch.addmm(y, g, bias_deltas)
     y = (_all_experts if top in (None, len(down)) else _own_rows)(rows, down, up, g, y)
@@ -175,7 +179,8 @@ def _zeros(inputs, outputs, kind):
 def _soft_top(gates, count):
     "Gates of which the `count` largest stay and the others fade."
     if count is None or count >= gates.shape[-1]: return gates
-    border = gates.topk(count + 1, -1).values[..., -2:].mean(-1, keepdim=True).detach()
+    largest = gates.topk(count + 1, -1).values
+    border = largest[..., -2:].mean(-1, keepdim=True).detach()
     return gates * (100 * (gates - border)).sigmoid()
 
 # %% ../../nbs/20_models/07c_experts.ipynb #cce86167

@@ -99,7 +99,8 @@ def scoped(
     names = [k for k in sd if in_scope(k, scope)]
     if not names:
         raise FusionError(f'expected tensors in scope {scope}, got none among {", ".join(list(sd)[:3])} …')
-    info, tied = meta(sd), {a: o for a, o in shared(sd).items() if {a, o} <= set(names)}
+    info = meta(sd)
+    tied = {a: o for a, o in shared(sd).items() if {a, o} <= set(names)}
     return Lazy({k: partial(sd.__getitem__, k) for k in names}, {k: info[k] for k in names}, tied)
 
 # %% ../../nbs/20_models/07_hub.ipynb #887f3fd1

@@ -23,7 +23,8 @@ class MLP(nn.Module):
         if len(sizes) < 2 or min(sizes) < 1:
             raise FusionError(f'expected at least two positive sizes (inputs and classes), got {list(sizes)}')
         self.sizes = tuple(sizes)
-        for i, (n, m) in enumerate(pairwise(sizes), 1): self.add_module(f'fc{i}', nn.Linear(n, m, bias=bias))
+        for i, (n, m) in enumerate(pairwise(sizes), 1):
+            self.add_module(f'fc{i}', nn.Linear(n, m, bias=bias))
     def recipe(self): return dict(sizes=list(self.sizes), bias=self.fc1.bias is not None)
     def forward(self, x): # (N, ...) -> (N, C)
         x = x.flatten(1)

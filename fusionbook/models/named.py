@@ -44,7 +44,8 @@ def initialise(
     name:str='',   # distinguishes networks of one seed, such as `parent_1`
 ) -> nn.Module:    # the same network
     "He's first weights; smaller at the end of residual branches without normalisation and in the class layer; biases 0."
-    modules, last = dict(net.named_modules()), [m for m in net.modules() if isinstance(m, nn.Linear)][-1:]
+    modules = dict(net.named_modules())
+    last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1:]
     blocks = [
         m.conv2 for m in modules.values() if hasattr(m, 'shortcut') and not isinstance(m.bn2, nn.BatchNorm2d)
     ]
@@ -133,10 +134,8 @@ def matched(
         ] != came.rpartition('.')[2]:
             raise FusionError(f'expected `{k}`, got `{came}` in its place in {what}')
         if wanted[k].shape != info[came].shape:
-            raise FusionError(
-                f'expected `{k}` as {tuple(wanted[k].shape)}, got `{came}` as {tuple(info[came].shape)} in '
-                f'{what}'
-            )
+            want, got = tuple(wanted[k].shape), tuple(info[came].shape)
+            raise FusionError(f'expected `{k}` as {want}, got `{came}` as {got} in {what}')
     return pairs
 
 # %% ../../nbs/20_models/04c_named.ipynb #e5bf5f84

@@ -31,7 +31,8 @@ class BasicBlock(nn.Module):
             *[nn.Conv2d(before, channels, 1, stride, bias=False), _norm(channels, norm)] if changes else []
         )
     def forward(self, x):
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 # %% ../../nbs/20_models/04b_resnet18.ipynb #832e1679
 def _stage(before, channels, stride, norm):
@@ -50,7 +51,8 @@ class ResNet18(nn.Module):
         n = unit(width)
         self.conv1, self.bn1 = nn.Conv2d(3, n, 3, 1, 1, bias=False), _norm(n, norm)
         self.layer1, self.layer2 = _stage(n, n, 1, norm), _stage(n, 2 * n, 2, norm)
-        self.layer3, self.layer4 = _stage(2 * n, 4 * n, 2, norm), _stage(4 * n, 8 * n, 2, norm)
+        self.layer3 = _stage(2 * n, 4 * n, 2, norm)
+        self.layer4 = _stage(4 * n, 8 * n, 2, norm)
         self.linear = nn.Linear(8 * n, classes, bias=bias)
     def recipe(self): # what the constructor was given
         norm, width = isinstance(self.bn1, nn.BatchNorm2d), self.conv1.out_channels / 64

@@ -129,7 +129,8 @@ def layers(self:RoutedNetwork) -> dict[str, RoutedLinear]:
 # %% ../../nbs/20_models/08_routed.ipynb #124eca2e
 def _places(net):
     "Module, gate and number of each place that a gate looks at, inner ones first."
-    found = [(n, g, i) for g, spec in net.plan['gates'].items() for i, n in enumerate(spec.get('at', ()))]
+    gates = net.plan['gates'].items()
+    found = [(n, g, i) for g, spec in gates for i, n in enumerate(spec.get('at', ()))]
     return sorted(found, key=lambda a: -a[0].count('.'))
 
 def _put(net):
@@ -155,7 +156,8 @@ def _watched(model):
     for net in routed_networks(model):
         layers, places = net.layers(), [n for n, _, _ in _places(net)]
         for name, spec in net.plan['layers'].items():
-            own = [p for p in net.plan['gates'][spec['gate']].get('at', ()) if f'{name}.'.startswith(f'{p}.')]
+            places_of_gate = net.plan['gates'][spec['gate']].get('at', ())
+            own = [p for p in places_of_gate if f'{name}.'.startswith(f'{p}.')]
             found.setdefault(max(own, key=len, default=spec['gate']), layers[name])
     return found
 

@@ -216,7 +216,8 @@ def _features(folder, stamp, sentences):
     "Embeddings of sentences by the encoder of a folder."
     model, tokens = text_encoder(folder), Tokens(folder)
     with torch.inference_mode():
-        rows = [embed(model, padded(tokens(sentences[i:i + 64]))) for i in range(0, len(sentences), 64)]
+        parts = [sentences[i:i + 64] for i in range(0, len(sentences), 64)]
+        rows = [embed(model, padded(tokens(part))) for part in parts]
     return torch.cat(rows).clone()
 
 def _stamp(folder):

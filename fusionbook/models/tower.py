@@ -105,7 +105,8 @@ def _settings(config):
     usual = {k for k, v in _COMMON.items() if repr(tower.get(k)) == repr(v)}
     given = {k: v for k, v in tower.items() if k not in _IGNORED and k not in usual}
     dtype = given.pop('dtype', None)
-    if not all(k in _TOWER and type(v) is type(_TOWER[k]) for k, v in given.items()): return None
+    def known(k, v): return k in _TOWER and type(v) is type(_TOWER[k])
+    if not all(known(k, v) for k, v in given.items()): return None
     c = _TOWER | given
     return c | {'dtype': dtype} if dtype in _TYPES and c['hidden_act'] in _ACTS and _fits(c) else None
 

@@ -89,7 +89,8 @@ def answer_logits(
     asked, found = dict(input_ids=ids), []
     for answer in answers:
         said = torch.tensor(answer, device=ids.device).expand(len(ids), -1)
-        shifted = torch.cat([torch.full_like(said[:, :1], _start(model)), said[:, :-1]], 1)
+        start = torch.full_like(said[:, :1], _start(model))
+        shifted = torch.cat([start, said[:, :-1]], 1)
         out = model(**asked, attention_mask=mask, decoder_input_ids=shifted)
         asked = dict(encoder_outputs=(out.encoder_last_hidden_state,))
         found.append(-F.cross_entropy(out.logits.float().mT, said, reduction='none').sum(1))
@@ -143,7 +144,8 @@ class QuestionTokens:
             a = [*a, *self.last][:self.max_length - 1]
             room = self.max_length - len(a)
             q = [*self.first, *q][-room:]
-            found.append(torch.tensor([q + a, [0] * len(q) + [1] * len(a)], dtype=torch.int32))
+            parts = [0] * len(q) + [1] * len(a)
+            found.append(torch.tensor([q + a, parts], dtype=torch.int32))
         return found
     def pieces(self,
         texts:Sequence[str], # N

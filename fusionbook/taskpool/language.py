@@ -121,8 +121,10 @@ def _by_word(task, model, device, loop):
             batch = padded([task.tokens[i] for i in at]).to(device)
             words = next_words(batch)
             parts = _of_words(logits_of(next_word_logits, model, batch), words, task.name)
-            ends = np.cumsum([len(next_words(batch[i:i + 1])) for i in range(len(at))])[:-1]
-            for j, i in enumerate(at): found[i] = {k: np.split(v, ends)[j] for k, v in parts.items()}
+            sizes = [len(next_words(batch[i:i + 1])) for i in range(len(at))]
+            ends = np.cumsum(sizes)[:-1]
+            for j, i in enumerate(at):
+                found[i] = {k: np.split(v, ends)[j] for k, v in parts.items()}
     source = np.arange(len(found)) if task.clusters is None else task.clusters[:len(found)]
     clusters = np.repeat(source, [len(f['labels']) for f in found])
     return {k: np.concatenate([f[k] for f in found]) for k in found[0]} | dict(clusters=clusters)

@@ -21,14 +21,17 @@ def change_importance(
 ) -> Tensor:       # the same shape, at least 0
     "The change of each entry times the KL divergence between the softmax of its row and that of the row before."
     p, q = rows.softmax(-1) + 1e-8, before.softmax(-1) + 1e-8
-    return (rows - before).abs() * (p * (p / q).log()).sum(-1, keepdim=True).clamp(min=0)
+    divergence = (p * (p / q).log()).sum(-1, keepdim=True)
+    return (rows - before).abs() * divergence.clamp(min=0)
 
 def outlier_limit(
     s:Tensor,  # numbers of at least 0, of any shape
 ) -> float:
     "Median plus one and a half interquartile ranges."
     flat, n = s.reshape(1, -1), s.numel()
-    def at(q): return kth_largest(lambda step: [flat[:, ::step]], n - int(q * (n - 1)), n).item()
+    def at(q):
+        rank = n - int(q * (n - 1))
+        return kth_largest(lambda step: [flat[:, ::step]], rank, n).item()
     return at(.5) + 1.5 * (at(.75) - at(.25))
 
 def arcee_fusion(
@@ -37,7 +40,8 @@ def arcee_fusion(
 ) -> StateDict:                       # lazy
     "The base with those weights of the expert whose importance is an outlier."
     def f(e):
-        rows, before = e.experts[0].reshape(-1, e.shape[-1] if e.shape else 1), e.base
+        before, length = e.base, e.shape[-1] if e.shape else 1
+        rows = e.experts[0].reshape(-1, length)
         s = change_importance(rows, before.reshape(rows.shape)).reshape(e.shape)
         return e.experts[0].where(s >= outlier_limit(s), before)
     return map_tensors(f, base, [expert], device=device)

@@ -48,7 +48,8 @@ def karcher_coefficients(
         v = _averaged_arc(c, C, share, tol)
         length = length_of(v, C)
         if length < tol: break
-        c = c * torch.cos(torch.tensor(length)) + v * torch.sin(torch.tensor(length)) / length
+        angle = torch.tensor(length)
+        c = c * torch.cos(angle) + v * torch.sin(angle) / length
         c = c / length_of(c, C)
     return c * inverse * (w @ size)
 

@@ -46,7 +46,8 @@ def stack_of(
 ) -> tuple[str, int]:   # its name and its number of layers
     "The stack of layers of a model."
     counts = {}
-    for name, i in filter(None, map(layer_of, meta(sd))): counts[name] = max(counts.get(name, 0), i + 1)
+    for name, i in filter(None, map(layer_of, meta(sd))):
+        counts[name] = max(counts.get(name, 0), i + 1)
     if stack is None and len(counts) == 1: stack = next(iter(counts))
     if stack not in counts:
         raise FusionError(
@@ -73,14 +74,16 @@ def stacked(
 ) -> Lazy:                   # nothing is read before it is asked for
     "A model of other depth from the layers of models."
     table, info = {}, {}
-    for k, sd in outside.items(): table[k], info[k] = partial(sd.__getitem__, k), meta(sd)[k]
+    for k, sd in outside.items():
+        table[k], info[k] = partial(sd.__getitem__, k), meta(sd)[k]
     for j, (sd, i, *rest) in enumerate(sources):
         scale = rest[0] if rest else 1
         for new, own in _renumbered(sd, stack, i, j).items():
             factor = scale(own) if callable(scale) else scale
             table[new], info[new] = partial(_read, sd, own, factor), meta(sd)[own]
     lender = next(iter(outside.values()), {})
-    tied = {a: o for a, o in shared(lender).items() if a in outside and o in outside and outside[a] is lender}
+    lent = {k for k, sd in outside.items() if sd is lender}
+    tied = {a: o for a, o in shared(lender).items() if a in lent and o in outside}
     return Lazy(table, info, tied)
 
 def outside_stack(
@@ -90,7 +93,8 @@ def outside_stack(
     "Who lends what is no layer: embeddings come with the first layer, everything else with the last."
     tied = shared(last)
     def at(k): return first if is_embedding(tied.get(k, k)) else last
-    names = [k for k in meta(last) if (layer_of(k) or ('',))[0] != stack or layer_of(k) is None]
+    layers = {k: layer_of(k) for k in meta(last)}
+    names = [k for k, l in layers.items() if l is None or l[0] != stack]
     return {k: at(k) for k in names}
 
 # %% ../../../nbs/62_average/03_layers.ipynb #cb95d7ab

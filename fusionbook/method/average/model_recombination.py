@@ -39,7 +39,8 @@ def recombine(
     info, tied = meta(like), shared(like)
     def read(name, i):
         if not info[name].is_floating_point(): return like[name]
-        return experts[dealt_order(len(experts), name, seed=seed, by=by)[i]][name].to(info[name].dtype)
+        order = dealt_order(len(experts), name, seed=seed, by=by)
+        return experts[order[i]][name].to(info[name].dtype)
     def dealt(i): return Lazy({k: partial(read, k, i) for k in info}, info, tied)
     return [dealt(i) for i in range(len(experts))]
 

@@ -46,8 +46,11 @@ def nuslerp(
     "Turn from the first task vector to the second."
     def share(name):
         w = weights(name) if callable(weights) else weights
-        return .5 if abs(w[0] + w[1]) < 1e-6 else w[1] / (w[0] + w[1])
-    def flat(G, name): return turn(torch.stack([G[0, 0], G[0, 1], G[1, 1]]), t=share(name))
+        total = w[0] + w[1]
+        return .5 if abs(total) < 1e-6 else w[1] / total
+    def flat(G, name):
+        products = torch.stack([G[0, 0], G[0, 1], G[1, 1]])
+        return turn(products, t=share(name))
     if flatten: return combination(base, experts, flat, like=like, device=device)
     def f(e):
         x, y = e.experts if base is None else e.tau

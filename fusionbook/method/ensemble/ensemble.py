@@ -38,12 +38,11 @@ def same_architecture(
 ) -> bool:
     "Whether two networks differ in nothing but the values of their tensors."
     x, y = dict(a.named_modules()), dict(b.named_modules())
-    if list(x) != list(y) or any(
-        type(x[k]) is not type(y[k]) or _settings(x[k]).keys() != _settings(y[k]).keys() for k in x
-    ):
-        return False
-    shapes = [{k: (t.shape, t.dtype, t.device) for k, t in _tensors(m).items()} for m in (a, b)]
-    return shapes[0] == shapes[1] and all(
+    def kind(m): return type(m), _settings(m).keys()
+    if list(x) != list(y): return False
+    if any(kind(x[k]) != kind(y[k]) for k in x): return False
+    def form(m): return {k: (t.shape, t.dtype, t.device) for k, t in _tensors(m).items()}
+    return form(a) == form(b) and all(
         _equal(v, _settings(y[k])[n]) for k in x for n, v in _settings(x[k]).items()
     )
 
@@ -55,8 +54,8 @@ def groups(
     "Members that can run in one batched call."
     found, size = [], [sum(t.nbytes for t in _tensors(m).values()) for m in members]
     for i, m in enumerate(members):
-        fits = (g for g in found if (len(g) + 1) * size[i] <= limit and same_architecture(members[g[0]], m))
-        home = next(fits, None)
+        def fits(g): return (len(g) + 1) * size[i] <= limit and same_architecture(members[g[0]], m)
+        home = next(filter(fits, found), None)
         if home is None: found.append([i])
         else: home.append(i)
     return found

@@ -9,6 +9,7 @@ __all__ = ['EvolutionStrategy', 'Gene', 'gene_of', 'layer_groups', 'evolved', 'E
 import json, math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, KW_ONLY
+from pathlib import Path
 import torch
 from torch import Tensor, nn
 from ...core.cached import read_record, write_record

@@ -21,7 +21,8 @@ def actmerge(
 ) -> StateDict:                  # lazy, float32
     "The direction of ActMerge: least squares on the inputs that task vectors stand for; the mean elsewhere."
     def matrix(e): return filtered(interference(e.task_vectors(), normalize=False), torch.ones_like)
-    return by_matrix(matrix, base, experts, held=lambda m, n: 8 * (4 * m * n + 4 * n * n), **where)
+    def held(m, n): return 8 * (4 * m * n + 4 * n * n)
+    return by_matrix(matrix, base, experts, held=held, **where)
 
 # %% ../../../nbs/64_subspace/actmerge.ipynb #3474b38c
 @dataclass

@@ -62,7 +62,8 @@ class SideBySide:
     def add(self, t:Triplets, weight:float=1.):
         "Put the triplets of one matrix beside those that are there, its singular values times a weight."
         at = slice(self.count, self.count + len(t.values))
-        self._left[:, at], self._right[:, at], self._values[at] = t.left, t.right, weight * t.values
+        self._left[:, at], self._right[:, at] = t.left, t.right
+        self._values[at] = weight * t.values
         self.count = at.stop
     @property
     def left(self) -> Tensor: return self._left[:, :self.count]     # (m, k)

@@ -41,7 +41,8 @@ def from_average(
     device:str='cpu',            # where the arithmetic happens
 ) -> StateDict:                  # lazy
     "The average of the experts plus λ v."
-    def f(e): return e.experts[:-1].mean(0) + (scale(e.name) if callable(scale) else scale) * e.experts[-1]
+    def factor(name): return scale(name) if callable(scale) else scale
+    def f(e): return e.experts[:-1].mean(0) + factor(e.name) * e.experts[-1]
     merged = map_tensors(f, base, [*experts, direction], elementwise=True, device=device)
     merged.memory = max(merged.memory, getattr(direction, 'memory', (0, '')))
     return merged

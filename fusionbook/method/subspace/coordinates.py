@@ -53,11 +53,14 @@ def _differences(base, experts, device):
 # %% ../../../nbs/64_subspace/06_coordinates.ipynb #81f6760b
 def _seen(tau, found, shapes):
     "A task vector in the coordinates of its matrices, lazy."
-    def read(name): return found[name].inward(tau[name].reshape(shapes[name])) if name in found else tau[name]
+    def read(name):
+        if name not in found: return tau[name]
+        return found[name].inward(tau[name].reshape(shapes[name]))
     def kind(name, t):
         if name not in found: return t
         c = found[name]
-        sides = c.left.shape[1], shapes[name][1] if c.right is None else c.right.shape[1]
+        inputs = shapes[name][1] if c.right is None else c.right.shape[1]
+        sides = c.left.shape[1], inputs
         return torch.empty(sides, dtype=t.dtype, device='meta')
     info = {n: kind(n, t) for n, t in tau.meta.items()}
     return Lazy({n: partial(read, n) for n in info}, info, tau.tied)
@@ -68,7 +71,8 @@ def _needed(shapes, count):
     def bases(m, n): return 4 * (m * min(m, count * n) + n * min(n, count * m))
     largest = max(shapes, key=lambda name: shapes[name][0] * shapes[name][1], default='')
     m, n = shapes.get(largest, (0, 0))
-    return sum(bases(*s) for s in shapes.values()) + 4 * (count + 3) * m * n, largest
+    experts = 4 * (count + 3) * m * n
+    return sum(bases(*s) for s in shapes.values()) + experts, largest
 
 # %% ../../../nbs/64_subspace/06_coordinates.ipynb #69ff989b
 def zero_base(
@@ -95,8 +99,10 @@ def in_coordinates(
     info = taus[0].meta
     shapes = {n: rule(n, t.shape) for n, t in info.items() if t.is_floating_point() and t.numel()}
     shapes = {n: s for n, s in shapes.items() if s and n not in shared(base)}
-    def stored(n): return Coordinates(*(x if x is None else x.to('cpu', info[n].dtype) for x in fresh(n)))
     def fresh(n): return find(tau[n].reshape(shapes[n]).to(device) for tau in taus)
+    def stored(n):
+        dtype = info[n].dtype
+        return Coordinates(*(x if x is None else x.to('cpu', dtype) for x in fresh(n)))
     @cache
     def solved():
         found = {n: stored(n) for n in shapes}

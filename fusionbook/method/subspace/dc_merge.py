@@ -24,7 +24,9 @@ def largest_entries(
 ) -> Tensor:         # 0 elsewhere
     "The largest magnitudes of a matrix, at least one, and all that equal the smallest of them."
     k = max(1, int(density * M.numel() + 1e-9))
-    return M.where(M.abs() >= M.abs().flatten().topk(k).values[-1], 0.) if M.numel() else M
+    if not M.numel(): return M
+    smallest = M.abs().flatten().topk(k).values[-1]
+    return M.where(M.abs() >= smallest, 0.)
 
 def agreed(
     stack:Tensor, # (T, ...)

@@ -82,6 +82,8 @@ def task_weights(self:DirectionNetwork,
     row, found = self.tasks.index(task), {}
     tensors = _floats(self.network)
     for i, name in enumerate(self.of_matrix):
-        found[name] = getattr(self, f'left_{i}')[row] @ getattr(self, f'right_{i}')[row].T
-    for name, (start, count) in self.of_other.items(): found[name] = self.others[row, start:start + count]
+        left, right = getattr(self, f'left_{i}'), getattr(self, f'right_{i}')
+        found[name] = left[row] @ right[row].T
+    for name, (start, count) in self.of_other.items():
+        found[name] = self.others[row, start:start + count]
     return {k: (t.detach() + found[k].view(t.shape)).to(t.dtype) for k, t in tensors.items()}

@@ -28,7 +28,8 @@ def knots_coordinates(
         t = leading(torch.cat([first, *taus], 1).double(), floor=1e-6)
         U, sigma, exact = t.left, t.values, True
     else:
-        values, U = eigen(sum((t.double() @ t.double().T for t in taus), first.double() @ first.double().T))
+        def gram(t): return t.double() @ t.double().T
+        values, U = eigen(sum(map(gram, taus), gram(first)))
         sigma = values.clamp(min=0).sqrt()
         exact = values > 1e-13 * values[0] # an eigenvalue is known up to a rounding error of the largest
     kept = (sigma > eps) & exact

@@ -52,7 +52,8 @@ def closest_rotation(
     "The orthogonal matrix of the inputs that turns one matrix into another as well as it can, turning least."
     before, after = base.double(), expert.double()
     rows = torch.cat([before, after])
-    Q = column_basis(rows.T, floor=1e-9) if len(rows) < rows.shape[1] else torch.eye(rows.shape[1]).to(rows)
+    inputs = rows.shape[1]
+    Q = column_basis(rows.T, floor=1e-9) if len(rows) < inputs else torch.eye(inputs).to(rows)
     return Rotation(Q, _least_turning((before @ Q).T @ (after @ Q)))
 
 # %% ../../../nbs/64_subspace/orthomerge.ipynb #c35af2c2

@@ -53,7 +53,9 @@ def head_agreement(
     "The mean of the positive parts of the cosines of pairs of heads that are not zero."
     found = [h for h in heads if len(h.values)]
     if len(found) < 2: return float(len(found))
-    def inner(a, b): return ((a.left.T @ b.left) * (a.right.T @ b.right) * a.values[:, None] * b.values).sum()
+    def inner(a, b):
+        cosines = (a.left.T @ b.left) * (a.right.T @ b.right)
+        return (cosines * a.values[:, None] * b.values).sum()
     lengths = [h.values.norm() for h in found]
     pairs = [(i, j) for i in range(len(found)) for j in range(i)]
     cosines = [inner(found[i], found[j]) / lengths[i] / lengths[j] for i, j in pairs]
@@ -76,7 +78,8 @@ def resmerge(
         length = R.norm()
         exists = bool(length > 1e-12 * t.norm())  # what rounding leaves of a matrix that is all head is nothing
         own = Tails(R / length if exists else 0 * R, R, length * exists, 1, int(exists))
-        total = own if total is None else Tails(*(a + b for a, b in zip(total, own, strict=True)))
+        if total is None: total = own
+        else: total = Tails(*(a + b for a, b in zip(total, own, strict=True)))
         head_sum = head_sum + H
     R = merged_tails(total, least=least, most=most)
     strength = head_sum.norm()

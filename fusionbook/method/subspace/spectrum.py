@@ -166,7 +166,8 @@ def newton_schulz(
         return newton_schulz(matrix.T, max_steps=max_steps, tolerance=tolerance).T
     tolerance = 50 * torch.finfo(matrix.dtype).eps if tolerance is None else tolerance
     bound = (matrix.abs().sum(0).amax() * matrix.abs().sum(1).amax()).sqrt() # no singular value is larger
-    X, one = matrix / bound.clamp(min=torch.finfo(matrix.dtype).tiny), torch.eye(matrix.shape[1]).to(matrix)
+    X = matrix / bound.clamp(min=torch.finfo(matrix.dtype).tiny)
+    one = torch.eye(matrix.shape[1]).to(matrix)
     for _ in range(max_steps):
         gap = one - X.T @ X
         if gap.abs().amax() <= tolerance: return X

@@ -81,7 +81,8 @@ def spectral_wudi(
 ) -> StateDict:                        # lazy, float32
     "The direction of WUDI with a spectral filter; the mean of the task vectors where a tensor is no matrix."
     def matrix(e): return filtered(interference(e.task_vectors(), normalize=True), filter)
-    return by_matrix(matrix, base, experts, held=lambda m, n: 8 * (4 * m * n + 4 * n * n), **where)
+    def held(m, n): return 8 * (4 * m * n + 4 * n * n)
+    return by_matrix(matrix, base, experts, held=held, **where)
 
 # %% ../../../nbs/64_subspace/swudi.ipynb #a36a7de0
 @dataclass

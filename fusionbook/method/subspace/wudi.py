@@ -50,7 +50,8 @@ def wudi(
         problem = interference(e.task_vectors(), normalize=True)
         if solver == 'closed_form': return filtered(problem, torch.ones_like)
         return adam_steps(problem, steps=steps, lr=lr, dtype=e.base.dtype)
-    return by_matrix(matrix, base, experts, held=lambda m, n: 8 * (6 * m * n + 4 * n * n), **where)
+    def held(m, n): return 8 * (6 * m * n + 4 * n * n)
+    return by_matrix(matrix, base, experts, held=held, **where)
 
 # %% ../../../nbs/64_subspace/wudi.ipynb #ad4e4b10
 @dataclass

@@ -62,12 +62,15 @@ def check_choices(
 
 # %% ../../../nbs/63_task_vector/01_elect.ipynb #ede4172e
 def _votes(kept, ballot):
-    return kept if ballot is None else kept * ballot.to(kept.dtype).view(-1, *[1] * (kept.ndim - 1))
+    if ballot is None: return kept
+    votes = ballot.to(kept.dtype).view(-1, *[1] * (kept.ndim - 1))
+    return kept * votes
 
 def _majority(entries, sparse, ballot, by):
     "The sign that most weights of the model elect, +1 or -1; draws do not vote."
     total = 0.
-    for e in entries(): total += elect_sign(_votes(sparse(e), ballot(e)), by=by, tie=0.).sum().item()
+    for e in entries():
+        total += elect_sign(_votes(sparse(e), ballot(e)), by=by, tie=0.).sum().item()
     return 1. if total >= 0 else -1.
 
 def _elect(kept, ballot, by, draw):

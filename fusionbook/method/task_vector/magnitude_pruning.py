@@ -45,7 +45,8 @@ def prune_groups(
 def _pattern(text):
     "`row`, `tensor` or `model`; or (n, m) of n:m."
     found = re.fullmatch(r'(\d+):(\d+)', str(text))
-    if found and 0 < int(found[1]) < int(found[2]): return int(found[1]), int(found[2])
+    n, m = map(int, found.groups()) if found else (0, 0)
+    if 0 < n < m: return n, m
     if text not in ('row', 'tensor', 'model'):
         raise FusionError(f'expected `pattern` as row, tensor, model or n:m such as 2:4, got `{text}`')
     return text
@@ -72,7 +73,8 @@ def pruned(
     def by_size(e):
         tau, n = e.tau, 1 if how == 'model' else torch.Size(e.shape).numel()
         if largest: return tau.masked_fill_(tau.abs() >= border(e.name)[:, None], 0) if ratio else tau
-        return trim(tau, border(e.name)) if ratio < 1 and (how == 'model' or _kept(n, ratio)) else tau.zero_()
+        some = ratio < 1 and (how == 'model' or _kept(n, ratio))
+        return trim(tau, border(e.name)) if some else tau.zero_()
     return by_size, False
 
 # %% ../../../nbs/63_task_vector/magnitude_pruning.ipynb #fa9708ae

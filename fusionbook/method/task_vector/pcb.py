@@ -29,7 +29,9 @@ def _divided(x, by): return x / by.where(by > 0, 1) # 0 where nothing is to be d
 def _clamped(low, high):
     "A function from an entry to its signed magnitudes within the extremes, and these between 0 and 1."
     def f(e):
-        tau, l, h = e.tau, low(e.name)[:, None].to(e.base), high(e.name)[:, None].to(e.base)
+        tau = e.tau
+        l = low(e.name)[:, None].to(e.base)
+        h = high(e.name)[:, None].to(e.base)
         size = torch.minimum(torch.maximum(tau.abs(), l), h)
         return tau.sign() * size, _divided(size - l, h - l)
     return f
@@ -51,7 +53,8 @@ def pcb(
     clamped = _clamped(low, high)
     def score(e, unit): # scores above zero, up to a factor that normalisation removes
         tau = e.tau
-        return torch.exp(len(experts) * (unit ** 2 - 1)) * torch.tanh(tau * tau.sum(0)).clamp_(min=0)
+        within = torch.exp(len(experts) * (unit ** 2 - 1))
+        return within * torch.tanh(tau * tau.sum(0)).clamp_(min=0)
     def scores(e): return score(e, clamped(e)[1])
     least = thresholds(base, experts, names, rank=lambda n: _from_below(n, 1 - ratio), vectors=scores, **how)
     @cache
@@ -61,7 +64,8 @@ def pcb(
     def f(e):
         vectors, unit = clamped(e)
         floor = least(e.name)[:, None].to(e.base)
-        beta = _divided((score(e, unit) - floor).clamp_(min=0), best()[:, None].to(e.base) - floor)
+        above = (score(e, unit) - floor).clamp_(min=0)
+        beta = _divided(above, best()[:, None].to(e.base) - floor)
         return _divided((beta * vectors).sum(0), beta.sum(0))
     return direction_of(f, base, experts, elementwise=True, device=device)
 

@@ -79,7 +79,8 @@ class SuperposedNetwork(TaskNetwork):
         kept, shape = self.kept_vector(name), self._shapes[name]
         if name not in self.targets: return kept * self.scales[row]
         if kept.numel() == torch.Size(shape).numel() and not (self.lora_rank and len(shape) == 2):
-            return (kept.view(-1, shape[-1]) * self.signs(row, name, shape[-1])).flatten() * self.scales[row]
+            signed = kept.view(-1, shape[-1]) * self.signs(row, name, shape[-1])
+            return signed.flatten() * self.scales[row]
         left, right = self.factors(row, name)
         return (left @ right).flatten() * self.scales[row]
 
@@ -124,7 +125,8 @@ def _superpose(net, e):
     else:
         columns = e.shape[-1]
         place = torch.arange(e.at.start, e.at.stop) % columns
-        rows = [t.flatten().to(kept) * net.signs(i, e.name, columns)[place] for i, t in enumerate(tau)]
+        def signed(i, t): return t.flatten().to(kept) * net.signs(i, e.name, columns)[place]
+        rows = [signed(i, t) for i, t in enumerate(tau)]
         kept[e.at] = torch.stack(rows).sum(0)
 
 # %% ../../../nbs/63_task_vector/randes.ipynb #6f20ddeb

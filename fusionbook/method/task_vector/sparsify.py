@@ -69,7 +69,8 @@ def count_kept(
     by:str,      # `model` or `tensor`
 ) -> int:        # k, at least 1
     "How many entries are kept: FusionBench's count for a model, mergekit's for a tensor."
-    return min(int(size * share) + 1, size) if by == 'model' else max(1, int(size * share))
+    count = int(size * share)
+    return min(count + 1, size) if by == 'model' else max(1, count)
 
 # %% ../../../nbs/63_task_vector/00_sparsify.ipynb #b1b236db
 def one_each(
@@ -83,7 +84,8 @@ def one_each(
     for k, v in lists.items():
         if len(v) != count:
             raise FusionError(f'expected one `{k}`, or one for each of {count} experts, got {len(v)}')
-    return list(zip(*(lists.get(k, [v] * count) for k, v in settings.items()), strict=True))
+    columns = [lists.get(k, [v] * count) for k, v in settings.items()]
+    return list(zip(*columns, strict=True))
 
 # %% ../../../nbs/63_task_vector/00_sparsify.ipynb #36b5970b
 def full_vectors(e): return e.tau
@@ -165,5 +167,6 @@ def l1_kept(
         return l1_factor(*(torch.stack(s).sum(0) for s in zip(*sums, strict=True)))
     def scaled(e):
         v = vectors(e)
-        return v * factor(e.name).to(v.dtype).view(-1, *[1] * (v.ndim - 1))
+        factors = factor(e.name).to(v.dtype)
+        return v * factors.view(-1, *[1] * (v.ndim - 1))
     return scaled

@@ -137,7 +137,8 @@ def _put(net, e, vector, masks):
     (_, byte, _), start, kept = net._at[e.name], e.at.start, net.kept_vector(e.name)
     kept[e.at] = vector.to(kept)
     bits = _packed(masks, start % 8).to(net.masks.device)
-    net.masks[:, byte + start // 8:byte + start // 8 + bits.shape[1]] |= bits
+    first = byte + start // 8
+    net.masks[:, first:first + bits.shape[1]] |= bits
 
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #d54841f7
 def rescalers(
