@@ -222,4 +222,8 @@ def main():
         bad += [b for f in made for b in broken(f, out)]
         finish(bad, f'{len(made)} pages built, sidebar and links lead somewhere' + (f'; open {out/"index.html"}' if asked.output else ''))
 
+if __name__ == '__mp_main__': # a process of nbdev's: when it ends, each of its two hundred shells would collect garbage, which takes longer than the pages
+    from IPython.core.interactiveshell import InteractiveShell
+    InteractiveShell.atexit_operations = lambda self: None
+
 if __name__ == '__main__': main()
