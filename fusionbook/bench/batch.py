@@ -63,9 +63,8 @@ def _hash(*parts):
 def _content(file): return notebook_hash(as_source(file)[0].cells)
 
 def _title(file, grid):
-    return (
-        as_source(file)[0].cells[0].source.partition('\n')[0].removeprefix('# ') + f', over {", ".join(grid)}'
-    )
+    title = as_source(file)[0].cells[0].source.partition('\n')[0].removeprefix('# ')
+    return f'{title}, over {", ".join(grid)}'
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #a8cf686b
 def batch_folder(
@@ -154,7 +153,8 @@ def summary_table(
     keys = list(dict.fromkeys(k for r in runs for k in r.named))
     names = {n: m for r in runs for n, m in r.metrics.items()}
     def line(r):
-        state = r.state + (f': {" ".join((r.error or "").split())[:120]}' if r.state == 'failed' else '')
+        why = f': {" ".join((r.error or "").split())[:120]}' if r.state == 'failed' else ''
+        state = r.state + why
         values = [parameters_text({k: r.named[k]}).partition(' = ')[2] if k in r.named else '' for k in keys]
         shown = f'[{state}]({quote(link.format(r.copy.name))})' if r.state != 'waiting' else state
         return (
@@ -162,9 +162,8 @@ def summary_table(
             + [shown.replace('|', '\\|'), '' if r.seconds is None else f'{r.seconds:.1f}']
             + [r.metrics[n].text(r.averages[n]) if n in r.averages else '' for n in names]
         )
-    return markdown_table(
-        [*keys, 'state', 'seconds', *(f'{n}, {m.heading}' for n, m in names.items())], [line(r) for r in runs]
-    )
+    heads = [*keys, 'state', 'seconds', *(f'{n}, {m.heading}' for n, m in names.items())]
+    return markdown_table(heads, [line(r) for r in runs])
 
 # %% ../../nbs/80_bench/05b_batch.ipynb #17dbddd9
 def _page(title, runs, link='{}'):
@@ -274,7 +273,8 @@ def experiment_arguments(
     rest = [w for a in argv for w in (a.split('=', 1) if a.startswith(_JOINED) else [a])]
     while rest:
         word, left = rest.pop(0), len(rest)
-        if word == '-p' and left and '=' in rest[0]: rest[:1] = ['-p', *rest[0].split('=', 1)]
+        if word == '-p' and left and '=' in rest[0]:
+            rest[:1] = ['-p', *rest[0].split('=', 1)]
         elif word == '-p' and left > 1:
             key = rest.pop(0)
             fixed[key] = parsed(rest.pop(0))

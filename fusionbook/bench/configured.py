@@ -98,15 +98,13 @@ def run_summary(
 ) -> str:
     "Method with its hyper-parameters, models and tasks of a run."
     def short(part): return part['_target_'].rpartition('.')[2]
-    hyper = ', '.join(
-        f'{k}={v}' for k, v in cfg['method'].items() if not k.startswith('_') and v not in (None, [], 'cpu')
-    )
+    def told(k, v): return not k.startswith('_') and v not in (None, [], 'cpu')
+    hyper = ', '.join(f'{k}={v}' for k, v in cfg['method'].items() if told(k, v))
     models = [n for n in cfg['modelpool'].get('models', {}) if not str(n).startswith('_')]
     tasks = list(cfg['taskpool'].get('test_datasets') or {})
     def names(xs):
-        return f'{len(xs)}' + (
-            f' ({", ".join(map(str, xs[:10]))}{", …" if len(xs) > 10 else ""})' if xs else ''
-        )
+        first = ', '.join(map(str, xs[:10])) + (', …' if len(xs) > 10 else '')
+        return f'{len(xs)} ({first})' if xs else f'{len(xs)}'
     return f'method   {short(cfg["method"])}({hyper})\nmodels   {names(models)}\ntasks    {names(tasks)}'
 
 # %% ../../nbs/80_bench/04_configured.ipynb #2c6332a5

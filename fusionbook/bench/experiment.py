@@ -181,7 +181,8 @@ def _draft(file, given):
     nb.metadata = type(nb.metadata)(kernelspec=nb.metadata.kernelspec, fusionbook=note)
     shown = parameters_text({k: v for k, v in given.items() if k != 'out_json'})
     if shown and nb.cells and nb.cells[0].cell_type == 'markdown':
-        nb.cells[0].source = re.sub(r'\A# (.*)', lambda m: f'# {m[1]}: {shown}', nb.cells[0].source)
+        head = nb.cells[0]
+        head.source = re.sub(r'\A# (.*)', lambda m: f'# {m[1]}: {shown}', head.source)
     return nb, given
 
 def _stamp(copy, **facts):
@@ -346,7 +347,8 @@ def publish(
     from fusionbook.core.checkpoint import atomic
     if not Path(folder).is_dir():
         raise FusionError(f'expected a clone of the book to put reports into, got no folder `{folder}`')
-    nb, page = nbformat.read(str(copy), 4), Path(folder)/f'{name or Path(copy).stem}.ipynb'
+    nb = nbformat.read(str(copy), 4)
+    page = Path(folder)/f'{name or Path(copy).stem}.ipynb'
     _clean(nb)
     with atomic(page) as new:
         new.write_text(portable(nbformat.writes(nb)).rstrip('\n') + '\n', encoding='utf-8')

@@ -46,7 +46,8 @@ def check_apart(
         raise FusionError(f'expected task pools whose data can be compared, got {mute}')
     found = count_overlap(*parts)
     if not allowed and (bad := next((t for t, n in found.items() if n), None)):
-        share = f'{found[bad]:,} of the {len(parts[0][bad]):,} test examples of `{bad}` in `{name}`'
+        seen, size = found[bad], len(parts[0][bad])
+        share = f'{seen:,} of the {size:,} test examples of `{bad}` in `{name}`'
         raise FusionError(f'expected other data to choose on than the test data, got {share}; '
                           'with allow_overlap=true the sweep goes on, and every table says so')
     return found

@@ -45,7 +45,8 @@ def _by_source(d, clusters, draws, rng):
 def _intervals(centres, samples, few, seeds, level):
     "Each task, and their mean: difference, low, high, which are None for tasks of too few sources."
     def of(centre, sample, task):
-        low, high = np.quantile(sample + seeds.get(task, 0.), [(1 - level) / 2, (1 + level) / 2])
+        tails = [(1 - level) / 2, (1 + level) / 2]
+        low, high = np.quantile(sample + seeds.get(task, 0.), tails)
         return dict(difference=float(centre), low=float(low), high=float(high))
     none = dict(low=None, high=None)
     found = {t: of(centres[t], samples[t], t) | (none if t in few else {}) for t in centres}
@@ -94,7 +95,8 @@ def _behind_link(first, second, clusters, metric, draws, rng):
     "The difference of two values, and resampled ones (draws,)."
     def difference(means):
         values = metric.through_link(means)
-        return values[..., len(first):].mean(-1) - values[..., :len(first)].mean(-1)
+        old, new = values[..., :len(first)], values[..., len(first):]
+        return new.mean(-1) - old.mean(-1)
     both = np.concatenate([first, second])
     return resampled_values(both, difference, clusters=clusters, draws=draws, rng=rng)
 
@@ -108,10 +110,10 @@ def paired(
     draws:int=10_000, seed:int=0,    # of the resampling
 ) -> dict[str, dict]:                # each task, and `average` -> difference, low, high
     "Second minus first, over examples and seeds."
-    if together and (
-        bad := [(len(first[t]), len(second[t])) for t in first if len(first[t]) != len(second[t])]
-    ):
-        raise FusionError('expected as many seeds of both, got {} and {}'.format(*bad[0]))
+    if together:
+        counts = [(len(first[t]), len(second[t])) for t in first]
+        if bad := [c for c in counts if c[0] != c[1]]:
+            raise FusionError('expected as many seeds of both, got {} and {}'.format(*bad[0]))
     luck = seed_part(first, second, metric=metric, together=together, draws=draws, seed=seed)
     if metric is None or metric.link == 'identity':
         d = {t: second[t].mean(0) - first[t].mean(0) for t in first}

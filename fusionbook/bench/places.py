@@ -129,7 +129,8 @@ def run_folder(
     "The folder of a run, such as `_runs/2026-01-31_12-00-00_TaskArithmetic`, or the one that `log_dir` names."
     if cfg.get('log_dir'): return Path(cfg['log_dir']).expanduser()
     stem = time.strftime('%Y-%m-%d_%H-%M-%S') + '_' + cfg['method']['_target_'].rpartition('.')[2]
-    return next(f for i in range(1000) if not (f := Path(root)/(stem + (f'_{i}' if i else ''))).exists())
+    folders = (Path(root)/(stem + (f'_{i}' if i else '')) for i in range(1000))
+    return next(f for f in folders if not f.exists())
 
 # %% ../../nbs/80_bench/03c_places.ipynb #94197637
 _ALWAYS = {'config.yaml', 'run.log'}

@@ -175,8 +175,9 @@ def _column(answers, name):
     found = [a.get(name) for a in answers]
     kinds = {np.asarray(v).dtype.kind for v in found if v is not None}
     kind = pa.float32() if 'f' in kinds else pa.int64() if name == 'clusters' else pa.int32()
-    def one(a, v): return pa.nulls(_size(a), kind) if v is None else pa.array(np.asarray(v)).cast(kind)
-    return pa.chunked_array([one(a, v) for a, v in zip(answers, found, strict=True)] or [pa.array([], kind)])
+    def one(a, v):
+        return pa.nulls(_size(a), kind) if v is None else pa.array(np.asarray(v)).cast(kind)
+    return pa.chunked_array([one(*p) for p in zip(answers, found, strict=True)] or [pa.array([], kind)])
 
 # %% ../../nbs/80_bench/01_report.ipynb #1103918f
 def predictions_path(
@@ -329,8 +330,7 @@ def step_table(self:Report,
 def remarks(self:Report) -> str:
     "What the reader of the table must know: an interruption, the data that were read, what was chosen on what, the spread over seeds."
     found = ['interrupted'] if self.get('interrupted') else []
-    seeds = self.get('seeds') or {}
-    sweep = self.get('sweep') or {}
+    seeds, sweep = self.get('seeds') or {}, self.get('sweep') or {}
     if data_read(self) != 'no data': found.append(f'read {data_read(self)}')
     if (on := tuned_on(self)) != 'nothing':
         found.append(f'hyper-parameters chosen on {"the test data" if on == "test" else on}')
@@ -338,9 +338,10 @@ def remarks(self:Report) -> str:
     found += _met(self) + _given(self)
     a = seeds.get(self.primary.name, {}).get('average')
     if a:
-        mean, sd, low, high = (self.primary.text(v) for v in (a['mean'], a['sd'] or 0, a['min'], a['max']))
+        numbers = a['mean'], a['sd'] or 0, a['min'], a['max']
+        mean, sd, low, high = map(self.primary.text, numbers)
         unit = f' {self.primary.unit}' if self.primary.unit else ''
-        found.append(f'{len(seeds["values"])} seeds: {mean} ± {sd}{unit}, {low} to {high}')
+        found += [f'{len(seeds["values"])} seeds: {mean} ± {sd}{unit}, {low} to {high}']
     elif seeds: found.append(f'run once: {seeds["note"]}')
     return f' ({"; ".join(found)})' if found else ''
 
@@ -354,23 +355,23 @@ def _repr_markdown_(self:Report):
 def figure(self:Report):
     "The primary metric by task of the base, the merged model and the experts, with 95 % intervals."
     from fusionbook.core.plot import bars
-    shown = {
-        role: {r['task']: r for r in pooled(self.rows(role))}
-        for role in ('pretrained', 'merged', 'expert')
-        if self.rows(role)
-    }
     def label(role):
         return (
             role
             if role != 'merged' or (seen := data_read(self)) == 'no data'
             else f'merged, which read {seen}'
         )
+    shown = {
+        label(role): {r['task']: r for r in pooled(self.rows(role))}
+        for role in ('pretrained', 'merged', 'expert')
+        if self.rows(role)
+    }
     scale = self.primary.scale
-    values = {label(role): {t: scale * r['value'] for t, r in by.items()} for role, by in shown.items()}
-    known = {role: {t: r for t, r in by.items() if r['low'] is not None} for role, by in shown.items()}
+    values = {l: {t: scale * r['value'] for t, r in by.items()} for l, by in shown.items()}
+    known = {l: {t: r for t, r in by.items() if r['low'] is not None} for l, by in shown.items()}
     intervals = {
-        label(role): {t: (scale * r['low'], scale * r['high']) for t, r in by.items()}
-        for role, by in known.items()
+        l: {t: (scale * r['low'], scale * r['high']) for t, r in by.items()}
+        for l, by in known.items()
     }
     chosen = ', chosen on test data' if tuned_on(self) == 'test' else ''
     return bars(values, intervals, ylabel=f'{self.primary.heading}{chosen}')

@@ -25,11 +25,15 @@ def _seed_of(model):
 
 def _two_rows(r):
     "A row that had a column for each metric, as rows."
-    head = {k: r[k] for k in ('model', 'role')} | dict(seed=_seed_of(r['model']), step=None, task=r['task'])
+    model = {k: r[k] for k in ('model', 'role')}
+    head = model | dict(seed=_seed_of(r['model']), step=None, task=r['task'])
     shared = dict(clusters=r['clusters']) if 'clusters' in r else {}
     size = shared | (dict(effective=r['effective']) if 'effective' in r else {})
-    yield head | dict(metric='accuracy', value=r['accuracy'], low=r['low'], high=r['high'], n=r['n']) | size
-    if 'loss' in r: yield head | dict(metric='loss', value=r['loss'], low=None, high=None, n=r['n']) | shared
+    accuracy = dict(metric='accuracy', value=r['accuracy'], low=r['low'], high=r['high'], n=r['n'])
+    yield head | accuracy | size
+    if 'loss' in r:
+        loss = dict(metric='loss', value=r['loss'], low=None, high=None, n=r['n'])
+        yield head | loss | shared
 
 # %% ../../nbs/80_bench/00c_rows.ipynb #44e16235
 def tidy_rows(
@@ -85,7 +89,8 @@ def pooled(
     def span(rs):
         values = [r['value'] for r in rs if r['value'] is not None]
         return dict(low=min(values, default=None), high=max(values, default=None), models=len(rs))
-    return [dict(rs[0]) if len(rs) == 1 else {**rs[0], **mean(rs), **span(rs)} for rs in by.values()]
+    def one(rs): return dict(rs[0]) if len(rs) == 1 else {**rs[0], **mean(rs), **span(rs)}
+    return [one(rs) for rs in by.values()]
 
 # %% ../../nbs/80_bench/00c_rows.ipynb #559137f2
 def averages(

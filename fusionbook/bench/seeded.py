@@ -25,9 +25,8 @@ def check_seeds(
         if isinstance(seeds, Sequence) and not isinstance(seeds, str)
         else [None]
     )
-    if any(not isinstance(k, int) or isinstance(k, bool) or k < 0 for k in found) or len(set(found)) < len(
-        found
-    ):
+    def valid(k): return isinstance(k, int) and not isinstance(k, bool) and k >= 0
+    if not all(map(valid, found)) or len(set(found)) < len(found):
         raise FusionError(
             f'expected `seeds` as a list of different whole numbers, such as [0, 1, 2], got {seeds}'
         )

@@ -64,7 +64,8 @@ def axis(
     ranges = [bool(re.fullmatch(rf'{_N}(:{_N})+', p)) for p in parts]
     if len(parts) < 2 and not any(ranges): return None
     if not all(parts): raise FusionError(f'expected values between commas, got `{text}`')
-    return list(dict.fromkeys(v for p, r in zip(parts, ranges, strict=True) for v in (span(p) if r else [p])))
+    values = [span(p) if r else [p] for p, r in zip(parts, ranges, strict=True)]
+    return list(dict.fromkeys(v for vs in values for v in vs))
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #ba7c5384
 def points(
@@ -139,7 +140,8 @@ def _curve(key, values, scores, reach, label):
     order = sorted(range(len(values)), key=lambda i: float(values[i]))
     x, y, ends = ([seq[i] for i in order] for seq in ([float(v) for v in values], scores, reach))
     fig = curves(x, {'mean over tasks': y}, {'mean over tasks': tuple(zip(*ends, strict=True))}, key, label)
-    if x[0] > 0 and x[-1] / x[0] >= 100: fig.axes[0].set_xscale('log')
+    if x[0] > 0 and x[-1] / x[0] >= 100:
+        fig.axes[0].set_xscale('log')
     return fig
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #3ad6a793
@@ -151,7 +153,8 @@ def _map(grid, pts, scores, best, edge, metric):
         return there[metric.best(there)]
     cells = [[cell(r, c) for c in columns] for r in rows]
     fig = heatmap(cells, list(rows), list(columns), f'.{metric.decimals}f')
-    ax, (x, y) = fig.axes[0], (list(columns).index(best[b]), list(rows).index(best[a]))
+    ax = fig.axes[0]
+    x, y = list(columns).index(best[b]), list(rows).index(best[a])
     ax.plot(
         [x - 0.5, x + 0.5, x + 0.5, x - 0.5, x - 0.5],
         [y - 0.5, y - 0.5, y + 0.5, y + 0.5, y - 0.5],
@@ -188,10 +191,11 @@ def sweep_figure(
             ylabel=label,
         )
     fig = _curve(key, values, y, ends, label)
-    fig.axes[0].axvline(float(values[best]), color=theme['ink'], lw=.8, ls=(0, (4, 3)), zorder=1)
-    fig.axes[0].annotate(
+    ax, chosen = fig.axes[0], float(values[best])
+    ax.axvline(chosen, color=theme['ink'], lw=.8, ls=(0, (4, 3)), zorder=1)
+    ax.annotate(
         f'chosen: {values[best]}' + (', at the edge' if edge else ''),
-        (float(values[best]), 1.01),
+        (chosen, 1.01),
         xycoords=('data', 'axes fraction'),
         ha='center',
         fontsize=theme['font'] - 1,
@@ -313,10 +317,10 @@ def _walk(runs, pts, folder, pools):
 
 # %% ../../nbs/80_bench/06_sweep.ipynb #7bc048e8
 def _announce(pts, grid, validation, folder):
-    sizes = ', '.join(
-        f'{k} ({len(v)}: {v[0]} … {v[-1]})' if len(v) > 4 else f'{k} ({", ".join(v)})'
-        for k, v in grid.items()
-    )
+    def short(v):
+        if len(v) <= 4: return ', '.join(v)
+        return f'{len(v)}: {v[0]} … {v[-1]}'
+    sizes = ', '.join(f'{k} ({short(v)})' for k, v in grid.items())
     marked = 'the TEST data, and the report says so' if validation == 'test' else validation
     print(f'sweep    {len(pts)} points: {sizes}\nchooses  on {marked}\nfolder   {folder}', flush=True)
 

@@ -17,7 +17,8 @@ def pages(
     "Columns that fit beside the first one, two letters apart."
     found, used = [[]], 0
     for i, w in enumerate(widths[1:], 1):
-        if found[-1] and used + w + 2 > room - widths[0]: found, used = [*found, []], 0
+        full = used + w + 2 > room - widths[0]
+        if found[-1] and full: found, used = [*found, []], 0
         found[-1].append(i)
         used += w + 2
     return found

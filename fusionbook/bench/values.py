@@ -38,7 +38,8 @@ def human_size(
     "Bytes as people write them."
     for unit in ('B', 'kB', 'MB', 'GB', 'TB'):
         if count < 1000 or unit == 'TB':
-            return f'{count:.0f} {unit}' if unit == 'B' or count >= 100 else f'{count:.1f} {unit}'
+            decimals = 0 if unit == 'B' or count >= 100 else 1
+            return f'{count:.{decimals}f} {unit}'
         count /= 1000
 
 # %% ../../nbs/80_bench/03b_values.ipynb #afb95895

@@ -49,7 +49,7 @@ def toy_pool(
             'layer.bias': torch.randn(4, generator=g),
             'norm': torch.randn(4, generator=g),
         }
-        sd = {k: v if base is None else base[k].float() + .1 * v for k, v in sd.items()}
+        if base is not None: sd = {k: base[k].float() + .1 * v for k, v in sd.items()}
         sd['norm'] = sd['norm'].bfloat16()
         return sd | {'steps': torch.tensor(step), 'head': sd['embed']}
     base = model(0, None)
@@ -149,9 +149,11 @@ _N = r'[-+]?(?:\d+\.?\d*|\.\d+)'
 def _is_grid(text):
     "Values between commas, at least two, or a range start:stop:step that leads somewhere."
     parts = str(text).split(',')
-    ranges = [m.groups() for p in parts if (m := re.fullmatch(f'({_N}):({_N}):({_N})', p))]
-    if not isinstance(text, str) or not all(parts) or len(ranges) < sum(':' in p for p in parts): return False
-    leads = all(float(c) and (float(b) - float(a)) / float(c) > 0 for a, b, c in ranges)
+    matches = [re.fullmatch(f'({_N}):({_N}):({_N})', p) for p in parts]
+    ranges = [[float(x) for x in m.groups()] for m in matches if m]
+    broken = not all(parts) or len(ranges) < sum(':' in p for p in parts)
+    if not isinstance(text, str) or broken: return False
+    leads = all(step and (stop - start) / step > 0 for start, stop, step in ranges)
     return leads and len(parts) + len(ranges) > 1
 
 def _wrong_paper(cls):
@@ -160,7 +162,8 @@ def _wrong_paper(cls):
     posted = re.fullmatch(r'arxiv:(\d\d)(0[1-9]|1[0-2])\.\d{4,5}', str(cls.paper))
     if not posted and not re.fullmatch(r'doi:10\.\d{4,}/\S+', str(cls.paper)):
         return f'expected `paper` such as arxiv:2306.01708, got {cls.paper!r}'
-    first, last = (2000 + int(posted[1]), 2004 + int(posted[1])) if posted else (1950, 2100)
+    year = 2000 + int(posted[1]) if posted else None
+    first, last = (year, year + 4) if posted else (1950, 2100)
     if not isinstance(cls.year, int) or not first <= cls.year <= last:
         return f'expected `year` of {cls.paper}, got {cls.year!r}'
 
@@ -200,15 +203,18 @@ def _uses_known(t):
     if not set(t.method.uses) <= set(USES): return f'`uses` knows {USES}, got {t.method.uses}'
 
 def _uses_true(t):
-    if t.seen != set(t.method.uses): return f'says it uses {sorted(t.method.uses)}, and read {sorted(t.seen)}'
+    said = set(t.method.uses)
+    if t.seen != said: return f'says it uses {sorted(said)}, and read {sorted(t.seen)}'
 
 def _form_kept(t):
-    want, got = ({k: (v.shape, v.dtype) for k, v in sd.items()} for sd in (t.base, t.merged))
+    def form(sd): return {k: (v.shape, v.dtype) for k, v in sd.items()}
+    want, got = form(t.base), form(t.merged)
     if got != want: return f'changed names, shapes or types: {set(got.items()) ^ set(want.items())}'
 
 def _inputs_kept(t):
     for n, sd in t.before.items():
-        if not all(sd[k].equal(v) for k, v in _tensors(t.pool._models[n]).items()):
+        now = _tensors(t.pool._models[n])
+        if not all(sd[k].equal(v) for k, v in now.items()):
             return f'modified its input `{n}`'
 
 # %% ../../nbs/60_method/01_check.ipynb #e72ae99d
@@ -235,7 +241,8 @@ def _any_pieces(t):
     if not _same_bytes(t.merged, tiny): return 'depends on the size of the pieces it works in'
 
 def _survives_yaml(t):
-    made = type(t.method)(**{k: v for k, v in t.method.config.items() if k != '_target_'})
+    settings = {k: v for k, v in t.method.config.items() if k != '_target_'}
+    made = type(t.method)(**settings)
     if made.config != t.method.config:
         return f'does not survive its YAML: {made.config} for {t.method.config}'
 
@@ -283,9 +290,8 @@ class _BuildTrial(_Trial):
         "Whether a network has the same tensors and answers."
         own, other = self.merged.state_dict(), network.state_dict()
         answers = self.outputs(network)
-        same = len(answers) == len(self.answers) and all(
-            a.equal(b) for a, b in zip(answers, self.answers, strict=True)
-        )
+        as_many = len(answers) == len(self.answers)
+        same = as_many and all(a.equal(b) for a, b in zip(answers, self.answers, strict=True))
         return own.keys() == other.keys() and _same_bytes(own, other) and same
 
 # %% ../../nbs/60_method/01_check.ipynb #2055a0d1
@@ -362,7 +368,8 @@ def agree(
     worst, tolerance, off = 0., case['tolerance'], 0
     for k, want in expected.items():
         difference, want = (got[k].double() - want.double()).abs(), want.double().abs()
-        bound = tolerance['atol'] + (2 ** -7 if 'ulp_bf16' in tolerance else tolerance.get('rtol', 0)) * want
+        share = 2 ** -7 if 'ulp_bf16' in tolerance else tolerance.get('rtol', 0)
+        bound = tolerance['atol'] + share * want
         off += (difference > bound).sum().item()
         worst = max(worst, difference.where(difference <= bound, 0).max().item())
     assert off <= skip, f'{case["case"]}: {off} entries differ by more than the tolerance'

@@ -79,7 +79,8 @@ def shared_logits(
     for t, kind in kinds.items():
         if t in found: continue
         same = [u for u in kinds if kinds[u] == kind]
-        outs = None if kind is None or len(same) == 1 else _request_once(network, [calls[u] for u in same])
+        together = kind is not None and len(same) > 1
+        outs = _request_once(network, [calls[u] for u in same]) if together else None
         for u, out in zip(same, outs, strict=True) if outs else ():
             with _forward(network, lambda *a, **kw: out): found[u] = heads[u](network, inputs[u])
         if t not in found: found[t] = heads[t](network, inputs[t])

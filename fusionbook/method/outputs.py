@@ -17,7 +17,9 @@ from ..core.errors import FusionError, nearest
 # %% ../../nbs/60_method/03_outputs.ipynb #1e407add
 def _work(x): return x if x.dtype == torch.float64 else x.float()
 
-def _column(weights, x): return torch.tensor(weights, dtype=torch.float64).to(x).view(-1, *[1] * (x.ndim - 1))
+def _column(weights, x):
+    column = torch.tensor(weights, dtype=torch.float64).to(x)
+    return column.view(-1, *[1] * (x.ndim - 1))
 
 # %% ../../nbs/60_method/03_outputs.ipynb #c7697f14
 def mean_of(
@@ -51,30 +53,32 @@ def log_mean(
 ) -> Tensor:                 # logarithm of probabilities, (..., C)
     "The mean probability."
     wide = _work(logits)
-    return torch.logsumexp(F.log_softmax(wide, -1) + _column(_shares(weights), wide).log(), 0).to(
-        logits.dtype
-    )
+    mixed = F.log_softmax(wide, -1) + _column(_shares(weights), wide).log()
+    return torch.logsumexp(mixed, 0).to(logits.dtype)
 
 def log_geometric(
     logits:Tensor,           # z, (T, ..., C)
     weights:Sequence[float], # w, (T,), used as they are
 ) -> Tensor:                 # logarithm of probabilities, (..., C)
     "The geometric mean of probabilities, divided by its sum."
-    return F.log_softmax(mean_of(F.log_softmax(_work(logits), -1), weights), -1).to(logits.dtype)
+    logs = F.log_softmax(_work(logits), -1)
+    return F.log_softmax(mean_of(logs, weights), -1).to(logits.dtype)
 
 def log_maximum(
     logits:Tensor,                # z, (T, ..., C)
     weights:Sequence[float]=None, # not used
 ) -> Tensor:                      # logarithm of probabilities, (..., C)
     "The largest probability, divided by the sum over classes."
-    return F.log_softmax(maximum_of(F.log_softmax(_work(logits), -1)), -1).to(logits.dtype)
+    logs = F.log_softmax(_work(logits), -1)
+    return F.log_softmax(maximum_of(logs), -1).to(logits.dtype)
 
 # %% ../../nbs/60_method/03_outputs.ipynb #67b3472a
 def _won(share, most):
     "Shares of the votes in which a draw at the top is exact; how far it is to the next class, at most `most`."
     top = share.amax(-1, keepdim=True)
     share = torch.where(top - share < DRAW, top, share)
-    return share, (top - share.where(share < top, 0).amax(-1, keepdim=True)).clamp(max=most)
+    second = share.where(share < top, 0).amax(-1, keepdim=True)
+    return share, (top - second).clamp(max=most)
 
 # %% ../../nbs/60_method/03_outputs.ipynb #2b4aa1d7
 # shares of the votes that differ by less are a draw: weights are decimals, and .1 + .2 is not quite .3
@@ -107,10 +111,11 @@ def _joined(f, tensors):
 
 def _parts(outputs):
     "The keys of a mapping, a dataclass or a sequence, and how it is made again; None for anything else."
-    x = outputs[0]
-    if isinstance(x, Mapping): return list(x), lambda v: type(x)(**v) if is_dataclass(x) else type(x)(v)
+    x, kind = outputs[0], type(outputs[0])
+    if isinstance(x, Mapping): return list(x), lambda v: kind(**v) if is_dataclass(x) else kind(v)
     if isinstance(x, (list, tuple)):
-        return range(len(x)), lambda v: type(x)(*v.values()) if hasattr(x, '_fields') else type(x)(v.values())
+        named = hasattr(x, '_fields')
+        return range(len(x)), lambda v: kind(*v.values()) if named else kind(v.values())
 
 # %% ../../nbs/60_method/03_outputs.ipynb #4c51b16f
 def map_outputs(
@@ -119,11 +124,9 @@ def map_outputs(
 ):                    # the same form, combined
     "Apply `f` to every float tensor of several outputs."
     first, parts = outputs[0], _parts(outputs)
-    if (
-        {type(o) for o in outputs} != {type(first)}
-        or parts
-        and any(len(o) != len(first) or isinstance(o, Mapping) and list(o) != list(first) for o in outputs)
-    ):
+    def differs(o): return len(o) != len(first) or isinstance(o, Mapping) and list(o) != list(first)
+    kinds = {type(o) for o in outputs}
+    if kinds != {type(first)} or parts and any(map(differs, outputs)):
         raise FusionError(
             f'expected members whose outputs have the same form, got '
             f'{", ".join(sorted({type(o).__name__ for o in outputs}))} with other entries'

@@ -36,11 +36,8 @@ def finite_objective(
     "Stop at an objective that is no number, with the step, the coefficients and what to try."
     if math.isfinite(value): return value
     def shown(t):
-        return (
-            f'{t.shape and tuple(t.shape)} in [{t.min():.4g}, {t.max():.4g}]'
-            if t.numel() > 8
-            else str([round(x, 4) for x in t.flatten().tolist()])
-        )
+        if t.numel() <= 8: return str([round(x, 4) for x in t.flatten().tolist()])
+        return f'{tuple(t.shape)} in [{t.min():.4g}, {t.max():.4g}]'
     now = ', '.join(f'`{k}` {shown(t.detach())}' for k, t in parameters.items())
     raise FusionError(
         f'expected a finite objective, got {value} at step {step} of {steps} with {now}; '
@@ -63,7 +60,8 @@ def _plain(identity): return json.loads(json.dumps(identity, sort_keys=True, def
 
 def _store(path, parameters, optimizer, curve, identity):
     "Write the state after a whole step."
-    moments = {f'{m}/{k}': optimizer.state[p][m] for k, p in parameters.items() for m in optimizer.state[p]}
+    states = {k: optimizer.state[p] for k, p in parameters.items()}
+    moments = {f'{m}/{k}': v for k, state in states.items() for m, v in state.items()}
     values = {f'value/{k}': p.detach() for k, p in parameters.items()}
     tensors = {k: torch.as_tensor(v).clone() for k, v in (values | moments).items()} | {
         'curve': torch.tensor(curve, dtype=torch.float64)
@@ -122,7 +120,10 @@ def cosine(
     floor:float=0., # factor at its end
 ) -> Callable:      # step, from 0 -> factor of the rate
     "A rate that falls along a half cosine."
-    return lambda step: floor + (1 - floor) * (1 + math.cos(math.pi * step / max(1, steps))) / 2
+    def factor(step):
+        wave = math.cos(math.pi * step / max(1, steps))
+        return floor + (1 - floor) * (1 + wave) / 2
+    return factor
 
 # %% ../../../nbs/66_adaptive/00_adapt.ipynb #3e50346e
 def _check_threads(count):

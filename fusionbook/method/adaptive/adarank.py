@@ -53,7 +53,8 @@ class RankedMixture(Mixture):
         for name, shape in ((k, s) for k, s in shapes.items() if s):
             rank = min(shape)
             on = torch.arange(rank) < int(rank * ratio)
-            parts.append((.1 * (2. * on.double() - 1)).expand(len(experts), rank).reshape(-1))
+            start = .1 * (2. * on.double() - 1)
+            parts.append(start.expand(len(experts), rank).reshape(-1))
             self.places[name] = slice(size, size := size + len(experts) * rank)
             self.components[name] = [self.split(name, e, shape) for e in experts]
         self.logits = torch.cat(parts or [torch.zeros(0, dtype=torch.float64)]).requires_grad_()
@@ -102,7 +103,8 @@ def gradients(self:RankedMixture,
         block = found[self.places[name]].view(len(each), -1)
         for i, d in enumerate(each):
             s = soft[i, :len(d)]
-            block[i, :len(d)] = w[i, column].item() * d * s * (1 - s) / temperature
+            weight = w[i, column].item()
+            block[i, :len(d)] = weight * d * s * (1 - s) / temperature
             coefficients[i, column] = (d * (s > .5)).sum()
     return found, coefficients
 
@@ -143,8 +145,10 @@ def with_weights(
     base:StateDict, mixture:Mixture, # the mixture's network has the merged parameters
 ) -> StateDict:                      # in the base's types; what is not merged is the base's
     "The tensors of a merged model, tied ones tied."
-    own, ties = {k: p.detach().cpu().clone() for k, p in mixture.parameters.items()}, shared(base)
-    merged = {k: own[k].to(base[k].dtype) if k in own else base[k] for k in base if k not in ties}
+    own = {k: p.detach().cpu().clone() for k, p in mixture.parameters.items()}
+    ties = shared(base)
+    def typed(k): return own[k].to(base[k].dtype) if k in own else base[k]
+    merged = {k: typed(k) for k in base if k not in ties}
     return {k: merged[ties.get(k, k)] for k in base}
 
 # %% ../../../nbs/66_adaptive/adarank.ipynb #5b24597b

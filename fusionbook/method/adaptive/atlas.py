@@ -67,7 +67,8 @@ def fill(self:BlockMixture,
         for name, p in self.parameters.items():
             flat, block = p.view(-1), self.block(name).to(self.device)
             for at, b, tau in self.pieces(name):
-                flat[at] = (b.to(tau) + (w[:, block[at]].to(tau.dtype) * tau).sum(0)).to(p.dtype)
+                step = (w[:, block[at]].to(tau.dtype) * tau).sum(0)
+                flat[at] = (b.to(tau) + step).to(p.dtype)
 
 # %% ../../../nbs/66_adaptive/atlas.ipynb #31da0935
 @patch

@@ -146,12 +146,10 @@ def _gathered(mixture, name, found):
 def pieces(self:Mixture, name:str) -> Iterator:
     "Place, base (n,) and task vectors (T, n) of one tensor, piece by piece."
     if name in self._kept: return iter(self._kept[name])
-    found = (
-        (at, b, self.clean(name, x - b)) for at, b, x in _pieces(name, self.base, self.experts, self.device)
-    )
-    need = (
-        (1 + len(self.experts)) * self.parameters[name].numel() * max(4, self.parameters[name].element_size())
-    )
+    found = _pieces(name, self.base, self.experts, self.device)
+    found = ((at, b, self.clean(name, x - b)) for at, b, x in found)
+    p = self.parameters[name]
+    need = (1 + len(self.experts)) * p.numel() * max(4, p.element_size())
     if need > self._room: return found
     self._kept[name], self._room = _gathered(self, name, found), self._room - need
     return iter(self._kept[name])
@@ -179,7 +177,8 @@ def gradient(self:Mixture) -> Tensor: # (T, G) float64, on the CPU
     for name, p in self.parameters.items():
         if p.grad is None: continue
         at_group, g = self.names.index(self.groups[name]), p.grad.reshape(-1)
-        for at, b, tau in self.pieces(name): found[:, at_group] += (tau @ g[at].to(tau.dtype)).cpu().double()
+        for at, b, tau in self.pieces(name):
+            found[:, at_group] += (tau @ g[at].to(tau.dtype)).cpu().double()
         p.grad = None
     return found
 

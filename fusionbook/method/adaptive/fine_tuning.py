@@ -76,10 +76,11 @@ def _streams(m, pool):
     if m.target == 'labels': return {t: pool.labelled(t, m.data, **kw) for t in pool.model_names}
     teachers, heads = _teachers(m, pool), {t: pool.logits(t) for t in pool.model_names}
     def outputs(t, x):
-        with torch.no_grad(): return sum(heads[t](n, x).softmax(1) for n in teachers[t]) / len(teachers[t])
-    return {
-        t: ((x, outputs(t, x.to(m.device))) for x in pool.batches(t, m.data, **kw)) for t in pool.model_names
-    }
+        with torch.no_grad():
+            total = sum(heads[t](n, x).softmax(1) for n in teachers[t])
+            return total / len(teachers[t])
+    def lessons(t): return ((x, outputs(t, x.to(m.device))) for x in pool.batches(t, m.data, **kw))
+    return {t: lessons(t) for t in pool.model_names}
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #102b50c8
 def _free(m, net):
@@ -100,7 +101,8 @@ def train(self:FineTuning,
     def objective(batch):
         parts = []
         for t, (x, y) in batch.items():
-            part = F.cross_entropy(heads[t](net, x.to(self.device)), y.to(self.device)) / len(batch)
+            logits = heads[t](net, x.to(self.device))
+            part = F.cross_entropy(logits, y.to(self.device)) / len(batch)
             part.backward()
             parts.append(part.item())
         return sum(parts)

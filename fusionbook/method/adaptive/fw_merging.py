@@ -199,7 +199,8 @@ def mixed_shares(
     chosen:Sequence[Tensor], # S corners, (T, G)
 ) -> Tensor:               # (T, G)
     "Shares after a step towards several corners."
-    return (1 - w.sum(0)) * u + sum(w_i * c for w_i, c in zip(w, chosen, strict=True))
+    corners = sum(w_i * c for w_i, c in zip(w, chosen, strict=True))
+    return (1 - w.sum(0)) * u + corners
 
 # %% ../../../nbs/66_adaptive/fw_merging.ipynb #ab2c468a
 def _gradients(method, pool, mixture, u, batch, number):
@@ -258,5 +259,6 @@ def merge(self:FrankWolfeSoft, pool) -> StateDict:
             curve += more
             continue
         gamma = 2 / (k + 2) * self.step_size if k else 1
-        u = mixed_shares(torch.full((len(chosen), u.shape[1]), .3 * gamma, dtype=torch.float64), u, chosen)
+        w = torch.full((len(chosen), u.shape[1]), .3 * gamma, dtype=torch.float64)
+        u = mixed_shares(w, u, chosen)
     return _noted(self, pool, mixture, u, curve)

@@ -117,7 +117,8 @@ def rounds_of(self:CLIPLayerWiseGossip,
 ) -> tuple:                # shares (places, T, G); the curves, one list a round
     "Let the places meet."
     names, meets, curves = pool.model_names, neighbours(len(pool), self.topo), []
-    C = torch.eye(len(names), dtype=torch.float64)[:, :, None].repeat(1, 1, len(mixture.names))
+    alone = torch.eye(len(names), dtype=torch.float64)
+    C = alone[:, :, None].repeat(1, 1, len(mixture.names))
     known = [{n} for n in names]
     for k in range(1 if self.fast_dev_run else self.gossip_max_steps):
         known, new = heard_of(known, meets), []

@@ -86,7 +86,8 @@ def draw(self:MaskedMixture,
     "Draw the mask of every tensor."
     with torch.no_grad():
         for name, at in self.places.items():
-            u = uniform_at(seed, f'{name}/{of}', 0, at.stop - at.start, self.logits.dtype).to(self.device)
+            u = uniform_at(seed, f'{name}/{of}', 0, at.stop - at.start, self.logits.dtype)
+            u = u.to(self.device)
             self.mask[at] = drawn_mask(self.logits[at], u, kind=kind, temperature=temperature)
 
 @patch
@@ -103,7 +104,8 @@ def fill(self:MaskedMixture,
     w = w.detach().to(self.device)
     with torch.no_grad():
         for name, p in self.parameters.items():
-            flat, m, own = p.view(-1), self.factor(name), w[:, self.names.index(self.groups[name])]
+            flat, m = p.view(-1), self.factor(name)
+            own = w[:, self.names.index(self.groups[name])]
             for at, b, tau in self.pieces(name):
                 step = (tau.T @ own.to(tau.dtype)) * m[at].to(tau.dtype)
                 flat[at] = (b.to(tau) + step).to(p.dtype)
@@ -127,7 +129,8 @@ def mask_gradient(self:MaskedMixture,
         if p.grad is None: continue
         place, own = self.places[name], w[:, self.names.index(self.groups[name])]
         g = p.grad.reshape(-1).to(self.logits.dtype)
-        for at, _, tau in self.pieces(name): g[at] *= (tau.T @ own.to(tau.dtype)).to(g.dtype)
+        for at, _, tau in self.pieces(name):
+            g[at] *= (tau.T @ own.to(tau.dtype)).to(g.dtype)
         found[place] = logit_gradient(self.mask[place], g, temperature=temperature)
         p.grad = None
     return found

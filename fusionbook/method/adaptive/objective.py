@@ -104,7 +104,8 @@ def min_norm_weights(
     for _ in range(100 * len(gram)):
         slope = gram @ a
         low, high = slope.argmin(), slope.masked_fill(a <= 0, -math.inf).argmax()
-        gap, bend = slope[high] - slope[low], gram[low, low] + gram[high, high] - 2 * gram[low, high]
+        gap = slope[high] - slope[low]
+        bend = gram[low, low] + gram[high, high] - 2 * gram[low, high]
         if gap <= 1e-12 * gram.diagonal().amax(): break
         move = torch.minimum(gap / bend.clamp(min=1e-300), a[high])
         a[low] += move

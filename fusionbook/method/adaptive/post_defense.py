@@ -26,7 +26,9 @@ def js_rows(
     "Jensen-Shannon divergence of the predictions, row by row."
     p, q = logits.log_softmax(1), others.log_softmax(1)
     mean = torch.logaddexp(p, q) - math.log(2)
-    return ((p.exp() * (p - mean)).sum(1) + (q.exp() * (q - mean)).sum(1)) / 2
+    first = (p.exp() * (p - mean)).sum(1)
+    second = (q.exp() * (q - mean)).sum(1)
+    return (first + second) / 2
 
 # %% ../../../nbs/66_adaptive/post_defense.ipynb #dd0e3ac7
 def fooled_together(

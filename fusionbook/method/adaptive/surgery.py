@@ -147,7 +147,8 @@ def _distance(net, tables, batch):
     for i, t in enumerate(net.tasks):
         parts = (torch.cat([x[n].reshape(-1, net.size) for n in batch[t]]) for x in tables[t])
         merged, wanted = (x.to(net.down.device) for x in parts)
-        value = F.l1_loss(corrected(merged.float(), net.down[i], net.up[i]), wanted.float())
+        found = corrected(merged.float(), net.down[i], net.up[i])
+        value = F.l1_loss(found, wanted.float())
         value.backward()
         total += value.item()
     return total

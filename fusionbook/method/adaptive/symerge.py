@@ -198,9 +198,10 @@ def _lessons(method, pool, taught):
     def batches(step):
         rows = {t: pool.inputs(t, method.data) for t in taught}
         streams = {t: pool.row_numbers(t, method.data, **settings, start=step) for t in taught}
+        def lesson(t, n): return rows[t][n], tuple(x[n] for x in taught[t])
         while True:
             at = {t: next(s) for t, s in streams.items()}
-            yield {t: (rows[t][n], tuple(x[n] for x in taught[t])) for t, n in at.items()}
+            yield {t: lesson(t, n) for t, n in at.items()}
     return batches
 
 # %% ../../../nbs/66_adaptive/symerge.ipynb #e1df9322
@@ -220,7 +221,8 @@ def learn(self:SyMerge,
     with on_threads(self.threads): taught = _taught(self, pool)
     learned = {'coefficients': w} if self.weights is None else {}
     if self.heads:
-        learned |= {f'{k}/{t}': p[i] for k, p in net.changes().items() for i, t in enumerate(net.tasks)}
+        for k, p in net.changes().items():
+            learned |= {f'{k}/{t}': p[i] for i, t in enumerate(net.tasks)}
     objective = coefficient_objective(mixture, w, _learning_heads(pool, net), loss=_loss)
     how = dict(tasks=net.tasks, batches=_lessons(self, pool, taught), project=project)
     if self.weights is not None: how['identity'] = dict(merged=w.tolist())

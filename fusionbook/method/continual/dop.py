@@ -45,7 +45,8 @@ def guard(
     t = leading(tau.double())
     total = t.values.sum()
     kept = int((t.values.cumsum(0) < share * total).sum()) + 1 if share > 0 else 0
-    left, right = t.left[:, :kept] * t.values[:kept], t.right[:, :kept] * t.values[:kept]
+    left = t.left[:, :kept] * t.values[:kept]
+    right = t.right[:, :kept] * t.values[:kept]
     A = left @ left.T * ('u' in space)
     B = right @ right.T * ('v' in space)
     return Guard(tau, A.to(tau.dtype), B.to(tau.dtype))
@@ -68,10 +69,12 @@ def dop_minimiser(
     *, alpha:float,       # a, weight of the old one
 ) -> Tensor:              # (m, n), float64
     "The best compromise for a fixed weight."
-    start, pair = (old.tau + new.tau).double() / 2, ((alpha, old), (1 - alpha, new))
+    start = (old.tau + new.tau).double() / 2
+    pair = (alpha, old), (1 - alpha, new)
     A = sum(a * g.left.double() for a, g in pair)
     B = sum(a * g.right.double() for a, g in pair)
-    R = -sum(a * g.gradient(start.to(g.tau)).double() for a, g in pair) / 2
+    pull = sum(a * g.gradient(start.to(g.tau)).double() for a, g in pair)
+    R = -pull / 2
     (p, P), (q, Q) = eigen(A), eigen(B)
     stiff = p.clamp(min=0)[:, None] + q.clamp(min=0)
     found = P.T @ R @ Q / stiff.clamp(min=torch.finfo(stiff.dtype).tiny)
@@ -90,7 +93,8 @@ def dop_steps(
     for _ in range(steps):
         pulls = [g.gradient(X) for g in (old, new)]
         if mgda:
-            found = shortest(*(_scaled(p, g.loss(X, p)) for p, g in zip(pulls, (old, new), strict=True)))
+            owners = zip(pulls, (old, new), strict=True)
+            found = shortest(*(_scaled(p, g.loss(X, p)) for p, g in owners))
             alpha = found if beta is None else beta * alpha + (1 - beta) * found
         X.grad = alpha * pulls[0] + (1 - alpha) * pulls[1]
         optimizer.step()
@@ -140,7 +144,8 @@ class _Other:
     count: int
     def __call__(self, e):
         if 'so_far' not in e.extra: return e.tau[0]
-        return e.extra['so_far'] + (e.tau[0] - e.extra['so_far']) / (2 if self.rule == 'pair' else self.count)
+        so_far, parts = e.extra['so_far'], 2 if self.rule == 'pair' else self.count
+        return so_far + (e.tau[0] - so_far) / parts
 
 def _check(method):
     "Refuse hyper-parameters without a meaning."

@@ -41,7 +41,8 @@ def null_filtered(
     V, Vt = leading(M, min(null_rank, most)).right, leading(tau, min(task_rank, most)).right
     passed = tau - tau @ V @ V.T
     want = (tau - M - passed) @ Vt
-    want = torch.cat([want, torch.zeros_like(want[:, :1]).expand(-1, V.shape[1])], 1)
+    nothing = torch.zeros_like(want[:, :1]).expand(-1, V.shape[1])
+    want = torch.cat([want, nothing], 1)
     return NullFiltered(M + passed, tau, want, torch.cat([Vt, V], 1))
 
 # %% ../../../nbs/70_continual/nufilt.ipynb #48e612c2
@@ -65,7 +66,8 @@ def adapter(
     for _ in range(steps):
         TB, AZ = f.tau @ B, A @ f.probes
         gap = TB @ AZ - f.want
-        A.grad, B.grad = 2 * TB.T @ gap @ f.probes.T, 2 * f.tau.T @ gap @ AZ.T
+        A.grad = 2 * TB.T @ gap @ f.probes.T
+        B.grad = 2 * f.tau.T @ gap @ AZ.T
         optimizer.step()
     return f.tau @ B @ A
 
@@ -101,7 +103,8 @@ class NUFILT(ContinualMethod):
         f = null_filtered(e.tau[0], e.extra['so_far'].to(e.base), null_rank=closed, task_rank=self.grad_r)
         rank = min(self.lora_r, *f.tau.shape)
         if not rank or not self.max_steps: return f.start
-        A = .02 * normal_at(self.seed or 0, f'{e.name}/adapter', rank, f.tau.shape[1]).to(f.tau.device)
+        noise = normal_at(self.seed or 0, f'{e.name}/adapter', rank, f.tau.shape[1])
+        A = .02 * noise.to(f.tau.device)
         return f.start + adapter(f, A, steps=self.max_steps, lr=self.lr)
 
 # %% ../../../nbs/70_continual/nufilt.ipynb #13d94f2d

@@ -32,7 +32,8 @@ def orthogonal_part(
     block = U[:, :r].T @ new @ V[:, :r]
     diagonal = ((new @ V) * U).sum(0)
     block = block - torch.diag(diagonal[:r])
-    return new - (U * diagonal) @ V.T - U[:, :r] @ block @ V[:, :r].T
+    protected = U[:, :r] @ block @ V[:, :r].T
+    return new - (U * diagonal) @ V.T - protected
 
 # %% ../../../nbs/70_continual/opcm.ipynb #7eb477c6
 def _length(sd):

@@ -29,7 +29,8 @@ def relaxed_change(
     def f(e):
         tau = e.tau[0]
         if f'mean_abs/{e.name}' not in sizes: return e.base + tau
-        a, turned = sizes[f'mean_abs/{e.name}'].to(tau), sizes[f'input_axis/{e.name}'].item() == 0
+        a = sizes[f'mean_abs/{e.name}'].to(tau)
+        turned = sizes[f'input_axis/{e.name}'].item() == 0
         rows = tau.T if turned else tau.reshape(len(tau), -1)
         kept = rows * (1 - (1 - omega) * a / a.max().clamp(min=torch.finfo(a.dtype).tiny))
         return e.base + (kept.T if turned else kept.view(tau.shape))

@@ -48,7 +48,8 @@ class _Layer:
         p = routing_weights(rows, self.axes.to(rows.device))
         self.total += p.sum(0).cpu()
         self.count += len(p)
-        added = sum(p[:, t, None] * (rows @ tau.T) for t, tau in enumerate(self.taus().to(rows.device)))
+        taus = self.taus().to(rows.device)
+        added = sum(p[:, t, None] * (rows @ tau.T) for t, tau in enumerate(taus))
         if self.shifts is not None: added = added + p @ self.shifts.to(rows.device)
         return out + added.view(out.shape).to(out.dtype)
 

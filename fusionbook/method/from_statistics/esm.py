@@ -45,10 +45,12 @@ def essential_sum(
     lengths = taus.flatten(1).norm(dim=1)
     if not lengths.mean() > 0: return torch.zeros_like(taus[0])
     share = (lengths / lengths.mean()) ** norm_power if tasks else torch.ones_like(lengths)
-    parts = [essential(t, g, k, n) for t, g, n in zip(taus, grams, rows or [None] * len(taus), strict=True)]
+    counts = rows or [None] * len(taus)
+    parts = [essential(t, g, k, n) for t, g, n in zip(taus, grams, counts, strict=True)]
     e = [evened(p.values, power=eigen_power) for p in parts]
     U = torch.cat([p.left * w for p, w in zip(parts, e, strict=True)], 1)
-    C = torch.cat([s * w[:, None] * p.right for p, w, s in zip(parts, e, share, strict=True)])
+    scaled = [s * w[:, None] * p.right for p, w, s in zip(parts, e, share, strict=True)]
+    C = torch.cat(scaled)
     if columns:
         size = C.norm(dim=0)
         C = C * (size / size.mean().clamp(min=torch.finfo(C.dtype).tiny)) ** norm_power
@@ -89,7 +91,8 @@ class _Matrix:
         G = torch.stack([s[f'gram/{e.name}'].to(e.base.device) for s in self.grams])
         turned = self.grams[0][f'input_axis/{e.name}'].item() == 0
         taus = e.tau.transpose(1, 2) if turned else e.tau
-        rows = [s[f'rows/{e.name}'].item() for s in self.grams] if f'rows/{e.name}' in self.grams[0] else None
+        counted = f'rows/{e.name}' in self.grams[0]
+        rows = [s[f'rows/{e.name}'].item() for s in self.grams] if counted else None
         merged = essential_sum(taus, G, rows=rows, **self.how)
         return merged.T if turned else merged
 
@@ -109,7 +112,8 @@ def esm_direction(
         sides = rule(name, shape)
         return sides if sides and min(sides) >= len(experts) else None
     found = direction_of(Route(_Matrix(grams, how), mean_task_vector, chosen), base, experts, device=device)
-    names = [n for n, t in meta(base).items() if f'gram/{n}' in grams[0] and chosen(n, t.shape)]
+    seen = {n: t.shape for n, t in meta(base).items() if f'gram/{n}' in grams[0]}
+    names = [n for n, shape in seen.items() if chosen(n, shape)]
     return by_kind(found, names, power=how['norm_power']) if layers else found
 
 # %% ../../../nbs/65_statistics/esm.ipynb #e5a1c0d3
@@ -202,6 +206,8 @@ def residual_network(
         for i, (expert, s) in enumerate(experts):
             tau = expert[key].double() - own
             seen = tau if input_axis(layer) else tau.T # (d_out, d_in)
-            part = essential(seen, s[f'gram/{key}'], rest.down.shape[1], s[f'rows/{key}'].item())
-            rest.up[i], rest.down[i], rest.prototypes[i] = part.left, part.right, s[f'mean/{key}']
+            count = s[f'rows/{key}'].item()
+            part = essential(seen, s[f'gram/{key}'], rest.down.shape[1], count)
+            rest.up[i], rest.down[i] = part.left, part.right
+            rest.prototypes[i] = s[f'mean/{key}']
     return net

@@ -61,9 +61,11 @@ class Residual(nn.Module):
         near = nn.functional.normalize(self.prototypes.to(x), dim=1)
         return (nn.functional.normalize(pooled, dim=1) @ near.T).argmax(1)
     def forward(self, x):
-        chosen, rows = self.route(x), x.flatten(1, -2) if x.ndim > 2 else x[:, None]
+        chosen = self.route(x)
+        rows = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
         low = rows @ self.down[chosen].to(x).transpose(1, 2)
-        return (low @ self.up[chosen].to(x).transpose(1, 2)).view(*x.shape[:-1], -1)
+        up = self.up[chosen].to(x).transpose(1, 2)
+        return (low @ up).view(*x.shape[:-1], -1)
 
 # %% ../../../nbs/65_statistics/04_essential.ipynb #f64acb3e
 @contextmanager

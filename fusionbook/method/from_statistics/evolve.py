@@ -31,10 +31,12 @@ class _Constants:
         self.weights = w / w.sum()
         mu = self.mu = 1 / self.weights.square().sum().item()
         self.cs = (mu + 2) / (n + mu + 5)
-        self.ds = 1 + 2 * max(0, math.sqrt((mu - 1) / (n + 1)) - 1) + self.cs
+        excess = math.sqrt((mu - 1) / (n + 1)) - 1
+        self.ds = 1 + 2 * max(0, excess) + self.cs
         self.cc = (4 + mu / n) / (n + 4 + 2 * mu / n)
         self.c1 = 2 / ((n + 1.3)**2 + mu)
-        self.cmu = min(1 - self.c1, 2 * (mu - 2 + 1 / mu) / ((n + 2)**2 + mu))
+        rate = 2 * (mu - 2 + 1 / mu) / ((n + 2)**2 + mu)
+        self.cmu = min(1 - self.c1, rate)
         self.length = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n)) # E‖z‖
 
 # %% ../../../nbs/65_statistics/evolve.ipynb #0077037b
@@ -62,18 +64,28 @@ class EvolutionStrategy:
         _update(self, y, self.k.weights @ y)
         self.generation += 1
 
+# %% ../../../nbs/65_statistics/evolve.ipynb #7db4d20b
+def _follow(s, step):
+    "The next paths, and whether the mean moves no farther than by chance."
+    k = s.k
+    rate = math.sqrt(k.cs * (2 - k.cs) * k.mu)
+    s.ps = (1 - k.cs) * s.ps + rate * s._whiten @ step
+    faded = math.sqrt(1 - (1 - k.cs) ** (2 * s.generation + 2))
+    slow = s.ps.norm().item() / faded < (1.4 + 2 / (k.n + 1)) * k.length
+    rate = slow * math.sqrt(k.cc * (2 - k.cc) * k.mu)
+    s.pc = (1 - k.cc) * s.pc + rate * step
+    return slow
+
 # %% ../../../nbs/65_statistics/evolve.ipynb #e36153f3
 def _update(s, y, step):
     "The next mean, paths, covariance and spread."
     k = s.k
     s.mean = s.mean + s.sigma * step
-    s.ps = (1 - k.cs) * s.ps + math.sqrt(k.cs * (2 - k.cs) * k.mu) * s._whiten @ step
-    faded = math.sqrt(1 - (1 - k.cs) ** (2 * s.generation + 2))
-    moving = s.ps.norm().item() / faded < (1.4 + 2 / (k.n + 1)) * k.length
-    s.pc = (1 - k.cc) * s.pc + moving * math.sqrt(k.cc * (2 - k.cc) * k.mu) * step
-    lost = (1 - moving) * k.c1 * k.cc * (2 - k.cc)
+    slow = _follow(s, step)
+    lost = (1 - slow) * k.c1 * k.cc * (2 - k.cc)
     ranked = torch.einsum('i,ij,ik->jk', k.weights, y, y)
-    s.C = (1 - k.c1 - k.cmu + lost) * s.C + k.c1 * torch.outer(s.pc, s.pc) + k.cmu * ranked
+    kept = 1 - k.c1 - k.cmu + lost
+    s.C = kept * s.C + k.c1 * torch.outer(s.pc, s.pc) + k.cmu * ranked
     s.sigma *= math.exp(k.cs / k.ds * (s.ps.norm().item() / k.length - 1))
 
 # %% ../../../nbs/65_statistics/evolve.ipynb #c8621e1c
@@ -92,8 +104,8 @@ class Gene:
         x = [self.low + (self.high - self.low) * v for v in values]
         if self.over == 'experts': return x
         if self.over is None: return x[0]
-        own = [dict(filter=f, value=v) for fs, v in zip(layers, x[:-1], strict=True) for f in fs]
-        return own + [dict(value=x[-1])]
+        settings = [dict(filter=f, value=v) for fs, v in zip(layers, x[:-1], strict=True) for f in fs]
+        return settings + [dict(value=x[-1])]
 
 # %% ../../../nbs/65_statistics/evolve.ipynb #f216c7c4
 def gene_of(
@@ -119,7 +131,8 @@ def layer_groups(
     for stack, n in sorted({l for l in map(layer_of, names) if l}): stacks.setdefault(stack, []).append(n)
     for stack, numbers in stacks.items():
         for i, n in enumerate(numbers):
-            groups[i * count // len(numbers)].append('.'.join(filter(None, (stack, str(n)))) + '.')
+            layer = '.'.join(filter(None, (stack, str(n)))) + '.'
+            groups[i * count // len(numbers)].append(layer)
     return [g for g in groups if g]
 
 # %% ../../../nbs/65_statistics/evolve.ipynb #d5e5053d
@@ -146,7 +159,8 @@ def _earlier(path):
     try: other = found is None and Path(path).is_file() and 'digest' not in read_json(path, object)
     except (FusionError, TypeError): other = False
     rows = found['content'] if found else []
-    right = isinstance(rows, list) and all(isinstance(r, list) and len(r) == 2 and _numeric(r) for r in rows)
+    def is_row(r): return isinstance(r, list) and len(r) == 2 and _numeric(r)
+    right = isinstance(rows, list) and all(map(is_row, rows))
     if other or not right or found and not isinstance(found['key'], dict):
         raise FusionError(
             f'expected the checkpoint of this search, got `{path}` with other things in it; name another '
@@ -159,7 +173,6 @@ def _numeric(row):
     point, value = row
     numbers = [*point, value] if isinstance(point, list) else [None]
     return all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers)
-
 
 # %% ../../../nbs/65_statistics/evolve.ipynb #cbf47e7c
 class _History:
@@ -182,7 +195,8 @@ class _History:
             if self.path is not None: write_record(self.path, self.rows, kind='evolution', key=self.key)
         self.used += 1
         known, found = self.rows[self.used - 1]
-        if len(known) != len(point) or max(abs(a - b) for a, b in zip(known, point, strict=True)) > 1e-6:
+        def distance(): return max(abs(a - b) for a, b in zip(known, point, strict=True))
+        if len(known) != len(point) or distance() > 1e-6:
             raise FusionError(
                 f'expected value {self.used} of `{self.path}` at {_short(point)}, got one at {_short(known)}; '
                 'name another file or remove it'

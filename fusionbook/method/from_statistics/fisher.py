@@ -28,7 +28,8 @@ def _label_weights(kind, probabilities, labels, seed, task, start):
     if kind == 'expected': return probabilities
     if kind == 'sampled':
         u = uniform_at(seed, f'{task}/labels', start, len(probabilities)).to(probabilities.device)
-        labels = (probabilities.cumsum(1) < u[:, None]).sum(1).clamp(max=probabilities.shape[1] - 1)
+        drawn = (probabilities.cumsum(1) < u[:, None]).sum(1)
+        labels = drawn.clamp(max=probabilities.shape[1] - 1)
     return nn.functional.one_hot(labels.to(probabilities.device), probabilities.shape[1]).float()
 
 # %% ../../../nbs/65_statistics/fisher.ipynb #31b86e35
@@ -90,7 +91,8 @@ def norm_coefficients(
     fishers:Sequence[Mapping], # T mappings parameter -> F
 ) -> list[float]:              # (T,), sum 1
     "Coefficients that give every expert's Fisher information the same length."
-    lengths = [math.sqrt(sum(f[k].double().square().sum().item() for k in f)) for f in fishers]
+    squares = [sum(f[k].double().square().sum().item() for k in f) for f in fishers]
+    lengths = [math.sqrt(s) for s in squares]
     inverse = [1 / (n + 1e-6) for n in lengths]
     return [x / sum(inverse) for x in inverse]
 

@@ -62,7 +62,8 @@ def _in_one_pass(method, pool, task, samples, include=None):
 # %% ../../../nbs/65_statistics/01b_grams.ipynb #aedd9d9b
 def _fit(pool, room):
     "Whether all Gram matrices fit for sure, without a look at the network."
-    def most(shape): return 8 * max(shape[0], prod(shape[1:]))**2 if len(shape) > 1 else 0
+    def most(shape):
+        return 8 * max(shape[0], prod(shape[1:]))**2 if len(shape) > 1 else 0
     return sum(most(t.shape) for t in meta(pool.reference()).values()) <= room
 
 def _grouped(method, pool, task, groups, samples):

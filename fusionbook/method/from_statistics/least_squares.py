@@ -64,7 +64,8 @@ def gram_average(
         return shape[0], torch.Size(shape).numel() // shape[0]
     def matrix(e):
         grams = torch.stack([s[f'gram/{e.name}'].to(e.experts.device) for s in statistics])
-        axis = statistics[0][f'input_axis/{e.name}'].item() if f'input_axis/{e.name}' in statistics[0] else 1
+        stored = f'input_axis/{e.name}'
+        axis = statistics[0][stored].item() if stored in statistics[0] else 1
         W = e.experts if axis else e.experts.transpose(1, 2)
         if W.shape[2] != grams.shape[1]:
             raise FusionError(

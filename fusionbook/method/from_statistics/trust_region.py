@@ -34,7 +34,9 @@ def conflicts(
 # %% ../../../nbs/65_statistics/trust_region.ipynb #0fd26f4c
 def _omega(base, experts, sizes, device):
     "Ω of every tensor, lazy."
-    def f(e): return conflicts(e.extra['sizes'].to(e.tau) if sizes else e.tau.abs(), e.tau).clamp(min=0)
+    def f(e):
+        size = e.extra['sizes'].to(e.tau) if sizes else e.tau.abs()
+        return conflicts(size, e.tau).clamp(min=0)
     extra = {'sizes': sizes} if sizes else {}
     return direction_of(f, base, experts, elementwise=True, extra=extra, device=device)
 
@@ -81,7 +83,8 @@ def gradient_sizes(
     for x, labels in track(batches, f'gradients of {task}'):
         with torch.no_grad(): classes = head(network, x[:1]).shape[1]
         chosen = nn.functional.one_hot(labels.to(x.device), classes).float()
-        for k, v in gradient_sums(network, head, x, chosen, power=1).items(): total[k] = total.get(k, 0.) + v
+        sums = gradient_sums(network, head, x, chosen, power=1)
+        for k, v in sums.items(): total[k] = total.get(k, 0.) + v
         count += len(x)
     return {k: (v / count).float().cpu() for k, v in total.items()}
 

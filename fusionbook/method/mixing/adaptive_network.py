@@ -31,7 +31,8 @@ class _Stacks(nn.Module):
         super().__init__()
         self.names, sd = names, network.state_dict()
         for k in names:
-            zeros = torch.zeros(tasks, *sd[k].shape, dtype=dtype or sd[k].dtype, device=sd[k].device)
+            like = sd[k]
+            zeros = torch.zeros(tasks, *like.shape, dtype=dtype or like.dtype, device=like.device)
             self.register_buffer(k.replace('.', '/'), zeros)
     def __getitem__(self, name): return self._buffers[name.replace('.', '/')]
 
@@ -112,7 +113,9 @@ def weights(self:DataAdaptiveNetwork,
     own, found = self.network.state_dict(), {}
     for i, k in enumerate(self.vectors.names):
         share = w[..., i] if w.ndim == 3 else w
-        found[k] = own[k] + torch.tensordot(share.to(own[k].dtype), self.vectors[k].to(own[k].dtype), 1)
+        dtype = own[k].dtype
+        change = torch.tensordot(share.to(dtype), self.vectors[k].to(dtype), 1)
+        found[k] = own[k] + change
     return found
 
 # %% ../../../nbs/68_mixing/06d_adaptive_network.ipynb #b32e4b6c
@@ -124,7 +127,8 @@ def _joined(outputs):
     def join(leaves):
         rows = isinstance(leaves[0], Tensor) and leaves[0].ndim
         return torch.cat(leaves) if rows else leaves[0]
-    return tree_unflatten([join(x) for x in zip(*(leaves for leaves, _ in flat), strict=True)], flat[0][1])
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return tree_unflatten([join(x) for x in columns], flat[0][1])
 
 # %% ../../../nbs/68_mixing/06d_adaptive_network.ipynb #975f0b20
 @patch

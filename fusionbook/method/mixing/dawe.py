@@ -41,7 +41,8 @@ def feature_extractor(
     check_channels(own, file)
     base = pool.load_processor().settings
     pairs = list(zip(base['image_mean'], base['image_std'], own['image_mean'], own['image_std'], strict=True))
-    scale, shift = [s / t for _, s, _, t in pairs], [(m - n) / t for m, _, n, t in pairs]
+    scale = [s / t for _, s, _, t in pairs]
+    shift = [(m - n) / t for m, _, n, t in pairs]
     return dict(extractor=network.eval(), scale=scale, shift=shift)
 
 # %% ../../../nbs/68_mixing/dawe.ipynb #f3ed26e7

@@ -161,7 +161,8 @@ def dense_layers(
     found, odd = {}, [k for k in sd if '.mlp.' in k and not _MLP.fullmatch(k)]
     for m in filter(None, map(_MLP.fullmatch, sd)):
         found.setdefault((m['head'], int(m['layer'])), set()).add(m['part'])
-    odd += [f'{h}{n}.mlp.{"/".join(sorted(p))}' for (h, n), p in found.items() if p != set(_SAME)]
+    other = {f'{h}{n}.mlp': p for (h, n), p in found.items() if p != set(_SAME)}
+    odd += [f'{mlp}.{"/".join(sorted(p))}' for mlp, p in other.items()]
     heads, numbers = {h for h, _ in found}, sorted(n for _, n in found)
     if odd or len(heads) != 1 or numbers != list(range(len(numbers))):
         raise FusionError(
@@ -266,7 +267,8 @@ def mixture_state(
         if m is None:
             table.kept(name, base, like)
             continue
-        block, part, at = f'{m["head"]}{m["layer"]}.{layout.block}', m['part'], int(m['layer'])
+        part, at = m['part'], int(m['layer'])
+        block = f'{m["head"]}{m["layer"]}.{layout.block}'
         _put_gates(table, layout, block, gates[at], shared_gates[at], like)
         for e, source in enumerate(experts):
             new = f'{block}.experts.{e}.{layout.parts[part]}.weight'

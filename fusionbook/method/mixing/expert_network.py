@@ -33,7 +33,8 @@ def _picked(outputs, which):
         own = isinstance(leaves[0], Tensor) and leaves[0].ndim and len(leaves[0]) == len(which)
         if not own: return leaves[0]
         return torch.stack(leaves)[which, torch.arange(len(which), device=which.device)]
-    return tree_unflatten([pick(x) for x in zip(*(leaves for leaves, _ in flat), strict=True)], flat[0][1])
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return tree_unflatten([pick(x) for x in columns], flat[0][1])
 
 # %% ../../../nbs/68_mixing/06b_expert_network.ipynb #61ff1cbe
 def _scattered(parts, n):
@@ -45,7 +46,8 @@ def _scattered(parts, n):
         out = first.new_empty(n, *first.shape[1:])
         for (rows, _, _), leaf in zip(flat, leaves, strict=True): out[rows] = leaf
         return out
-    return tree_unflatten([join(x) for x in zip(*(leaves for _, leaves, _ in flat), strict=True)], flat[0][2])
+    columns = zip(*(leaves for _, leaves, _ in flat), strict=True)
+    return tree_unflatten([join(x) for x in columns], flat[0][2])
 
 # %% ../../../nbs/68_mixing/06b_expert_network.ipynb #e2bffd14
 class RoutedExperts(nn.Module):

@@ -52,7 +52,8 @@ def _logistic(x, y, count, penalty):
     solver = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn='strong_wolfe', tolerance_grad=1e-9)
     def closure():
         solver.zero_grad()
-        loss = nn.functional.cross_entropy(x @ w.T + b, y) + penalty / 2 * w.square().sum()
+        fit = nn.functional.cross_entropy(x @ w.T + b, y)
+        loss = fit + penalty / 2 * w.square().sum()
         loss.backward()
         return loss
     with torch.enable_grad(): solver.step(closure)

@@ -61,7 +61,8 @@ def moved_layers(
     "The layers whose weight or bias some expert has changed."
     info = meta(base)
     def moved(key): return any(e.tau.any() for e in entries_of(key, base, experts, device))
-    return [n for n in names if any(moved(k) for k in (f'{n}.weight', f'{n}.bias') if k in info)]
+    def parts(n): return [k for k in (f'{n}.weight', f'{n}.bias') if k in info]
+    return [n for n in names if any(map(moved, parts(n)))]
 
 # %% ../../../nbs/68_mixing/01_mixture.ipynb #e85a2c1e
 def shared_network(

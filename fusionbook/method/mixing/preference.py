@@ -43,7 +43,8 @@ def check_preference(
 ) -> Tensor:   # (T,), float64
     "Refuse what is no point of the simplex."
     r = torch.as_tensor(value, dtype=torch.float64)
-    if r.shape != (tasks,) or not r.isfinite().all() or r.min() < 0 or abs(r.sum().item() - 1) > 1e-6:
+    finite = r.shape == (tasks,) and r.isfinite().all()
+    if not finite or r.min() < 0 or abs(r.sum().item() - 1) > 1e-6:
         raise FusionError(f'expected a preference of {tasks} numbers from 0 that sum to 1, got {r.tolist()}')
     return r
 

@@ -69,7 +69,8 @@ def _steered(net, heads, parts, r, shares, parameters):
     for head, part in zip(heads, parts, strict=True):
         loss = _loss(net, head, part)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)])
+        grads = zip(found, parameters, strict=True)
+        rows.append([torch.zeros_like(p) if g is None else g for g, p in grads])
         losses.append(loss.item())
     flat = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).double()
     values = torch.tensor(losses, dtype=torch.float64)

@@ -193,7 +193,8 @@ def mixture_gates(
     how = dict(mode=mode, std=std, seed=seed, network=cache(network), tokenizer=cache(tokenizer))
     def of(names):
         others = {*experts, shared} - {*names}
-        yes, no = ({k: v for k, v in (p or {}).items() if k not in others} for p in (positive, negative))
+        def own(prompts): return {k: v for k, v in (prompts or {}).items() if k not in others}
+        yes, no = own(positive), own(negative)
         return gates_for(state, names, positive=yes, negative=no, **how)
     silent = shared is None or mode in WITHOUT_PROMPTS
     return of(experts), None if silent else of([shared])

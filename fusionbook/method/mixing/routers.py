@@ -127,7 +127,8 @@ def learn_gates(self:RouterMethod,
 ) -> list[float]:      # the curve
     "Lower the entropy of the answers by steps on the gates."
     gates = {n: net.gate(n) for n in net.plan['gates']}
-    parameters = {f'{n}/{k}': p for n, g in gates.items() for k, p in g.named_parameters() if p.requires_grad}
+    named = [(f'{n}/{k}', p) for n, g in gates.items() for k, p in g.named_parameters()]
+    parameters = {k: p for k, p in named if p.requires_grad}
     if not parameters: return []
     net.to(self.device)
     for g in gates.values(): g.batch_reduce = self.batch_reduce

@@ -23,7 +23,8 @@ def _plan(network, names, gate_k, k, top_k):
     layers, gates = {}, {}
     for name in names:
         m, d = network.get_submodule(name).weight.shape
-        layers[name] = dict(gate=name, kind='low_rank', rank=None if k is None or k >= min(m, d) else k)
+        rank = None if k is None or k >= min(m, d) else k
+        layers[name] = dict(gate=name, kind='low_rank', rank=rank)
         gates[name] = dict(kind='projecting', at=[name], width=d, rank=min(gate_k, m, d), top=top_k)
     return layers, gates
 

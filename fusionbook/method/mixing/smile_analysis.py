@@ -27,7 +27,8 @@ def zone_energy(
     zones = {'much': slice(0, half), 'little': slice(half, rank), 'not': slice(rank, None)}
     inside, whole = U.T @ tau.double() @ Vh.T, tau.double().square().sum()
     def share(x): return (x.square().sum() / whole).item() if whole else 0.
-    return {z: [share(inside[at]), share(inside[:, at]), share(inside[at, at])] for z, at in zones.items()}
+    def shares(at): return [share(inside[at]), share(inside[:, at]), share(inside[at, at])]
+    return {z: shares(at) for z, at in zones.items()}
 
 # %% ../../../nbs/68_mixing/smile_analysis.ipynb #eeb9ab86
 def _zone_rows(layer, expert, zones):
@@ -101,7 +102,8 @@ class ErrorAccumulationAnalysisForCLIP(BaseAlgorithm):
             def features(model): return outputs_of_layers(model, names, lambda m: head(m, x))
             mixed, own, start = map(features, (net, expert.eval(), base))
             for n in names:
-                error, moved = (mixed[n] - own[n]).norm(), (own[n] - start[n]).norm()
+                error = (mixed[n] - own[n]).norm()
+                moved = (own[n] - start[n]).norm()
                 rows.append(dict(task=task, layer=n, error=(error / moved).item() if moved else 0.))
         self.adaptation = dict(rows=rows)
         return base

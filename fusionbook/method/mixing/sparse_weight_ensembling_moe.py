@@ -40,7 +40,8 @@ def prune_gates(
             if not name.endswith('weight'): continue
             size = p.numel()
             row = p.reshape(1, -1)
-            smallest = kth_largest(lambda step: [row[:, ::step]], max(1, round(size * (1 - ratio))), size)
+            rank = max(1, round(size * (1 - ratio)))
+            smallest = kth_largest(lambda step: [row[:, ::step]], rank, size)
             p.copy_(trim(row, smallest).view_as(p))
 
 # %% ../../../nbs/68_mixing/sparse_weight_ensembling_moe.ipynb #38476d3d

@@ -44,7 +44,8 @@ def interference(
         gram = t.T @ t if rows <= columns else small
         cubed = small @ t if rows <= columns else t @ small
         own = Interference(t, weight * gram, weight * cubed, weight * small.square().sum())
-        total = own if total is None else Interference(*(a + b for a, b in zip(total, own, strict=True)))
+        if total is None: total = own
+        else: total = Interference(*(a + b for a, b in zip(total, own, strict=True)))
     if normalize: return total
     mean = total.gram.trace() / count.clamp(min=1)
     return Interference(total.start, *(x / mean.where(mean > 0, 1.) for x in total[1:]))

@@ -27,7 +27,8 @@ def task_masks(
     *, limits:Sequence[float], # λ_t, (T,)
 ) -> Tensor:       # truth values, (T, n)
     "Which weights each task wants: where its own entry outweighs λ times what the others add."
-    limit = torch.tensor(limits, dtype=tau.dtype, device=tau.device).view(-1, *[1] * (tau.ndim - 1))
+    limit = torch.tensor(limits, dtype=tau.dtype, device=tau.device)
+    limit = limit.view(-1, *[1] * (tau.ndim - 1))
     return tau.abs() > limit * (merged - tau).abs()
 
 def _summed(base, experts): return lambda e: e.tau.sum(0)
