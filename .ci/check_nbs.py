@@ -1,10 +1,11 @@
-"House limits for notebooks: size, title, imports apart, a lesson for every public name, small pictures, strict `zip`. `--table` prints the sizes."
+"House limits for notebooks: size, title, imports apart, a lesson for every public name, small pictures, strict `zip`, lines of few nodes. `--table` prints the sizes."
 import ast, builtins, io, re, statistics, symtable, sys
+from collections import Counter
 from tokenize import OP, TokenError, generate_tokens
 from book import cells, directive, finish, module, modules, nbs, notebooks, source
 
-CELL, MEDIAN, CELLS, STATEMENTS, IMAGE, WIDTH = 25, 12, 60, 250, 100_000, 110
-# statements of a cell, of the median cell, cells, exported statements of a notebook, bytes of a picture, characters of a line
+CELL, MEDIAN, CELLS, STATEMENTS, IMAGE, WIDTH, NODES = 25, 12, 60, 250, 100_000, 110, 24
+# statements of a cell, of the median cell, cells, exported statements of a notebook, bytes of a picture, characters and syntax nodes of a line
 IMPORT = ast.Import, ast.ImportFrom
 
 def tree(src):
@@ -43,6 +44,13 @@ def wide(src):
     for i, line in enumerate(src.splitlines(), 1):
         code = re.sub(r'\s+# .*$', '', line)
         if len(code) > WIDTH and i not in inside and not re.fullmatch(r'\s*".*"', code): yield f'a line of {len(code)} characters: {code.strip()[:60]} …'
+
+def dense(src):
+    "Lines of more syntax nodes than are read at a glance: part of such a line needs a name. A node counts where it starts."
+    lines = src.splitlines()
+    found = Counter(n.lineno for b in tree(src) for n in ast.walk(b) if hasattr(n, 'lineno'))
+    for i, count in sorted(found.items()):
+        if count > NODES: yield f'a line of {count} syntax nodes, over {NODES}: {lines[i - 1].strip()[:60]} …'
 
 def open_zips(src):
     "Calls of `zip` that do not say whether their iterables have one length."
@@ -99,7 +107,7 @@ def check(nb):
     exported = [c for c in code if directive(c, 'exports?', 'exporti')]
     sizes = [size(c['src']) for c in exported] or [0]
     row = dict(cells=len(every), exported=len(exported), median=statistics.median(sizes), max=max(sizes), statements=sum(sizes))
-    out = [*lessons(code, exported), *(f for c in code for f in [*outputs(c), *wide(c['src'])]), *(f for c in exported for kind in (joined, open_zips) for f in kind(c['src']))]
+    out = [*lessons(code, exported), *(f for c in code for f in [*outputs(c), *wide(c['src'])]), *(f for c in exported for kind in (joined, dense, open_zips) for f in kind(c['src']))]
     if not any(re.match(r'# .+\n\s*\n?> .+', c['src']) for c in every[:2] if c['cell_type'] == 'markdown'): out.append('no `# title` with `> sentence`')
     if max(sizes) > CELL: out.append(f'{sum(s > CELL for s in sizes)} exported cells over {CELL} statements')
     if row['median'] > MEDIAN: out.append(f'median exported cell over {MEDIAN} statements')
@@ -139,7 +147,6 @@ def one_word():
         for name in ast.literal_eval(names) if names else ():
             if name not in SHARED and home.setdefault(name, mod) != mod: yield f'{mod}: `{name}` is a public name of {home[name]} too'
 
-reports = [fault for nb in notebooks(reports=True) if nb.parent.name == '95_reports' for fault in unfolded(nb)]
 def borrowed():
     "Names that a module uses and only its notebook has, such as those that a lesson imports."
     for mod in modules():
@@ -150,4 +157,5 @@ def borrowed():
         used = {s.get_name() for scope in scopes for s in scope.get_symbols() if s.is_global() and not s.is_local()}
         for name in sorted(used - known): yield f'{mod}: `{name}` is known to the notebook alone'
 
+reports = [fault for nb in notebooks(reports=True) if nb.parent.name == '95_reports' for fault in unfolded(nb)]
 finish([*twice(), *one_word(), *borrowed(), *reports] + [f'{nb}: {fault}' for nb, (_, faults) in rows.items() for fault in faults], f'{len(rows)} notebooks keep the house limits')

@@ -63,7 +63,8 @@ def analysis_flags(
 ) -> Flags:
     "The flags of an analysis: its fields with their comments."
     notes, name = docments(cls), cls.names[0]
-    table = {f.name: (_KINDS.get(_kind(f), str), f.default, notes.get(f.name) or '') for f in fields(cls)}
+    def flag(f): return _KINDS.get(_kind(f), str), f.default, notes.get(f.name) or ''
+    table = {f.name: flag(f) for f in fields(cls)}
     usage = f'fusionbook analyse {name} [modelpool=NAME] [taskpool=NAME] [--flag value ...]'
     return Flags(f'analyse {name}', usage, table | _COMMON)
 
@@ -194,7 +195,8 @@ def _help(argv):
     print('  fusionbook analyse NAME --help shows the flags of one.\n')
     for n, c in first.items():
         more = [x for x in c.names[1:] if '/' not in x]
-        print(f'  {n:28} {c.__doc__}' + (f' Also {", ".join(more)}.' if more else ''))
+        also = f' Also {", ".join(more)}.' if more else ''
+        print(f'  {n:28} {c.__doc__}{also}')
 
 # %% ../../nbs/80_bench/98c_analyse.ipynb #93eac04f
 def analyse_command(

@@ -81,7 +81,8 @@ def _results(rows, words) -> Iterator[list]:
         if 'skipped' in found: yield [*told, '', '', f'skipped: {found["skipped"]}']
         else:
             apart = found['score'] - p.score
-            yield [*told, f'{found["score"]:.1f}', f'{apart:+.2f}', 'yes' if abs(apart) <= WITHIN else 'no']
+            within = 'yes' if abs(apart) <= WITHIN else 'no'
+            yield [*told, f'{found["score"]:.1f}', f'{apart:+.2f}', within]
 
 # %% ../../nbs/80_bench/98d_anchors.ipynb #1f0a4437
 ANCHORS_USAGE = 'fusionbook anchors [METHOD ...] [key=value ...]'

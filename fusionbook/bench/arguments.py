@@ -99,7 +99,9 @@ def _quote(value): return quoted(value, '"' if "'" in value else "'")
 
 def _flow(value):
     "A mapping or list of YAML, such as `{name: /a/folder}`, with its texts quoted."
-    if isinstance(value, Mapping): return '{' + ', '.join(f'{k}: {_flow(v)}' for k, v in value.items()) + '}'
+    if isinstance(value, Mapping):
+        entries = ', '.join(f'{k}: {_flow(v)}' for k, v in value.items())
+        return '{' + entries + '}'
     if isinstance(value, list): return '[' + ', '.join(map(_flow, value)) + ']'
     return _quote(value) if isinstance(value, str) else 'null' if value is None else str(value).lower()
 
@@ -142,11 +144,8 @@ def _split_groups(words):
         and '=' in w
         and w.partition('=')[2][:1] not in ('{', '"', "'", '')
     }
-    theirs = [
-        w
-        for w in words
-        if _key(w) not in given and {_key(w).split('.')[0], _package(w).split('.')[0]} & set(given)
-    ]
+    def set_below(w): return {_key(w).split('.')[0], _package(w).split('.')[0]} & set(given)
+    theirs = [w for w in words if _key(w) not in given and set_below(w)]
     return given, theirs, [w for w in words if w not in theirs and w not in given.values()]
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #b2b70c00
@@ -178,10 +177,8 @@ def composer(
         return cfg
     keys = _run_keys()
     def words_of(words):
-        return [
-            f'++{w.lstrip("+")}' if _key(w).split('.')[0] in keys and '=' in w and w[0] != '~' else w
-            for w in words
-        ]
+        def added(w): return _key(w).split('.')[0] in keys and '=' in w and w[0] != '~'
+        return [f'++{w.lstrip("+")}' if added(w) else w for w in words]
     return lambda words: (theirs if path else ours)(words_of(words))
 
 # %% ../../nbs/80_bench/08_arguments.ipynb #5015e130

@@ -169,7 +169,8 @@ def make_board(
 def _without_interval(board):
     "Lines on either side of a lead that has no interval."
     order = ranked(board)
-    pairs = [(a, b) for a, b in zip(order[:-1], order[1:], strict=True) if a['lead']['low'] is None]
+    neighbours = zip(order[:-1], order[1:], strict=True)
+    pairs = [(a, b) for a, b in neighbours if a['lead']['low'] is None]
     return list({r['name']: r for pair in pairs for r in pair}.values())
 
 def _again(bench, row, method, seeds):
@@ -265,7 +266,8 @@ def _show(board):
     "Print a board."
     title = f'{board["pool"]}, {shown_metric(board).heading}; chosen on {board["validation"]}'
     print_table(*board_lines(board), title=title)
-    for r in (r for r in board['methods'] if 'error' in r): print(f'no score {r["name"]}: {r["error"]}')
+    for r in (r for r in board['methods'] if 'error' in r):
+        print(f'no score {r["name"]}: {r["error"]}')
 
 # %% ../../nbs/80_bench/98b_board.ipynb #d6e41a0f
 def board_command(

@@ -160,8 +160,9 @@ def leads(
     for i, (above, below) in enumerate(pairwise(rows)):
         lead = dict(over=below['name'], difference=_rounded(abs(above['score'] - below['score'])))
         lead |= dict(low=None, high=None)
-        if known[i] and known[i + 1] and known[i][0].keys() == known[i + 1][0].keys():
-            ends = gained(known[i], known[i + 1], draws=resamples)
+        mine, others = known[i], known[i + 1]
+        if mine and others and mine[0].keys() == others[0].keys():
+            ends = gained(mine, others, draws=resamples)
             lead |= {k: _rounded(ends[k]) for k in ('low', 'high')}
         found.append(lead)
     return found
@@ -200,7 +201,8 @@ def digest_text(
     "A digest with one line for each method, sorted by name."
     rows = sorted(board['methods'], key=lambda r: r['name'])
     head = {k: v for k, v in board.items() if k != 'methods'}
-    lines = [f' {json.dumps(k)}: {json.dumps(v, sort_keys=True)},' for k, v in sorted(head.items())]
+    facts = {json.dumps(k): json.dumps(v, sort_keys=True) for k, v in sorted(head.items())}
+    lines = [f' {k}: {v},' for k, v in facts.items()]
     body = ',\n'.join(f'  {json.dumps(r, sort_keys=True, ensure_ascii=False)}' for r in rows)
     return '\n'.join(['{', *lines, ' "methods": [', body, ' ]', '}', ''])
 

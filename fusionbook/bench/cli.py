@@ -178,7 +178,8 @@ def _list(rest):
         words = [flags[0].lstrip('-')]
     if len(words) > 2:
         raise FusionError(f'expected one list, got {" ".join(words)}; `fusionbook list` shows all')
-    print(listing(next(iter(words), None), search_folders(rest), word=words[1] if len(words) > 1 else None))
+    what, word = [*words, None, None][:2]
+    print(listing(what, search_folders(rest), word=word))
 
 # %% ../../nbs/80_bench/99_cli.ipynb #e696e751
 def _command(argv):

@@ -73,7 +73,8 @@ def _models_of(reports):
     unlike = {
         n for n in dict.fromkeys(n for m in found for n in m) if len({m[n] for m in found if n in m}) > 1
     }
-    return [', '.join(f'{n} {m[n][:6]}' if n in unlike else n for n in m) for m in found]
+    def named(n, mark): return f'{n} {mark[:6]}' if n in unlike else n
+    return [', '.join(named(n, mark) for n, mark in m.items()) for m in found]
 
 # %% ../../nbs/80_bench/07_compare.ipynb #b15de75d
 def _changed(reports):
@@ -84,11 +85,11 @@ def _changed(reports):
         for k in dict.fromkeys(k for c in configs for k in c)
         if len({json.dumps(c.get(k)) for c in configs}) > 1
     ]
-    texts, models = [', '.join(f'{k}={c.get(k)}' for k in keys) for c in configs], _models_of(reports)
-    return [
-        f'{t} of {m}'.strip() if texts.count(t) > 1 and m and len(set(models)) > 1 else t
-        for t, m in zip(texts, models, strict=True)
-    ]
+    texts = [', '.join(f'{k}={c.get(k)}' for k in keys) for c in configs]
+    models = _models_of(reports)
+    differ = len(set(models)) > 1
+    def text(t, m): return f'{t} of {m}'.strip() if differ and m and texts.count(t) > 1 else t
+    return [text(t, m) for t, m in zip(texts, models, strict=True)]
 
 # %% ../../nbs/80_bench/07_compare.ipynb #0db5704e
 def reports_by_name(
@@ -98,15 +99,12 @@ def reports_by_name(
     names = [r.get('method', 'report') for r in reports]
     for name in {n for n in names if names.count(n) > 1}:
         some = [i for i, n in enumerate(names) if n == name]
-        for i, text in zip(some, _changed([reports[i] for i in some]), strict=True):
-            names[i] = f'{name} {text}'.strip()
-    return dict(
-        zip(
-            [n if names.count(n) == 1 else f'{n} #{names[:i].count(n) + 1}' for i, n in enumerate(names)],
-            reports,
-            strict=True,
-        )
-    )
+        texts = _changed([reports[i] for i in some])
+        for i, text in zip(some, texts, strict=True): names[i] = f'{name} {text}'.strip()
+    def numbered(i, n):
+        return n if names.count(n) == 1 else f'{n} #{names[:i].count(n) + 1}'
+    shown = [numbered(i, n) for i, n in enumerate(names)]
+    return dict(zip(shown, reports, strict=True))
 
 def check_same_data(
     reports:Mapping[str, Report], # name -> report
@@ -179,13 +177,14 @@ def _pair(a, b, x, y, metric, clusters, **how):
     "Differences of the second to the first, task by task."
     found = paired(x, y, metric=metric, clusters=clusters, **how)
     for t in x if metric.interval == 'proportion' else ():
-        if len(x[t]) == len(y[t]) == 1 and t not in clusters: found[t] |= mcnemar(x[t][0], y[t][0])
+        alone = len(x[t]) == len(y[t]) == 1 and t not in clusters
+        if alone: found[t] |= mcnemar(x[t][0], y[t][0])
     return dict(first=a, second=b, differences=found)
 
 def _apart(a, b, values):
     "The same for a metric that is no mean over examples: no intervals."
-    found = {t: dict(difference=values[b][t] - values[a][t], low=None, high=None) for t in values[a]}
-    return dict(first=a, second=b, differences=found)
+    def apart(t): return dict(difference=values[b][t] - values[a][t], low=None, high=None)
+    return dict(first=a, second=b, differences={t: apart(t) for t in values[a]})
 
 # %% ../../nbs/80_bench/07_compare.ipynb #90ef1e3c
 def _against(result):
@@ -211,7 +210,8 @@ def comparison_table(
     def seeds(n): return str(result['seeds'][n])
     def line(n):
         shares = [metric.text(result['values'][n][t]) for t in tasks]
-        return [n, result['read'][n], result['tuned_on'][n], seeds(n), *shares, f'{result["ranks"][n]:.2f}']
+        read, tuned, rank = (result[k][n] for k in ('read', 'tuned_on', 'ranks'))
+        return [n, read, tuned, seeds(n), *shares, f'{rank:.2f}']
     head = ['method', 'read', 'tuned on', 'seeds', *tasks, 'mean rank']
     lines = [line(n) for n in result['reports']]
     if any(l[3] != '1' for l in lines): return head, lines
@@ -250,7 +250,8 @@ def comparison_figure(
     "Differences to the first report with their 95 % intervals, by task."
     from fusionbook.core.plot import bars
     names = {n: '\n'.join(wrap(_titled(result, n), 90)) for n in result['reports']}
-    shown = {names[n]: {t: d[t] for t in [*result['tasks'], 'average']} for n, d in _against(result).items()}
+    order = [*result['tasks'], 'average']
+    shown = {names[n]: {t: d[t] for t in order} for n, d in _against(result).items()}
     metric = Metric(**result['metric'])
     scale, unit = metric.scale, f' in {metric.unit}' if metric.unit else ''
     unit = ', points' if metric.unit == '%' else unit

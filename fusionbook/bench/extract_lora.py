@@ -43,7 +43,9 @@ def cut_change(
     t = leading(change, min(rank, *change.shape))
     total, kept = change.double().square().sum().item(), t.values.square().cumsum(0)
     r = len(kept)
-    if energy is not None and r: r = min(r, int((kept < energy * total * (1 - 1e-12)).sum()) + 1)
+    if energy is not None and r:
+        short = kept < energy * total * (1 - 1e-12)
+        r = min(r, int(short.sum()) + 1)
     root = t.values[:r].sqrt()
     return Cut(
         (t.left[:, :r] * root).float(),
@@ -61,8 +63,9 @@ def _turned(name, kinds):
     near = [
         n for n in kinds if layer_of(n) and layer_of(n)[0] == at[0] and n.endswith('.weight') and n != name
     ]
-    near = [n for n in near if len(kinds[n].shape) == 2 and kinds[n].shape[0] != kinds[n].shape[1]]
-    return any(_turned(n, kinds) for n in near)
+    def oblong(n):
+        return len(kinds[n].shape) == 2 and kinds[n].shape[0] != kinds[n].shape[1]
+    return any(_turned(n, kinds) for n in near if oblong(n))
 
 # %% ../../nbs/80_bench/17c_extract_lora.ipynb #e4bf8cb3
 _SAVED = 'classifier', 'score' # heads that PEFT trains and saves as a whole
@@ -227,10 +230,8 @@ def _stored(whole, factors, kinds, names):
 def _told(ranks, kept, share, whole, left):
     "What was extracted, in lines."
     worst = min(kept, key=kept.get)
-    lines = [
-        f'{len(ranks)} matrices of rank {min(ranks.values())} to {max(ranks.values())}, {share:.1%} of the'
-        ' change'
-    ]
+    low, high = min(ranks.values()), max(ranks.values())
+    lines = [f'{len(ranks)} matrices of rank {low} to {high}, {share:.1%} of the change']
     lines.append(f'least is kept of {worst}: {kept[worst]:.1%}')
     if whole: lines.append(f'{len(whole)} tensors as a whole, such as {whole[0]}')
     if left: lines.append(f'left out, though changed: {len(left)} tensors, such as {left[0]}')
@@ -274,7 +275,8 @@ def _card(model, base, lines):
 
 def _share(factors, whole, left):
     "The share of the sum of squares of all changes that is kept."
-    lost, size = sum((1 - k) * e for _, k, e in factors.values()), sum(e for *_, e in factors.values())
+    lost = sum((1 - k) * e for _, k, e in factors.values())
+    size = sum(e for *_, e in factors.values())
     gone = sum(left.values())
     return 1 - (lost + gone) / (size + sum(whole.values()) + gone)
 

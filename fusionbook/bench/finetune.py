@@ -352,6 +352,10 @@ def finetune_expert(
     return done
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #8566ce4a
+def _percents(score):
+    "Accuracy, low and high of a score."
+    return [f'{100 * score[k]:.1f}' for k in ('accuracy', 'low', 'high')]
+
 def _card(args, done):
     "The model card of an expert."
     scores, recipe = done['scores'], done['recipe']
@@ -365,11 +369,9 @@ def _card(args, done):
         *((k.replace('_', ' '), v) for k, v in recipe.items()),
         ('versions', ', '.join(f'{k} {v}' for k, v in versions().items())),
     ]
-    found = [
-        (k, f'{100 * s["accuracy"]:.1f} % ({100 * s["low"]:.1f} to {100 * s["high"]:.1f}), n = {s["n"]:,}')
-        for k, s in scores.items()
-    ]
-    lines = [f'| {k} | {v} |' for k, v in [*facts, *((f'validation accuracy, {k}', v) for k, v in found)]]
+    def scored(s): return '{} % ({} to {}), n = {:,}'.format(*_percents(s), s['n'])
+    facts += [(f'validation accuracy, {k}', scored(s)) for k, s in scores.items()]
+    lines = [f'| {k} | {v} |' for k, v in facts]
     return '\n'.join(
         [
             '---',
@@ -477,10 +479,7 @@ def finetune_command(
     )
     config = write_pools(Path(args.out), experts)
     with atomic(file) as new: new.write_text(json.dumps(experts, indent=1))
-    base, expert = (
-        f'{100 * s["accuracy"]:.1f} % [{100 * s["low"]:.1f}, {100 * s["high"]:.1f}]'
-        for s in done['scores'].values()
-    )
+    base, expert = ('{} % [{}, {}]'.format(*_percents(s)) for s in done['scores'].values())
     print(
         f'expert     {folder}\nvalidation {expert}, base {base}, {done["scores"]["base"]["n"]:,} '
         f'rows\n{_next(args, config, experts)}'

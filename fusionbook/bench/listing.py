@@ -53,7 +53,8 @@ def _target(name, lines, group, files):
 def _comments(lines):
     "The first line of a file, and what the comments below it say: word -> text."
     head = [l[1:].strip() for l in takewhile(lambda l: l.startswith('#'), lines)] or ['']
-    return head[0], {k: v.strip() for k, colon, v in (l.partition(':') for l in head[1:]) if colon}
+    pairs = (l.partition(':') for l in head[1:])
+    return head[0], {k: v.strip() for k, colon, v in pairs if colon}
 
 # %% ../../nbs/80_bench/98_list.ipynb #b4f844f5
 def entries(
@@ -75,10 +76,12 @@ def _lines(e):
         return textwrap.wrap(
             text, 80, initial_indent='      ', subsequent_indent='      ', break_on_hyphens=False
         )
-    head = f'  {e.name} ' + (f'{"":{max(0, 32 - len(e.name))}}sees {e.sees}' if e.sees else '')
+    gap = ' ' * max(0, 32 - len(e.name))
+    head = f'  {e.name} ' + (f'{gap}sees {e.sees}' if e.sees else '')
     also = indented(f'also {", ".join(e.also)}') if e.also else []
     rest = [*indented(e.text), *indented(e.paper), *also]
-    return [head, *rest] if len(head) <= 80 else [f'  {e.name} ', *indented(f'sees {e.sees}'), *rest]
+    if len(head) <= 80: return [head, *rest]
+    return [f'  {e.name} ', *indented(f'sees {e.sees}'), *rest]
 
 # %% ../../nbs/80_bench/98_list.ipynb #5cf581ae
 MANY = 8 # entries of a folder that are shown one by one
@@ -114,7 +117,8 @@ def listing(
     out = []
     for name in [what] if what else parts:
         found = parts[name]()
-        chosen = [e for e in found if word and any(word.lower() in n.lower() for n in (e.name, *e.also))]
+        def named(e): return any(word.lower() in n.lower() for n in (e.name, *e.also))
+        chosen = [e for e in found if word and named(e)]
         if word and not chosen:
             raise FusionError(f'expected a word in the names of {name}, got `{word}`; '
                               f'{nearest(word, [e.name for e in found])}')

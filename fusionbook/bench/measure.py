@@ -285,9 +285,8 @@ def measure_command(
     notes = {k: str(v) for k, v in vars(a).items()} | dict(version=fusionbook.__version__, data_hash=mark)
     tidy = write_parquet(rows, file.with_suffix('.parquet'), notes)
     if a.json: print(json_text(results, 4), end='')
-    print_table(
-        *measured_table(rows),
-        title=f'{a.experiment_name}: {a.seeds} seed{"s" * (a.seeds > 1)}, {a.model_type} on {a.dataset_name}',
-    )
+    seeds = f'{a.seeds} seed{"s" * (a.seeds > 1)}'
+    title = f'{a.experiment_name}: {seeds}, {a.model_type} on {a.dataset_name}'
+    print_table(*measured_table(rows), title=title)
     print(f'table    {file}\ntidy     {tidy}')
     return file

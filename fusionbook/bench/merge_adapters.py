@@ -199,7 +199,7 @@ def _fits(value, kind):
     if origin is Sequence:
         return isinstance(value, (list, tuple)) and all(_fits(v, *inner) for v in value)
     if not isinstance(value, (str, Path) if origin is str else origin): return False
-    return not inner or all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    return not inner or all(all(map(_fits, entry, inner)) for entry in value.items())
 
 def _type_words(kind):
     "What an annotated type is called."
@@ -324,7 +324,8 @@ def _card(adapters, recipe, count):
         '---',
     ]
     def told_of(a): return [a.config.get(k) for k in ('r', 'lora_alpha', 'base_model_name_or_path')]
-    rows = ['| ' + ' | '.join(map(str, [f'`{n}`', *told_of(a)])) + ' |' for n, a in adapters.items()]
+    def line(n, a): return ' | '.join(map(str, [f'`{n}`', *told_of(a)]))
+    rows = [f'| {line(n, a)} |' for n, a in adapters.items()]
     told = [f'{k}: {json.dumps(v, ensure_ascii=False)}' for k, v in recipe.items() if v is not None]
     return '\n'.join([
         *head,

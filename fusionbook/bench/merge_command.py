@@ -121,6 +121,11 @@ def _fields(group):
     found = [f'{k}={shown(v)}' for k, v in group.fields.items() if not isinstance(v, str)]
     return f'{group.target}({", ".join(found)})' if group.target else 'taken as they are'
 
+def _tensors(head):
+    "How many tensors a model has, and how many of them an adapter changes."
+    changed = f', {len(head.parts)} of them changed by an adapter' if head.adapter else ''
+    return f'{len(head.kinds)} tensors{changed}'
+
 def _part(name): return name if len(name) < 48 else f'…{name[-46:]}'
 
 # %% ../../nbs/80_bench/16b_merge_command.ipynb #2d28278c
@@ -136,8 +141,7 @@ def plan_lines(
     ]
     for name, head in plan.heads.items():
         role = 'base' if name == plan.recipe.base else 'stage' if name in plan.stages else 'model'
-        changes = f', {len(head.parts)} of them changed by an adapter' if head.adapter else ''
-        lines.append(f'{role:9} {name}: {len(head.kinds)} tensors{changes}, {human_size(head.size)}')
+        lines.append(f'{role:9} {name}: {_tensors(head)}, {human_size(head.size)}')
     kinds = sorted({t.kind.dtype[6:] for t in plan.tensors})
     lines.append(
         f'writes    {len(plan.tensors)} tensors, {human_size(cost["write"])} ({", ".join(kinds)})'
@@ -158,7 +162,8 @@ def _group_lines(plan):
     lines = []
     for g in plan.groups[:_SHOWN]:
         names = [t.name for t in g.tensors]
-        shown = ', '.join(map(_part, names[:2])) + (f' and {len(names) - 2} more' if len(names) > 2 else '')
+        more = f' and {len(names) - 2} more' if len(names) > 2 else ''
+        shown = ', '.join(map(_part, names[:2])) + more
         lines.append(f'merges    {_fields(g)}: {shown}')
     return lines + [
         f'          … {len(plan.groups) - _SHOWN} more settings; dry_run=full shows every tensor'
@@ -167,11 +172,13 @@ def _group_lines(plan):
 def _tensor_lines(plan):
     "A line for each tensor."
     found = {t.name: (g, t) for g in plan.groups for t in g.tensors}
-    def of(g, t): return ', '.join(f'{m}:{n}' if n != t.name else m for m, n in t.sources.items())
-    return [
-        f'{n} {list(t.kind.shape)} {t.kind.dtype[6:]} <- {of(g, t)} by {_fields(g)}'
-        for n, (g, t) in ((t.name, found[t.name]) for t in plan.tensors)
-    ]
+    def sources(t):
+        other = {m: f'{m}:{n}' for m, n in t.sources.items() if n != t.name}
+        return ', '.join(other.get(m, m) for m in t.sources)
+    def line(g, t):
+        kind = f'{list(t.kind.shape)} {t.kind.dtype[6:]}'
+        return f'{t.name} {kind} <- {sources(t)} by {_fields(g)}'
+    return [line(*found[t.name]) for t in plan.tensors]
 
 # %% ../../nbs/80_bench/16b_merge_command.ipynb #d911f857
 _AUTO = {

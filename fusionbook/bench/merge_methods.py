@@ -250,8 +250,9 @@ def check_model_count(
         else f'at least {way.least}' if way.most is None else f'{way.least} to {way.most}'
     )
     beside = 'beside the base ' if base and way.base != 'unused' else ''
+    plural = 's' * (count != '1')
     raise FusionError(
-        f'expected {count} model{"s" * (count != "1")} {beside}for `{way.name}`{where}, got {len(models)}'
+        f'expected {count} model{plural} {beside}for `{way.name}`{where}, got {len(models)}'
     )
 
 # %% ../../nbs/80_bench/13b_merge_methods.ipynb #9c81eabe

@@ -79,7 +79,8 @@ def _setting(scopes, key, default, way, t, model):
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #99659f54
 def _settings_at(way, t, block, models, scopes):
     "Settings of one tensor: name -> list over the models, name -> value."
-    each = {k: [_setting(scopes[t.block, m], k, d, way, t, m) for m in models] for k, d in way.each.items()}
+    def of_models(k, d): return [_setting(scopes[t.block, m], k, d, way, t, m) for m in models]
+    each = {k: of_models(k, d) for k, d in way.each.items()}
     whole = {k: _setting(scopes[t.block, None], k, d, way, t, None) for k, d in way.whole.items()}
     return each, whole
 
@@ -184,7 +185,8 @@ def _counted_in(config, stack):
     "The part of a configuration that counts the layers of one of several stacks, and the keys that do."
     parts = stack.split('.') if stack else ['text_model']
     for k, v in config.items():
-        named = k in parts or k.endswith('_config') and k[:-7] in [p.partition('_')[0] for p in parts]
+        side = k.removesuffix('_config') if k.endswith('_config') else None
+        named = k in parts or side in [p.partition('_')[0] for p in parts]
         if isinstance(v, dict) and named: return k, _LAYER_KEYS
     if not stack: return '', _LAYER_KEYS
     return '', next((keys for side, keys in _SIDES.items() if side in parts), ())
@@ -259,7 +261,8 @@ def _layer_counts(blocks, reference):
     ranges = [b.sources[0].layers for b in blocks]
     if ranges[0] is None: return None
     found = stack_blocks(blocks, reference)
-    return {s: sum(ranges[b][1] - ranges[b][0] for b in numbers) for s, numbers in found.items()}
+    def layers(b): return ranges[b][1] - ranges[b][0]
+    return {s: sum(map(layers, numbers)) for s, numbers in found.items()}
 
 # %% ../../nbs/80_bench/15_merge_plan.ipynb #6ecb611b
 def _words_of(recipe, heads, reference, stages):
@@ -339,7 +342,8 @@ def planned_cost(
     "What a merge reads, writes and holds at one time."
     def need(g, t):
         held = t.kind.size + 4 * t.kind.count * (g.base is not None) + (16 << 20)
-        held += 8 * t.kind.count * any(n in plan.heads[m].parts for m, n in t.sources.items())
+        changed = any(n in plan.heads[m].parts for m, n in t.sources.items())
+        held += 8 * t.kind.count * changed
         return held + (plan.way.matrices and (len(g.models) + 3) * 4 * t.kind.count)
     needs = {t.name: need(g, t) for g in plan.groups for t in g.tensors}
     largest = max(needs, key=needs.get)

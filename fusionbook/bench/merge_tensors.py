@@ -50,7 +50,8 @@ def tied_embedding(
 # %% ../../nbs/80_bench/14b_merge_tensors.ipynb #e60f872f
 def _some(names):
     names = sorted(names)
-    return ', '.join(f'`{n}`' for n in names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return ', '.join(f'`{n}`' for n in names[:3]) + more
 
 def _check_architecture(head, reference):
     "Refuse another architecture by its name, where both tell it."
@@ -157,9 +158,9 @@ def _same_layer(block, heads, offset):
             for n in found[first]
             if n not in found[m] and not _idle(f'.{n}', heads[first].kinds[found[first][n]])
         ]:
+            layer = next(s.layers[0] for s in block.sources if s.model == m) + offset
             raise FusionError(
-                f'expected layer {next(s.layers[0] for s in block.sources if s.model == m) + offset} of `{m}`'
-                f' to have `{lost[0]}`, as in `{first}`, got none'
+                f'expected layer {layer} of `{m}` to have `{lost[0]}`, as in `{first}`, got none'
             )
     return {n: {m: found[m][n] for m in found if n in found[m]} for n in found[first]}
 

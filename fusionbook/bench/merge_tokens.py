@@ -127,7 +127,8 @@ def plan_tokens(
     before = tables[reference]
     words, own, added = _source_words(spec, tables, reference)
     sizes = {m: _rows(h) for m, h in heads.items()}
-    for m, t in tables.items(): tables[m] = {w: r for w, r in t.items() if r < sizes[m]}
+    for m, t in tables.items():
+        tables[m] = {w: r for w, r in t.items() if r < sizes[m]}
     rows, sources = _count(spec, words, sizes[own]), spec['tokens']
     at = {r: w for w, r in words.items()}
     forced = {w for w, a in sources.items() if a['force']}
@@ -183,7 +184,9 @@ def _fill_rows(new, plan, giver, pairs, tensors, read):
     import torch
     rows = torch.tensor([r for r, _ in pairs])
     if giver == 'zero': new[rows] = 0
-    elif giver in tensors: new[rows] = read(giver)[torch.tensor([s for _, s in pairs])].to(new.dtype)
+    elif giver in tensors:
+        sources = torch.tensor([s for _, s in pairs])
+        new[rows] = read(giver)[sources].to(new.dtype)
     else: new[rows] = _mean_rows(rows, plan, tensors, read).to(new.dtype)
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #86e1cbe5
@@ -220,7 +223,8 @@ def _added_entries(heads):
 
 def _entry(word, row, like):
     plain = dict(content=word, single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
-    return {'id': row} | {k: like.get(k, v) for k, v in plain.items()} if like else {'id': row} | plain
+    if not like: return {'id': row} | plain
+    return {'id': row} | {k: like.get(k, v) for k, v in plain.items()}
 
 # %% ../../nbs/80_bench/14c_merge_tokens.ipynb #3765dda6
 def _grown_tokenizer(text, plan, entries):

@@ -73,12 +73,15 @@ def _halves(words):
     "Words that were torn at their `=`: (as typed, as meant)."
     for i, w in enumerate(words):
         after = words[i + 1:]
-        if after[:1] == ['='] and len(after) > 1: yield f'{w} = {after[1]}', f'{w}={after[1]}'
-        elif w.endswith('=') and after and '=' not in after[0]: yield f'{w} {after[0]}', f'{w}{after[0]}'
-        elif '=' not in w and after and after[0].startswith('=') and len(after[0]) > 1:
-            yield f'{w} {after[0]}', f'{w}{after[0]}'
-        elif w in GROUPS.values() and after and '=' not in after[0]:
-            yield f'{w} {after[0]}', f'{w}={after[0]}'
+        word = after[0] if after else ''
+        if word == '=' and len(after) > 1:
+            yield f'{w} = {after[1]}', f'{w}={after[1]}'
+        elif w.endswith('=') and after and '=' not in word:
+            yield f'{w} {word}', f'{w}{word}'
+        elif '=' not in w and word.startswith('=') and len(word) > 1:
+            yield f'{w} {word}', f'{w}{word}'
+        elif w in GROUPS.values() and after and '=' not in word:
+            yield f'{w} {word}', f'{w}={word}'
 
 def _group_of(word, folders):
     "The group that has a configuration of this name, or None."

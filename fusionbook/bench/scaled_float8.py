@@ -22,9 +22,11 @@ def scaled_product(
     out, s = codes.float(), scale.float()
     if s.numel() == 1: return out.mul_(s.reshape(()))
     rows, columns = out.shape[-2:]
-    if s.shape[-1] not in (1, columns): s = s.repeat_interleave(block[1], -1)[..., :columns]
+    if s.shape[-1] not in (1, columns):
+        s = s.repeat_interleave(block[1], -1)[..., :columns]
     if s.shape[-2] in (1, rows): return out.mul_(s)
-    for part, row in zip(out.split(block[0], -2), s.split(1, -2), strict=True): part.mul_(row)
+    parts = zip(out.split(block[0], -2), s.split(1, -2), strict=True)
+    for part, row in parts: part.mul_(row)
     return out
 
 # %% ../../nbs/80_bench/13c_scaled_float8.ipynb #273f5534
@@ -67,7 +69,8 @@ def _fits(scale, shape, block):
     if prod(scale) == 1: return True
     if len(scale) != len(shape) or len(shape) < 2: return False
     sizes = [1] * (len(shape) - 2) + list(block)
-    return all(s in (1, n, -(-n // b)) for s, n, b in zip(scale, shape, sizes, strict=True))
+    axes = zip(scale, shape, sizes, strict=True)
+    return all(s in (1, n, -(-n // b)) for s, n, b in axes)
 
 def _refused(name, kind, who, why):
     return FusionError(

@@ -109,7 +109,8 @@ def training_data(
     "Load, cut and decode the images once."
     def split(name): return opened(dataset_source(args.dataset_name, name, args.data))
     train, test = split('train'), split('test')
-    if args.rows and args.rows < len(train): train = split_off(train, args.rows / len(train), seed=0)[1]
+    if args.rows and args.rows < len(train):
+        train = split_off(train, args.rows / len(train), seed=0)[1]
     train, held_out = (
         split_off(train, args.validation, seed=0) if args.selection == 'validation' else (train, None)
     )
@@ -241,7 +242,8 @@ def training_figure(
 ):                             # Figure
     "Held-out accuracy after each pass, or the training loss where nothing is held out."
     key = 'accuracy' if 'accuracy' in results[0]['history'][0] else 'loss'
-    series = {f'{r["kind"]}, seed {r["seed"]}': [h[key] for h in r['history']] for r in results[:12]}
+    def name(r): return f'{r["kind"]}, seed {r["seed"]}'
+    series = {name(r): [h[key] for h in r['history']] for r in results[:12]}
     return curves(
         range(1, len(results[0]['history']) + 1),
         series,
