@@ -167,21 +167,22 @@ def main_type(
 # %% ../../nbs/00_core/01_state_dict.ipynb #b74db7ea
 _LARGE = 2**20 # bytes
 
-def _content(t):
+def _content(t, entire=False):
     "What stands for a tensor's bytes in a hash."
     data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return data if data.nbytes < _LARGE else xxh3_128_digest(data)
+    return data if entire or data.nbytes < _LARGE else xxh3_128_digest(data)
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #7eebae46
 def content_hash(
     sd:StateDict, # any state dict; read tensor by tensor
+    *, entire:bool=False, # SHA-256 of all bytes, as files of earlier versions note it
 ) -> str:         # 16 hexadecimal digits
     "Fingerprint of a model's content, whatever form it is stored in."
     digest = hashlib.sha256()
     for name in sorted(sd):
         t = sd[name]
         digest.update(f'{name}|{t.dtype}|{tuple(t.shape)}|'.encode())
-        digest.update(_content(t))
+        digest.update(_content(t, entire))
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #82e1d5ca

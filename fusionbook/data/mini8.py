@@ -381,8 +381,8 @@ def _drawn_by():
 def _block(*key):
     "Images, labels and sources of one block, drawn or as they were kept."
     def draw(): return {k: torch.from_numpy(v) for k, v in _drawn(*key).items()}
-    task, split, *_ = key
-    if split not in _KEPT: return _drawn(*key)
+    _, split, _, number, _ = key
+    if split not in _KEPT or number >= SIZES[split] / BLOCK: return _drawn(*key)
     file = cache_folder()/'mini8'/f'{"-".join(map(str, key))}.safetensors'
     found = remembered(file, draw, kind='images', key=[list(key), _drawn_by()])
     return {k: v.numpy() for k, v in found.items()}

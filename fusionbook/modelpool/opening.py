@@ -39,6 +39,15 @@ def _recipe(file):
         raise FusionError(f'expected `{lost[0]}` in `{file}`, got {", ".join(map(str, recipe)):.80}')
     return recipe
 
+# %% ../../nbs/50_modelpool/05_opening.ipynb #d32e1ba4
+def _notes(network, recipe):
+    "What a recipe may say of this network: as it is noted now, then as earlier versions noted it."
+    state = network.state_dict()
+    for entire in (False, True):
+        own = content_hash(state, entire=entire)
+        yield identity(own, recipe['network'])
+        yield own # the tensors alone
+
 # %% ../../nbs/50_modelpool/05_opening.ipynb #d293d142
 def from_recipe(
     folder:str|Path, # with `fusionbook.json` and safetensors
@@ -53,8 +62,7 @@ def from_recipe(
             f'expected the recipe of a network in `{file}`, got one that is nested too deeply'
         ) from None
     except FusionError as e: raise FusionError(f'{e} (`{file}`)') from None
-    own = content_hash(network.state_dict())
-    if recipe['tensors'] not in (own, identity(own, recipe['network'])): # earlier versions noted the tensors alone
+    if recipe['tensors'] not in _notes(network, recipe):
         raise FusionError(f'expected the network and tensors that `{file}` was written with, got others')
     return network
 
