@@ -16,7 +16,7 @@ from .curves import bezier, check_independent, connect, coordinates, filter_norm
 from .points import Heights, Space, barrier_height, example_metrics, heights, measure
 from .task_vectors import added, pair_sums
 from ..core.errors import FusionError, check_known, nearest
-from ..core.plot import curves, figure, heatmap, theme
+from ..core.plot import curves, figure, heatmap, name_points, theme
 from ..core.state_dict import StateDict
 from ..metrics.landscape import plane_frame
 
@@ -113,19 +113,17 @@ def surface_figure(
     fig, ((ax,),) = figure(height=4.2, width=6.2)
     drawn = ax.contourf(x, y, values, levels=14, cmap='Blues')
     ax.grid(False)
-    for i, (name, a, b, outside, merged) in enumerate(marks):
+    for i, (_, a, b, outside, merged) in enumerate(marks):
         color = theme['colors'][3 if merged else 1]
         face = color if outside < .05 else 'none'
         ax.plot(a, b, theme['markers'][i % 12], ms=8, mec=color, mfc=face, mew=1.6)
-        text = dict(
-            textcoords='offset points', fontsize=theme['font'] - 1, color=theme['ink'], parse_math=False
-        )
-        text['bbox'] = dict(facecolor='white', alpha=.7, lw=0, pad=1)
-        ax.annotate(name, (a, b), (6, 6), **text)
     ax.set_xlim(min(x), max(x)), ax.set_ylim(min(y), max(y))
     ax.set_xlabel(xlabel, fontsize=theme['font'], color=theme['ink'])
     ax.set_ylabel(ylabel, fontsize=theme['font'], color=theme['ink'])
     fig.colorbar(drawn, ax=ax).set_label(label, fontsize=theme['font'], color=theme['ink'])
+    behind = dict(facecolor='white', alpha=.7, lw=0, pad=1)
+    points, names = [m[1:3] for m in marks], [m[0] for m in marks]
+    name_points(ax, points, names, gap=6, fontsize=theme['font'] - 1, bbox=behind)
     return fig
 
 # %% ../../nbs/75_analysis/06_landscape.ipynb #bcfa6648

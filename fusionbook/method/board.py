@@ -278,14 +278,10 @@ def _dots(ax, rows, kind, i, scale):
 
 def _name_front(ax, rows, metric):
     "Write the classes of the methods that no other one beats beside their points."
-    from fusionbook.core.plot import theme
-    named, costs = front(rows, metric.sign), [r['cpu_seconds'] for r in rows]
-    middle = math.sqrt(min(costs) * max(costs))
-    small = dict(fontsize=theme['font'] - 2, color=theme['ink'], textcoords='offset points')
-    for r in (r for r in rows if r['name'] in named):
-        slow = r['cpu_seconds'] > middle
-        side = dict(xytext=(-4, 4), ha='right') if slow else dict(xytext=(4, 4))
-        ax.annotate(r['cls'], (r['cpu_seconds'], metric.scale * r['score']), **side, **small)
+    from fusionbook.core.plot import name_points
+    named, places = front(rows, metric.sign), [(r['cpu_seconds'], metric.scale * r['score']) for r in rows]
+    shown = [(at, r['cls']) for at, r in zip(places, rows, strict=True) if r['name'] in named]
+    name_points(ax, [at for at, _ in shown], [cls for _, cls in shown], among=places)
 
 # %% ../../nbs/60_method/08_board.ipynb #8d70040c
 def board_figure(
@@ -298,7 +294,6 @@ def board_figure(
     fig, ((ax,),) = figure(height=4.2)
     kinds = 'weights alone', 'inputs without labels', 'labels'
     for i, kind in enumerate(kinds): _dots(ax, rows, kind, i, metric.scale)
-    _name_front(ax, rows, metric)
     small = dict(fontsize=theme['font'] - 2, color=theme['ink'])
     for name, r in board['references'].items():
         height = metric.scale * r['score']
@@ -309,4 +304,5 @@ def board_figure(
     ax.set_xlabel('CPU seconds of the merge', fontsize=theme['font'])
     ax.set_ylabel(f'{metric.heading}, on {board["pool"]}', fontsize=theme['font'])
     ax.legend(frameon=False, fontsize=theme['font'] - 1, loc='lower left', bbox_to_anchor=(0, 1), ncols=3)
+    _name_front(ax, rows, metric)
     return fig

@@ -135,14 +135,12 @@ def plane_figure(
     label:str='loss',     # what the values are
 ):                        # Figure
     "Contours of the loss in the plane through three networks."
-    from fusionbook.core.plot import figure, theme
+    from fusionbook.core.plot import figure, name_points, theme
     fig, ((ax,),) = figure(height=4., width=5.4)
     lines = ax.contourf(grid['x'], grid['y'], grid['values'], levels=14, cmap='Blues')
     ax.grid(False)
-    for i, (name, (x, y)) in enumerate(zip(names, grid['places'].values(), strict=True)):
+    for i, (x, y) in enumerate(grid['places'].values()):
         ax.plot(x, y, theme['markers'][i], color=theme['colors'][1], ms=8, mec=theme['ink'])
-        ax.annotate(
-            name, (x, y), (6, 6), textcoords='offset points', fontsize=theme['font'], color=theme['ink']
-        )
     fig.colorbar(lines, ax=ax).set_label(label, fontsize=theme['font'], color=theme['ink'])
+    name_points(ax, list(grid['places'].values()), names, gap=6, fontsize=theme['font'])
     return fig
