@@ -365,7 +365,8 @@ def _around(gap):
     "Places of a text around its point: shift in typographic points, and which corner of the text lies there."
     sides = {-gap: 'right', 0: 'center', gap: 'left'}
     heights = {gap: 'bottom', -gap: 'top', 0: 'center'}
-    return [dict(xytext=(x, y), ha=sides[x], va=heights[y]) for y in heights for x in (gap, -gap, 0) if x or y]
+    shifts = [(x, y) for y in heights for x in (gap, -gap, 0) if x or y]
+    return [dict(xytext=(x, y), ha=sides[x], va=heights[y]) for x, y in shifts]
 
 # %% ../../nbs/00_core/04_plot.ipynb #1e2e0d53
 def name_points(
@@ -380,7 +381,8 @@ def name_points(
     if not len(points): return
     ax.figure.draw_without_rendering()  # the layout is settled
     seen, written = ax.transData.transform(points if among is None else among), []
-    look = dict(textcoords='offset points', fontsize=theme['font'] - 2, color=theme['ink'], parse_math=False) | look
+    usual = dict(fontsize=theme['font'] - 2, color=theme['ink'], parse_math=False)
+    look = dict(textcoords='offset points') | usual | look
     def covered(text):
         box = text.get_window_extent()
         outside = 4 * (box.x0 < ax.bbox.x0) + 4 * (box.x1 > ax.bbox.x1)
