@@ -70,7 +70,7 @@ def pair_outcomes(
     "Merge and measure every pair."
     experts = dict(zip(pool.model_names, pool.experts(), strict=True))
     space = Space(pool, taskpool, [pool.pretrained(), *(experts[t] for t in tasks)], tasks, device)
-    count, pairs = len(tasks) + 1, list(combinations(range(len(tasks)), 2))
+    pairs = list(combinations(range(len(tasks)), 2))
     def at(**moved): return [1 - sum(moved.values()), *(moved.get(t, 0.) for t in tasks)]
     alone = measure(space, [at(**{t: 1.}) for t in tasks], jobs=jobs, tasks=[[t] for t in tasks])
     ends = {t: a[t] for t, a in zip(tasks, alone, strict=True)}

@@ -258,7 +258,7 @@ _JOINED, _TAKING = ('--grid=', '--output=', '-o='), ('-p', '--grid', '-o', '--ou
 
 def _meant(word, rest):
     "What a word that is no flag was meant to be: the nearest flag, or a parameter."
-    flags, (key, sign, value) = [*_TAKING, '--report'], word.lstrip('-').partition('=')
+    flags, (key, _, value) = [*_TAKING, '--report'], word.lstrip('-').partition('=')
     if close := get_close_matches(word, flags, n=1, cutoff=.7): return f'did you mean `{close[0]}`?'
     return f'did you mean `-p {key} {value or next(iter(rest), "VALUE")}`?'
 

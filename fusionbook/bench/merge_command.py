@@ -16,7 +16,7 @@ from .mixture_recipe import read_mixture
 from .recipe_file import MergeRecipe, read_recipe, recipe_from_words
 from .recipe_values import typed_value
 from .values import device_name, human_size, size
-from ..core.errors import FusionError, nearest
+from ..core.errors import FusionError, nearest, shortened
 
 # %% ../../nbs/80_bench/16b_merge_command.ipynb #0ddd50b9
 _OPTIONS = 'dry_run', 'max_memory', 'device', 'shard_size', 'hub_mirror'
@@ -162,9 +162,7 @@ def _group_lines(plan):
     lines = []
     for g in plan.groups[:_SHOWN]:
         names = [t.name for t in g.tensors]
-        more = f' and {len(names) - 2} more' if len(names) > 2 else ''
-        shown = ', '.join(map(_part, names[:2])) + more
-        lines.append(f'merges    {_fields(g)}: {shown}')
+        lines.append(f'merges    {_fields(g)}: {shortened(map(_part, names), 2)}')
     return lines + [
         f'          … {len(plan.groups) - _SHOWN} more settings; dry_run=full shows every tensor'
     ] * (len(plan.groups) > _SHOWN)

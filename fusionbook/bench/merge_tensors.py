@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from .merge_sources import ModelHead, TensorKind
 from .recipe_file import BlockSource, MergeBlock
-from ..core.errors import FusionError
+from ..core.errors import FusionError, shortened
 from ..core.matrices import is_embedding, is_head
 from ..core.per_tensor import layer_of
 
@@ -48,11 +48,6 @@ def tied_embedding(
     return found[0] if found else None
 
 # %% ../../nbs/80_bench/14b_merge_tensors.ipynb #e60f872f
-def _some(names):
-    names = sorted(names)
-    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-    return ', '.join(f'`{n}`' for n in names[:3]) + more
-
 def _check_architecture(head, reference):
     "Refuse another architecture by its name, where both tell it."
     own, wanted = head.config.get('model_type'), reference.config.get('model_type')
@@ -87,9 +82,8 @@ def _names_in(head, reference):
     extra = {n for n in head.kinds if not _idle(n, head.kinds[n])} - set(found.values())
     extra -= {n for n in extra if is_head(n) and tied_embedding(reference.kinds, head.kinds[n])}
     if lost or extra:
-        what = '; '.join(
-            [f'it lacks {_some(lost)}'] * bool(lost) + [f'it also has {_some(extra)}'] * bool(extra)
-        )
+        lacks, has = (shortened(sorted(names), quoted=True) for names in (lost, extra))
+        what = '; '.join([f'it lacks {lacks}'] * bool(lost) + [f'it also has {has}'] * bool(extra))
         raise FusionError(f'expected `{head.name}` to have the tensors of `{reference.name}`; {what}')
     return found
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from xxhash import xxh3_128_digest
-from .errors import FusionError
+from .errors import FusionError, shortened
 from .headers import check_weights
 
 # %% ../../nbs/00_core/01_state_dict.ipynb #90faaea7
@@ -73,10 +73,6 @@ def is_counter(
 _ADVICE = ('To merge only what all models share, use `common(...)` or `modelpool.common_only=true` '
            '(`+modelpool.…` where a file of yours lacks the key)')
 
-def _some(names):
-    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-    return ', '.join(f'`{n}`' for n in names[:3]) + more
-
 def _kinds(a, b):
     "Tensors that are numbers in one model and integers in the other, but for counters."
     odd = [k for k in a if k in b and a[k].is_floating_point() != b[k].is_floating_point()]
@@ -95,7 +91,7 @@ def _difference(a, b):
         (shape, 'other shapes at'),
         (_kinds(a, b), 'other types at'),
     ]
-    return '; '.join(f'{verb} {_some(names)}' for names, verb in parts if names)
+    return '; '.join(f'{verb} {shortened(names, quoted=True)}' for names, verb in parts if names)
 
 def _shared_names(infos):
     "Names that all models have with one shape and one kind of type."
@@ -150,7 +146,7 @@ def common(
     if not names:
         raise FusionError(
             'expected models with a tensor in common, got '
-            + ' and '.join(_some(list(i)) or 'none' for i in infos[:2])
+            + ' and '.join(shortened(i, quoted=True) or 'none' for i in infos[:2])
         )
     return [_only(sd, names) for sd in sds]
 

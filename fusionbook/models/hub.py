@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..core.checkpoint import find
-from ..core.errors import FusionError, nearest
+from ..core.errors import FusionError, nearest, shortened
 from ..core.files import read_json
 from ..core.folders import beside, described
 from ..core.matrices import is_head
@@ -182,8 +182,7 @@ def _check_found(found, kind, path):
     lost = sorted(map(str, [*found['missing_keys'], *(k[0] for k in found['mismatched_keys'])]))
     if lost := [k for k in lost if in_scope(k, 'backbone')]:
         raise FusionError(
-            f'expected all tensors of {kind.__name__} in `{path}`, got none that fits {", ".join(lost[:3])}'
-            + f' and {len(lost) - 3} more' * (len(lost) > 3)
+            f'expected all tensors of {kind.__name__} in `{path}`, got none that fits {shortened(lost)}'
         )
 
 # %% ../../nbs/20_models/07_hub.ipynb #1e55fc3f

@@ -13,7 +13,7 @@ from itertools import compress, product
 import torch
 from torch import Tensor, nn
 from ..core.config import locate
-from ..core.errors import FusionError
+from ..core.errors import FusionError, shortened
 from ..core.folders import described
 from ..core.identity import network_facts, plain_config
 from ..core.state_dict import StateDict, shared
@@ -203,9 +203,9 @@ def recipe_of(
 def _mismatch(own, info):
     "What is wrong with the tensors for a network, or None."
     if lost := [k for k in own if k not in info]:
-        return f'lack `{lost[0]}`' + f' and {len(lost) - 1} more' * (len(lost) > 1)
+        return f'lack {shortened(lost, 1, quoted=True)}'
     if more := [k for k in info if k not in own]:
-        return f'add `{more[0]}`' + f' and {len(more) - 1} more' * (len(more) > 1)
+        return f'add {shortened(more, 1, quoted=True)}'
     odd = next((k for k in own if own[k].shape != info[k].shape), None)
     return odd and f'have `{odd}` as {tuple(info[odd].shape)}, not {tuple(own[odd].shape)}'
 

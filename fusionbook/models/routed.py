@@ -154,7 +154,7 @@ def _watched(model):
     "Key -> a routed layer that reads those gates."
     found = {}
     for net in routed_networks(model):
-        layers, places = net.layers(), [n for n, _, _ in _places(net)]
+        layers = net.layers()
         for name, spec in net.plan['layers'].items():
             places_of_gate = net.plan['gates'][spec['gate']].get('at', ())
             own = [p for p in places_of_gate if f'{name}.'.startswith(f'{p}.')]

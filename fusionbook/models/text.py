@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from ..core.checkpoint import Checkpoint, atomic, find, save
-from ..core.errors import FusionError
+from ..core.errors import FusionError, shortened
 from ..core.files import read_json
 from ..core.folders import described
 from ..core.state_dict import Lazy
@@ -127,8 +127,7 @@ def text_state(
         if bad:
             raise FusionError(
                 f'expected the encoder that its config.json describes, got `{path}`, which {what} '
-                f'{", ".join(bad[:3])}'
-                + f' and {len(bad) - 3} more' * (len(bad) > 3)
+                f'{shortened(bad)}'
             )
     return Lazy({k: partial(saved.__getitem__, names[k]) for k in wanted}, {k: info[k] for k in wanted})
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ..core.cached import read_record, write_record
 from ..core.checkpoint import Checkpoint, find
-from ..core.errors import FusionError
+from ..core.errors import FusionError, shortened
 from ..core.files import read_json
 from ..core.folders import beside, described
 from ..core.identity import network_facts, text_hash
@@ -225,7 +225,6 @@ def vision_state(
         if bad:
             raise FusionError(
                 f'expected the vision tower that its config.json describes, got `{path}`, which {what} '
-                f'{", ".join(bad[:3])}'
-                + f' and {len(bad) - 3} more' * (len(bad) > 3)
+                f'{shortened(bad)}'
             )
     return Lazy({k: partial(saved.__getitem__, names[k]) for k in expected}, {k: info[k] for k in expected})
