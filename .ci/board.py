@@ -2,10 +2,11 @@
 
 `--check` fails where that is not so; without it the cells are put in and their outputs written, which runs no notebook.
 """
-import json, re, sys
+import json, pkgutil, re, sys
 from book import finish, module, nbs, notebooks
+import fusionbook.method
 from fusionbook.method import board
-from fusionbook.method.map import family_methods, page_of
+from fusionbook.method.map import family_methods, family_table, page_of
 
 HEAD = '''## On the board
 This method between its two neighbours on [the board](../60_method/08_board.ipynb): hyper-parameters chosen on validation data, scores on test data.'''
@@ -31,8 +32,14 @@ def placed(cells):
 def shown(text): return [dict(output_type='execute_result', execution_count=None, metadata={}, data={'text/markdown': lines(text), 'text/plain': [repr(str(text))]})]
 
 def refreshed(cells, found):
-    "The cells with the outputs that `found` gives for their source."
-    return [c | dict(outputs=shown(found[source(c)]())) if c['cell_type'] == 'code' and source(c) in found else c for c in cells]
+    "The cells with the outputs that `found` gives for what they end with showing, by the line that makes it."
+    made = [next((found[l] for l in source(c).splitlines() if l in found), None) if c['cell_type'] == 'code' else None for c in cells]
+    return [c if how is None else c | dict(outputs=shown(how())) for c, how in zip(cells, made, strict=True)]
+
+def families():
+    "The line that makes a family's table, as maps have it -> the table."
+    packages = [m.name for m in pkgutil.iter_modules(fusionbook.method.__path__, 'fusionbook.method.') if m.ispkg]
+    return {f"table = family_table('{p}')": lambda p=p: family_table(p) for p in packages}
 
 def texts(cells): return [[''.join(o.get('data', {}).get('text/markdown', '')) for o in c.get('outputs', ())] for c in cells]
 
@@ -43,6 +50,7 @@ def wanted():
     for nb, names in sorted(pages.items()): yield nb, lambda cells, names=names: refreshed(placed(cells), {CALL: lambda: board.rows_of(names)})
     tables = {'methods_table()': board.methods_table, 'families_table()': board.families_table, 'board_table(board)': lambda: board.board_table(board.read_board())}
     for name in ('index.ipynb', '60_method/08_board.ipynb'): yield nbs/name, lambda cells: refreshed(cells, tables)
+    for nb in sorted(nbs.glob('*/00_map.ipynb')): yield nb, lambda cells: refreshed(cells, families())
     yield nbs/'60_method'/'_template.ipynb', placed
 
 stale = []
