@@ -10,7 +10,7 @@ import json, os, sys, time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from .merge_files import check_merge_output
-from .merge_plan import every_head, MergePlan, plan_merge, planned_cost
+from .merge_plan import MergePlan, plan_merge, plan_notes, planned_cost
 from .merge_sources import source_notes
 from .mixture_recipe import read_mixture
 from .recipe_file import MergeRecipe, read_recipe, recipe_from_words
@@ -229,7 +229,8 @@ def _mix(recipe, out, settings):
     if not dry: check_device(device)
     mirror, limit = settings.get('hub_mirror', {}), settings.get('max_memory')
     plan = plan_mixture(recipe, mirror, device='cpu' if dry else device, max_memory=limit, out=out)
-    print('\n'.join([f'note: {n}' for n in source_notes(plan.heads.values())] + mixture_lines(plan)))
+    notes = [f'note: {n}' for n in source_notes(plan.heads.values(), plan.base)]
+    print('\n'.join(notes + mixture_lines(plan)))
     if dry: return None
     path = write_mixture(plan, out, shard_size=settings.get('shard_size'))
     print(f"open it   transformers.AutoModelForCausalLM.from_pretrained('{out}')")
@@ -258,7 +259,7 @@ def merge(
     )
     if (mixture := read_mixture(recipe, keys)) is not None: return _mix(mixture, out, settings)
     plan = plan_merge(_recipe_of(recipe, keys), settings.get('hub_mirror', {}))
-    for note in source_notes(every_head(plan)): print(f'note: {note}')
+    for note in plan_notes(plan): print(f'note: {note}')
     path = check_merge_output(out, plan.heads, planned_cost(plan)['write']) if out is not None else None
     if settings['dry_run']:
         for line in plan_lines(plan, settings['dry_run'] == 'full'): print(line)

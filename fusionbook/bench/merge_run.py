@@ -14,8 +14,7 @@ from importlib import import_module
 from pathlib import Path
 import torch
 from .merge_files import merge_versions, source_files, stored_state, while_they_stay
-from .merge_plan import every_head, MergePlan, output_config, output_files
-from .merge_sources import scale_notes
+from .merge_plan import MergePlan, output_config, output_files, plan_notes
 from .merge_tensors import is_vocabulary, vocabulary_axis
 from .merge_tokens import align_rows
 from .values import human_size
@@ -223,7 +222,7 @@ def merge_card(
             f'Computed in float32 (float64 where a model is), rounded once to {types}; {len(plan.tensors)}'
             ' tensors.'
         ),
-        *(f'{note}.' for note in scale_notes(every_head(plan))),
+        *(f'{note}.' for note in plan_notes(plan)),
         '',
         '| model | role | checksum |',
         '|---|---|---|',
