@@ -131,6 +131,16 @@ def prepared(cell):
         if 'text/markdown' in (data := o.get('data', {})): data['text/markdown'] = re.sub(r'\A---\s+', '', plain(''.join(data['text/markdown'])))
     return cell
 
+def joined(cells):
+    "Folded cells that follow each other and make nothing, as one with the next."
+    kept = []
+    for c in cells:
+        last = kept[-1] if kept else {}
+        if last.get('metadata', {}).get('folded') and c.metadata.get('folded') and not last.outputs:
+            c.source = f'{kept.pop().source}\n\n{c.source}'
+        kept.append(c)
+    return kept
+
 def folded(cell):
     "A cell whose code is folded, as two: the code behind a summary, and what it made."
     from nbformat.v4 import new_markdown_cell
@@ -167,7 +177,8 @@ def navigation(nb, book):
     def a(n, text, extra=''): return f'<a href="{relative(page_of(n), here)}"{extra}>{escape(text)}</a>'
     def section(name, ns):
         body = ''.join(a(n, titles[n], ' class="here"' if n == nb else '') for n in ns)
-        return f'<details{" open" if nb in ns or nb.stem == "index" else ""}><summary>{escape(name)}</summary>{body}</details>' if name else body
+        first = nb.stem == 'index' and name in ('Tutorials', 'Reports')
+        return f'<details{" open" if nb in ns or first else ""}><summary>{escape(name)}</summary>{body}</details>' if name else body
     at = order.index(nb) if nb in order else 0
     before, after = order[at - 1] if at else None, order[at + 1] if at + 1 < len(order) else None
     turn = (a(before, f'← {titles[before]}') if before else '<span></span>') + (a(after, f'{titles[after]} →') if after else '')
@@ -179,7 +190,7 @@ def page(nb, cache, book, style):
     doc = nbformat.read(str(cache/nb.relative_to(root)), 4)
     front = next((yaml.safe_load(c.source.strip().strip('-')) or {} for c in doc.cells[:1] if c.cell_type == 'raw'), {})
     shown = [c for c in doc.cells if c.cell_type != 'raw' and not c.source.startswith('<!-- WARNING')]
-    doc.cells = [part for c in shown for part in folded(prepared(c))]
+    doc.cells = [part for c in joined(map(prepared, shown)) for part in folded(c)]
     body = tidy(book.exporter.from_notebook_node(doc)[0])
     web = book.quarto['website']
     side, turn = navigation(nb, book)
