@@ -64,7 +64,7 @@ class BaseAlgorithm(_Facts, BaseYAMLSerializable):
     def on_run_start(self): "Called before `run`."
     def on_run_end(self): "Called after `run`, also when it failed."
     # direction(pool) -> v, lazy, where the merge is the base + `scaling_factor` · v; see
-    # `engine.direction_of`
+    # `engine.direction_of`. A method whose merge has more beside λ v defines `merge` too
     direction = None
     # build(pool) -> a network of another architecture, saved with its recipe; see `check_build`
     build = None
@@ -75,6 +75,7 @@ class BaseAlgorithm(_Facts, BaseYAMLSerializable):
             raise NotImplementedError(
                 f'{type(self).__name__} defines none of `direction`, `merge`, `build`, `run`'
             )
+        pool = self.part_of(pool)
         v = self.direction(pool) if self.known_direction is None else self.known_direction
         base = pool.pretrained()
         scale = numeric_setting(self.scaling_factor, base, 'scaling_factor')
@@ -87,8 +88,14 @@ class BaseAlgorithm(_Facts, BaseYAMLSerializable):
 # %% ../../nbs/60_method/00_base.ipynb #ffe70197
 @patch
 def part_of(self:BaseAlgorithm, pool:BaseModelPool) -> BaseModelPool:
-    "The pool that is merged; a method that merges a part of every model gives that part."
-    return pool
+    "The pool that is merged; a method that merges a part of every model gives that part, also from inside another."
+    inner = getattr(self, 'inner', None)
+    return pool if inner is None else inner.part_of(pool)
+
+@patch(as_prop=True)
+def is_step(self:BaseAlgorithm) -> bool:
+    "Whether a merge is the base + `scaling_factor` · `direction` and nothing beside it."
+    return self.direction is not None and type(self).merge is BaseAlgorithm.merge
 
 @patch
 def check(self:BaseAlgorithm, pool:BaseModelPool) -> None:

@@ -136,7 +136,7 @@ class Pipeline(BaseAlgorithm):
         for m in self.first: pool = m.prepare(pool)
         return pool
     def merge(self, pool) -> StateDict:
-        pool = self.prepared(pool)
+        pool = self.prepared(self.part_of(pool))
         merged = self.inner.merge(pool)
         for m in self.last: merged = m.finish(pool, merged)
         self.adaptation |= _learned([*self.first, self.inner, *self.last])

@@ -159,6 +159,7 @@ class CoordinateMethod(BaseAlgorithm):
         raise NotImplementedError(f'{type(self).__name__} defines no `coordinates`')
     def inside(self, pool) -> StateDict:
         "The merged task vector, for `direction`."
+        pool = self.part_of(pool)
         def merge(zero, seen): return merge_vectors(self.inner, zero, seen, pool.model_names)
         how = dict(matrices=self.matrices, device=self.device)
         return in_coordinates(pool.pretrained(), pool.experts(), find=self.coordinates, merge=merge, **how)

@@ -149,14 +149,15 @@ class OrthoMerge(BaseAlgorithm):
         self.inner = inner_method(self.then, plain | dict(self.options or {}))
         self.symmetric = self.inner.symmetric
     def direction(self, pool) -> StateDict:
-        how = dict(matrices=self.matrices, device=self.device)
+        pool, how = self.part_of(pool), dict(matrices=self.matrices, device=self.device)
         left = [residuals(pool.pretrained(), x, **how) for x in pool.experts()]
         v = merge_vectors(self.inner, zero_base(left[0]), left, pool.model_names)
         if hasattr(v, 'memory'): v.memory = max(v.memory, left[0].memory)
         return v
     def merge(self, pool) -> StateDict:
-        base, v = pool.pretrained(), self.known_direction
+        pool, v = self.part_of(pool), self.known_direction
         if v is None: v = self.direction(pool)
+        base = pool.pretrained()
         turned = rotated_base(base, pool.experts(), matrices=self.matrices, device=self.device)
         scale = numeric_setting(self.scaling_factor, base, 'scaling_factor')
         return with_residuals(base, turned, v, scale=scale, device=self.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...core.engine import Route, map_tensors
 from ...core.errors import FusionError
 from ...core.matrices import matrix_rule
+from ...core.per_tensor import numeric_setting
 from ...core.state_dict import Lazy, StateDict
 from ..base import BaseAlgorithm, check_fields, load_algorithm_from_config
 from .by_matrix import held_bytes
@@ -40,8 +41,10 @@ def calibrated(
 # %% ../../../nbs/64_subspace/svc.ipynb #b25b390d
 def _change(method, pool):
     "What a merge changed: a state dict and how to read the change out of an entry of it."
-    if method.direction is None: return method.merge(pool), lambda e: e.extra['merged'] - e.base
-    return method.direction(pool), lambda e: method.scaling_factor * e.extra['merged']
+    if not method.is_step: return method.merge(pool), lambda e: e.extra['merged'] - e.base
+    scale = numeric_setting(method.scaling_factor, pool.pretrained(), 'scaling_factor')
+    def step(e): return (scale(e.name) if callable(scale) else scale) * e.extra['merged']
+    return method.direction(pool), step
 
 def _held(rows, columns): return held_bytes(rows, columns) + 16 * rows * columns
 
@@ -85,9 +88,9 @@ class SingularValueCalibrationWithBaseMethod(BaseAlgorithm):
         self.inner = _merge_before(self.base_method)
         if isinstance(self.base_method, BaseAlgorithm): self.base_method = self.inner.config
         self.symmetric = self.inner.symmetric
-    def merge(self, pool) -> StateDict: return self.calibrated(self.inner, pool)
+    def merge(self, pool) -> StateDict: return self.calibrated(self.inner, self.part_of(pool))
     def finish(self, pool, merged) -> StateDict: # after another merge, in a pipeline
-        return self.calibrated(SimpleNamespace(direction=None, merge=lambda pool: merged), pool)
+        return self.calibrated(SimpleNamespace(is_step=False, merge=lambda pool: merged), pool)
     def calibrated(self, method, pool) -> StateDict:
         device = self.accelerator or self.device
         return calibrate(method, pool, alpha=self.alpha, matrices=self.matrices, device=device)

@@ -34,12 +34,15 @@ def disjoint_merge(
     sign:Tensor,     # elected signs, (n,)
     weights:Tensor,  # w, (T,)
     *, how:str,      # `sum`, `mean`, `max` or `weighted_mean`
+    weighted:bool=False, # whether w τ points the elected way, as it was weighed in the vote, or τ
 ) -> Tensor:         # (n,); 0 where no task agrees
     "Merge the entries that point the elected way."
     w = weights.to(tau.dtype).view(-1, *[1] * (tau.ndim - 1))
-    agreeing = (tau * sign).clamp_(min=0) # |τ| where a task points the elected way, else 0
-    if how == 'max': return (w * agreeing).amax(0) * sign
-    total = (w * agreeing).sum(0) * sign
+    turned = weighted and bool((w < 0).any()) # a negative weight turns what a task says
+    own, size = (torch.where(w < 0, -tau, tau), w.abs()) if turned else (tau, w)
+    agreeing = (own * sign).clamp_(min=0) # |τ| where a task points the elected way, else 0
+    if how == 'max': return (size * agreeing).amax(0) * sign
+    total = (size * agreeing).sum(0) * sign
     if how == 'sum': return total
     mass = (w * agreeing.sign() if how == 'weighted_mean' else agreeing.sign()).sum(0)
     return total / mass.where(mass != 0, 1)
@@ -123,7 +126,8 @@ def election(
         if e.name in keep_base: return torch.zeros_like(e.base)
         kept = sparse(e)
         sign = _elect(kept, ballot(e), by, draw)
-        return disjoint_merge(kept, sign, weights_at(weights, e), how=merge_func)
+        weighed = elect == 'weighted_sum'
+        return disjoint_merge(kept, sign, weights_at(weights, e), how=merge_func, weighted=weighed)
     return merged
 
 # %% ../../../nbs/63_task_vector/01_elect.ipynb #167ef886

@@ -117,4 +117,5 @@ class LARV(BaseAlgorithm):
         found = cache(lambda: larv_scales(base, experts, **how))
         def factor(i, name): return found()[i].get(layer_of(name), 1.)
         return pool.with_experts(scaled_experts(base, experts, factor, self.device))
-    def direction(self, pool) -> StateDict: return self.inner.direction(self.prepare(pool))
+    def direction(self, pool) -> StateDict:
+        return self.inner.direction(self.prepare(self.part_of(pool)))

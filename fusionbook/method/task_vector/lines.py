@@ -55,6 +55,7 @@ class LiNeS(BaseAlgorithm):
         self.inner = directed_method(self.then, self.options)
         self.uses, self.symmetric = self.inner.uses, self.inner.symmetric
     def direction(self, pool) -> StateDict:
+        pool = self.part_of(pool)
         return self.by_layer(pool.pretrained(), pool.experts(), self.inner.direction(pool))
     def finish(self, pool, merged) -> StateDict: # after another merge, in a pipeline
         base = pool.pretrained()

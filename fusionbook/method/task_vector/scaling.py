@@ -20,7 +20,7 @@ def directed_method(
 ) -> BaseAlgorithm:    # one with a `direction`
     "The method whose direction is scaled."
     inner = load_algorithm_from_config(dict(options or {}, name=then))
-    if inner.direction is None:
+    if not inner.is_step:
         raise FusionError(f'expected `then` to be of the form base + λ · v, got `{then}`')
     return inner
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ...core.engine import direction_of
 from ...core.entries import Entry
 from ...core.errors import FusionError
-from ...core.per_tensor import PerTensor
 from ...core.state_dict import StateDict
 from ..base import BaseAlgorithm, at_least, check_fields
+from ..settings import numbers_for
 from .elect import check_choices, election
 from .sparsify import kept_share
 from .switch import switching
@@ -52,10 +52,11 @@ def consensus(
 # %% ../../../nbs/63_task_vector/tall_mask.ipynb #789a8690
 def _limits(setting, pool):
     "λ_t in the order of the pool."
-    read = PerTensor(setting, [''], pool.model_names, 'tall_mask_lambda')
-    found = [read('', name) for name in pool.model_names]
-    if bad := [x for x in found if isinstance(x, (str, bool)) or x is None or not x >= 0]:
-        raise FusionError(f'expected `tall_mask_lambda` of at least 0 for each task, got {bad[0]!r}')
+    names = pool.model_names
+    given = numbers_for(setting, {}, names, 'tall_mask_lambda')
+    found = given if callable(given) or isinstance(given, list) else [given] * len(names)
+    if callable(found) or not min(found) >= 0:
+        raise FusionError(f'expected `tall_mask_lambda` of at least 0 for each task, got {setting!r:.60}')
     return found
 
 # %% ../../../nbs/63_task_vector/tall_mask.ipynb #e9b2b84e
@@ -64,7 +65,7 @@ class TallMaskTaskArithmetic(BaseAlgorithm):
     "The sum of the task vectors, masked for each task (Wang et al., 2024)."
     uses, config_names = ('pretrained', 'experts', 'task_identity'), ('tall_mask/task_arithmetic',)
     paper, year, tune = 'arxiv:2405.07813', 2024, {'tall_mask_lambda': '0.2:0.6:0.1'}
-    tall_mask_lambda: object = .6 # λ_t: a number, or a mapping from each task to its own
+    tall_mask_lambda: object = .6 # λ_t: a number, or a list with one for each task in the order of the pool, or a mapping from tasks to theirs
     device: str = 'cpu'           # where the arithmetic happens
     def build(self, pool) -> nn.Module:
         limits = _limits(self.tall_mask_lambda, pool)
@@ -80,7 +81,7 @@ class ConsensusTaskArithmetic(BaseAlgorithm):
     uses, config_names = ('pretrained', 'experts'), ('tall_mask/consensus_task_arithmetic',)
     paper, year, tune = 'arxiv:2405.07813', 2024, {'scaling_factor': '0.1:1.5:0.1'}
     scaling_factor: float = .3 # α, length of the step
-    tall_mask_lambda: object = .6 # λ_t: a number, or a mapping from each task to its own
+    tall_mask_lambda: object = .6 # λ_t: a number, or a list with one for each task in the order of the pool, or a mapping from tasks to theirs
     agreeing: int = 2          # k, how many tasks must want a weight
     device: str = 'cpu'        # where the arithmetic happens
     def __post_init__(self):

@@ -71,4 +71,3 @@ class TiesMergingForCausalLM(TiesMerging):
     merge_backbone: bool = False # embeddings, head and final norm stay the base's
     def part_of(self, pool): return backbone_pool(pool, self.merge_backbone)
     def direction(self, pool) -> StateDict: return super().direction(self.part_of(pool))
-    def merge(self, pool) -> StateDict: return super().merge(self.part_of(pool))
