@@ -7,6 +7,7 @@ __all__ = ['MOVED', 'current_id', 'mirrored', 'named_sources']
 
 # %% ../../nbs/00_core/06b_hub.ipynb #4a06af5b
 from collections.abc import Iterator, Mapping
+from .places import model_id
 
 # %% ../../nbs/00_core/06b_hub.ipynb #8bcb24c4
 MOVED = {  # one word of older files -> what the hub calls it today
@@ -62,10 +63,12 @@ _NAMES = (
 # their direct children are models or data sets
 _TABLES = ('models', 'train_datasets', 'val_datasets', 'test_datasets')
 
+def _present(name): return current_id(model_id(name))
+
 def _here(value, mirror):
     "The folder of a name; a mapping or list as `mirrored` gives it."
     if not isinstance(value, str): return mirrored(value, mirror)
-    return mirror.get(value) or {current_id(k): v for k, v in mirror.items()}.get(current_id(value), value)
+    return mirror.get(value) or {_present(k): v for k, v in mirror.items()}.get(_present(value), value)
 
 # %% ../../nbs/00_core/06b_hub.ipynb #5993375a
 def _table(cfg, mirror):
