@@ -7,6 +7,7 @@ __all__ = ['BOARD_USAGE', 'book_methods', 'methods_requested', 'BoardPlan', 'pla
            'make_board', 'neighbours_again', 'board_flags', 'board_arguments', 'board_command']
 
 # %% ../../nbs/80_bench/98b_board.ipynb #1adde7f6
+import math
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,14 +16,17 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from .arguments import catalogue, composition, search_folders
-from .board_rows import (answers_of, board_row, digest_text, joined, metric_of, one_line,
-    references_of, tested_again, with_leads)
+from .board_rows import (answers_of, board_row, check_same_examples, digest_text,
+    joined, lines_kept, metric_of, one_line, references_of, tested_again, with_leads)
 from .configured import complete, build_part
 from .flags import Flags, read_flags
 from .leakage import check_apart
+from .places import check_output
 from .sweep_command import validation_name
 from .tables import print_table
 from .tuned import Benchmark
+
+# %% ../../nbs/80_bench/98b_board.ipynb #7cabaf47
 from ..core.atomic import atomic
 from ..core.config import composed, known_keys, locate, plain
 from ..core.errors import FusionError, nearest
@@ -68,8 +72,21 @@ class BoardPlan:
     seeds: list = field(default_factory=lambda: [0, 1, 2]) # of methods that draw random numbers
     bounds: dict = field(default_factory=dict)             # see `bounded`
     seconds: float | None = None                           # CPU time of a method
+    settings: dict = field(default_factory=dict)           # key -> value of the run, as typed
+
+# %% ../../nbs/80_bench/98b_board.ipynb #c908ddd3
+def _facts(plan):
+    "What the lines of a digest have in common."
+    tasks = len(plan.run['taskpool'].get('test_datasets') or ())
+    found = dict(pool=plan.pool, tasks=tasks, seeds=plan.seeds, taskpool=plan.tested)
+    found |= dict(validation=plan.validation, bounds=plan.bounds)
+    return found | (dict(settings=plan.settings) if plan.settings else {})
+
+def _known(plan): return [*book_methods(), *plan.methods]
 
 # %% ../../nbs/80_bench/98b_board.ipynb #7c7a72f9
+_PLACES = 'device', 'threads', 'hub_mirror', 'log_dir', 'max_memory' # which decide nothing
+
 def plan_board(
     words:Sequence[str],      # perhaps a model pool, methods, and key=value
     options:Sequence[str]=(), # of Hydra, such as --config-dir
@@ -88,7 +105,8 @@ def plan_board(
     def run(tasks):
         words = [f'modelpool={pool}', 'method=dummy', f'taskpool={tasks}', *rest, *options]
         return complete(plain(composition(words)))
-    return BoardPlan(pool, run(own), run(validation), own, validation, methods, **how)
+    settings = {k: v for k, v in given.items() if k not in ('taskpool', *_PLACES)}
+    return BoardPlan(pool, run(own), run(validation), own, validation, methods, settings=settings, **how)
 
 # %% ../../nbs/80_bench/98b_board.ipynb #f56924dc
 def benchmark_of(
@@ -155,10 +173,10 @@ def make_board(
     folder:Path,             # of the cells
 ) -> dict:                   # a digest
     "The digest of a board."
-    facts = dict(pool=plan.pool, tasks=len(plan.run['taskpool'].get('test_datasets') or ()), seeds=plan.seeds)
-    facts |= dict(taskpool=plan.tested, validation=plan.validation, bounds=plan.bounds)
+    facts = _facts(plan)
     if metric := metric_of(rows, folder) or (old or {}).get('metric'): facts['metric'] = metric
-    every = [dict(r) for r in joined(facts, rows, old, [*book_methods(), *plan.methods])]
+    every = [dict(r) for r in joined(facts, rows, old, _known(plan))]
+    check_same_examples(every, folder)
     order = ranked(facts | dict(methods=every))
     for r, lead in zip(order[:-1], with_leads(order, folder), strict=True): r['lead'] = lead
     if order: order[-1].pop('lead', None)
@@ -238,6 +256,8 @@ def board_arguments(
     args = read_flags(board_flags(), given)
     args.bound = _bounds(args.bound)
     if args.seeds < 1 or args.jobs < 1: raise FusionError('expected at least one seed and one process')
+    if not 0 < args.seconds < math.inf:
+        raise FusionError(f'expected --seconds as a number over 0, got {args.seconds:g}')
     return words, args
 
 # %% ../../nbs/80_bench/98b_board.ipynb #519a0e2a
@@ -249,9 +269,19 @@ def _place(args, plan):
         raise FusionError(f'expected a clone of the book to put a board into, got no folder `{clone.parent}`')
     return clone/f'{plan.pool}.json', None
 
+def _earlier(file):
+    "The digest that is there."
+    return read_json(file) if file.exists() else None
+
+def _check_place(plan, file, picture):
+    "Refuse, before anything is measured, a place where the board could not be written."
+    for path in filter(None, (file, picture)): check_output(path, 'the board')
+    lines_kept(_facts(plan), plan.methods, _earlier(file), _known(plan))
+
+# %% ../../nbs/80_bench/98b_board.ipynb #43a543e5
 def _write(plan, rows, file, picture, folder):
     "Write and print the board of what was measured."
-    old = read_json(file) if file.exists() else None
+    old = _earlier(file)
     board = make_board(plan, rows, old, folder)
     if again := neighbours_again(plan, board, folder=folder) if old else []:
         board = make_board(plan, [*rows, *again], old, folder)
@@ -262,6 +292,7 @@ def _write(plan, rows, file, picture, folder):
     save_figure(board_figure(board), picture)
     print(f'picture  {picture}')
 
+# %% ../../nbs/80_bench/98b_board.ipynb #a4319be6
 def _show(board):
     "Print a board."
     title = f'{board["pool"]}, {shown_metric(board).heading}; chosen on {board["validation"]}'
@@ -278,6 +309,7 @@ def board_command(
     options = ['--config-dir', args.config_dir] if args.config_dir else []
     plan = plan_board(words, options, seeds=list(range(args.seeds)), bounds=args.bound, seconds=args.seconds)
     file, picture = _place(args, plan)
+    _check_place(plan, file, picture)
     folder, rows = cache_folder()/'board', []
     try:
         for row in measure_board(plan, jobs=args.jobs, folder=folder): rows.append(row)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bounded', 'limited', 'one_line', 'board_row', 'tested_again', 'metric_of', 'answers_of', 'gained', 'leads',
-           'with_leads', 'references_of', 'digest_text', 'joined']
+           'with_leads', 'references_of', 'digest_text', 'lines_kept', 'check_same_examples', 'joined']
 
 # %% ../../nbs/80_bench/98a_board_rows.ipynb #d66ca0f8
 import json, logging, signal
@@ -207,6 +207,38 @@ def digest_text(
     return '\n'.join(['{', *lines, ' "methods": [', body, ' ]', '}', ''])
 
 # %% ../../nbs/80_bench/98a_board_rows.ipynb #d0e852a9
+def lines_kept(
+    facts:Mapping,        # of the new board: everything but `methods` and `references`
+    names:Sequence[str],  # of the methods that are measured anew
+    old:Mapping|None,     # a digest, or None
+    known:Sequence[str],  # names of methods that exist
+) -> list[dict]:          # raises `FusionError` where they were made another way
+    "The lines of an older digest that stand beside new ones."
+    old = old or {}
+    rest = [r for r in old.get('methods', ()) if r['name'] not in names and r['name'] in known]
+    same = [k for k in facts if k in old] + ['settings'] # boards of other settings have no lines in common
+    differ = [k for k in same if old.get(k) != facts.get(k)]
+    if not rest or not differ: return rest
+    had, got = ((x.get(differ[0]) or 'none') for x in (old, facts))
+    raise FusionError(
+        f'expected a board with the same `{differ[0]}` ({had}), got {got}; measure all methods, or write to '
+        'another folder'
+    )
+
+def check_same_examples(
+    rows:Sequence[Mapping], # of one board
+    folder:Path,            # of the cells
+) -> None:                  # raises `FusionError`
+    "Refuse lines of other models or other data, as far as their answers are in the cache."
+    known = [(r['name'], read_tested(folder, r['cell'][0])) for r in rows if r.get('cell')]
+    marks = [(name, test.report['hashes']) for name, test in known if test]
+    for name, own in marks:
+        if odd := [k for k in ('data', 'models') if own[k] != marks[0][1][k]]:
+            raise FusionError(
+                f'expected a board of the same {odd[0]}, got `{name}` with other {odd[0]} than '
+                f'`{marks[0][0]}`; measure all methods, or write to another folder'
+            )
+
 def joined(
     facts:Mapping,        # of the new board: everything but `methods` and `references`
     rows:Sequence[Mapping], # new lines
@@ -214,11 +246,4 @@ def joined(
     known:Sequence[str],  # names of methods that exist
 ) -> list[dict]:          # the new lines and the old ones of other methods
     "The lines of a board of which some methods were measured anew."
-    names = {r['name'] for r in rows}
-    rest = [r for r in (old or {}).get('methods', ()) if r['name'] not in names and r['name'] in known]
-    if rest and (differ := [k for k in facts if k in old and old[k] != facts[k]]):
-        raise FusionError(
-            f'expected a board with the same `{differ[0]}` ({old.get(differ[0])}), got {facts[differ[0]]}; '
-            'measure all methods, or write to another folder'
-        )
-    return [*rows, *rest]
+    return [*rows, *lines_kept(facts, {r['name'] for r in rows}, old, known)]

@@ -1,5 +1,5 @@
 """The board: killed in the middle, resumed, the same bytes; a method that fails is a line; a method of one notebook is everywhere."""
-import json, os, shutil, subprocess, sys, time
+import json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -80,6 +80,35 @@ def test_boards_that_are_refused_before_any_work(here, words, monkeypatch, more,
     monkeypatch.setattr('fusionbook.bench.board.measure_board', lambda *args, **kwargs: pytest.fail('work was begun'))
     done = here(*words, *more)
     assert done.status == 2 and told in done.line and not Path('_runs').exists()
+
+
+@pytest.mark.parametrize('more, old, told', [
+    (['--seeds', '5'], {}, 'expected a board with the same `seeds` ([0, 1, 2]), got [0, 1, 2, 3, 4]'),
+    (['fast_dev_run=true'], {}, "expected a board with the same `settings` (none), got {'fast_dev_run': 'true'}"),
+    ([], dict(settings={'fast_dev_run': 'true'}), 'expected a board with the same `settings`'),
+    (['-o', 'taken'], {}, 'that can be written, got `taken/board.json`')])
+def test_a_board_that_could_not_be_written_is_refused_before_any_work(here, words, monkeypatch, more, old, told):
+    "A folder that takes no file, and lines of an earlier board that were made another way."
+    file = Path(f'_runs/board_{POOL}/board.json')
+    file.parent.mkdir(parents=True)
+    Path('taken').write_text('a file')
+    file.write_text(json.dumps(dict(pool=POOL, tasks=len(EXPERTS), seeds=[0, 1, 2], methods=[dict(name='dummy', score=.5)]) | old))
+    monkeypatch.setattr('fusionbook.bench.board.measure_board', lambda *args, **kwargs: pytest.fail('work was begun'))
+    done = here(*words, *more)
+    assert done.status == 2 and told in done.line and [f.name for f in file.parent.iterdir()] == ['board.json']
+
+
+def test_lines_of_other_data_are_refused(here, words, monkeypatch, tmp_path):
+    "One method, then another after the images have changed below the same names: their answers do not stand side by side."
+    from conftest import write_images
+    monkeypatch.setenv('FUSIONBOOK_CACHE', str(tmp_path/'cache'))
+    def call(method, images): return here(*words[:2], method, words[-4].replace(images_of(words), str(images)), *words[-3:])
+    def images_of(words): return re.search(r'svhn: ([^,}]*svhn_images)', words[-4])[1]
+    assert call('simple_average', images_of(words)).status == 0
+    first = (file := Path(f'_runs/board_{POOL}/board.json')).read_bytes()
+    done = call('dummy', write_images(tmp_path/'other', seed=9))
+    assert done.status == 2 and 'expected a board of the same data, got `simple_average` with other data than `dummy`' in done.err
+    assert file.read_bytes() == first
 
 
 def test_a_choice_on_test_data_is_refused(here, words):
