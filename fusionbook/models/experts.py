@@ -229,6 +229,8 @@ def _frozen(*shape, like):
     zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
     return nn.Parameter(zeros, requires_grad=False)
 
+def _asked(module, args): "A hook, since PyTorch's own transformer layers ask no module without one: they only read its weight."
+
 # %% ../../nbs/20_models/07c_experts.ipynb #56b4e85a
 class RoutedLinear(nn.Module):
     "A linear layer with experts; what derives from it mixes."
@@ -237,6 +239,7 @@ class RoutedLinear(nn.Module):
         gate:Gate,      # of E experts; known, not owned: several layers may ask one
     ):
         super().__init__()
+        self.register_forward_pre_hook(_asked)
         self.base, self.bias_deltas = base, None
         self._gate = (gate,) # a module in a tuple is no part of this one
         if base.bias is not None:

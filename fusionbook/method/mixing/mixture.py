@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.engine import entries_of, map_tensors
 from ...core.errors import FusionError
 from ...core.matrices import is_head
-from ...core.state_dict import StateDict, meta
+from ...core.state_dict import StateDict, meta, shared
 from ..subspace.spectrum import leading
 from ...models.routed import RoutedNetwork
 
@@ -35,10 +35,12 @@ def linear_layers(
     network:nn.Module,         # the base
     info:Mapping[str, Tensor], # the tensors that are merged, or their shapes
 ) -> list[str]:
-    "The linear layers that can have experts."
+    "The linear layers that can have experts; one whose weight is an embedding's, too, has none."
+    others = (m for m in network.modules() if type(m) is not nn.Linear)
+    held = {id(p) for m in others for p in m.parameters(recurse=False)}
     def fits(name, m):
         key = f'{name}.weight'
-        return type(m) is nn.Linear and key in info and not is_head(key)
+        return type(m) is nn.Linear and key in info and not is_head(key) and id(m.weight) not in held
     return [n for n, m in network.named_modules() if fits(n, m)]
 
 def mlp_blocks(
@@ -78,7 +80,8 @@ def shared_network(
     merged = map_tensors(
         lambda e: e.base + scale * e.tau.sum(0), base, pool.experts(), elementwise=True, device=device
     )
-    return pool.load({k: merged[k] for k in merged if k.rpartition('.')[0] not in layers})
+    ties = shared(merged) # a layer may have a second name
+    return pool.load({k: merged[k] for k in merged if ties.get(k, k).rpartition('.')[0] not in layers})
 
 # %% ../../../nbs/68_mixing/01_mixture.ipynb #9362690c
 def _unchanged(e): return e.tau
