@@ -34,20 +34,21 @@ class _Seen(nn.Module):
         return self.inner(*args, **kwargs)
 
 def _replaced(network, name, module):
-    "Put a module into a network."
-    where, _, last = name.rpartition('.')
-    setattr(network.get_submodule(where), last, module)
+    "Put a module into a network, at every name of the one that stands there."
+    old = network.get_submodule(name)
+    places = [(m, k) for m in network.modules() for k, child in m._modules.items() if child is old]
+    for parent, key in places: setattr(parent, key, module)
 
 # %% ../../nbs/20_models/08_routed.ipynb #f4219d19
 def _unwrapped(network):
     "Take all routed layers out of a network; parent, name and module of each, to put them back from the last to the first."
     taken = []
-    for name, child in list(network.named_children()):
+    for name, child in list(network._modules.items()): # a child may have two names
         while isinstance(child, (_Seen, RoutedLinear)):
             taken.append((network, name, child))
             child = child.inner if isinstance(child, _Seen) else child.base
             setattr(network, name, child)
-        taken += _unwrapped(child)
+        if child is not None: taken += _unwrapped(child)
     return taken
 
 def _at(network, name, kind=nn.Module):
