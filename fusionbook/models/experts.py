@@ -229,7 +229,7 @@ def _frozen(*shape, like):
     zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
     return nn.Parameter(zeros, requires_grad=False)
 
-def _asked(module, args): "A hook: PyTorch's transformer layers ask a module with one, and only read weights of others."
+def _asked(module, args): "A hook: without one PyTorch's transformer layers only read a module's weight."
 
 # %% ../../nbs/20_models/07c_experts.ipynb #56b4e85a
 class RoutedLinear(nn.Module):
