@@ -106,13 +106,14 @@ class _Sums:
         return ((self.second.diagonal() if self.with_gram else self.second) / self.count).sqrt()
 
 # %% ../../nbs/60_method/02_statistics.ipynb #af3d73b3
+def _weight_of(module): return id(module._parameters.get('weight', module)) # one weight may serve two modules
+
 @contextmanager
-def _listening(modules, sums):
-    "Add what the modules read to their sums, inside the block."
-    def hook(name):
-        def before(module, args): sums[name].add(rows_read(module, args[0].detach()))
-        return before
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in modules.items()]
+def _listening(network, sums):
+    "Add what every module with one of these weights reads to its sums, inside the block."
+    def before(module, args): sums[_weight_of(module)].add(rows_read(module, args[0].detach()))
+    readers = [m for m in matrix_modules(network).values() if _weight_of(m) in sums]
+    handles = [m.register_forward_pre_hook(before) for m in readers]
     try: yield
     finally:
         for handle in handles: handle.remove()
@@ -132,10 +133,10 @@ def collect(
 ) -> dict[str, Tensor]:     # `gram/layer.weight` -> statistic, on the processor; `rows/layer.weight` -> how many rows; `input_axis/…`
     "Sums over what every matrix of a network reads."
     for kind in kinds: check_known([kind], KINDS, 'the kinds of statistics')
-    modules = matrix_modules(network, include)
-    sums = {name: _Sums(kinds, dtype) for name in modules}
+    modules, own = matrix_modules(network, include), {}
+    sums = {n: own.setdefault(_weight_of(m), _Sums(kinds, dtype)) for n, m in modules.items()}
     run = forward or (lambda net, x: net(x))
-    with torch.no_grad(), _listening(modules, sums):
+    with torch.no_grad(), _listening(network, own):
         for batch in track(batches, label): run(network, batch)
     observed = {name: s for name, s in sums.items() if s.count}
     if not observed: raise FusionError('expected batches that reach at least one matrix, got none')

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from copy import deepcopy
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, jvp, vmap
+from torch.func import grad_and_value, jvp, vmap
 import torch.nn.functional as F
 from ..core.errors import FusionError
+from ..core.parameters import called_with
 
 # %% ../../nbs/40_metrics/02b_objective.ipynb #0ba8fe39
 def flatten(
@@ -61,7 +62,7 @@ def _named(self, w):
 # %% ../../nbs/40_metrics/02b_objective.ipynb #907e1777
 def _loss(self, w, rows):
     "Mean cross-entropy of one vector on its rows."
-    logits = functional_call(self.model, _named(self, w), (self.x[rows],))
+    logits = called_with(self.model, _named(self, w), (self.x[rows],))
     return F.cross_entropy(logits.float(), self.y[rows])
 
 # %% ../../nbs/40_metrics/02b_objective.ipynb #64e79085

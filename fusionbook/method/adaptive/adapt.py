@@ -26,6 +26,18 @@ def entropy(
     return -(log_p.exp() * log_p).sum(1).mean()
 
 # %% ../../../nbs/66_adaptive/00_adapt.ipynb #14adf2a1
+def _shown(parameters):
+    "What is learned, in a few words."
+    def shown(t):
+        if t.numel() <= 8: return str([round(x, 4) for x in t.flatten().tolist()])
+        return f'{tuple(t.shape)} in [{t.min():.4g}, {t.max():.4g}]'
+    return ', '.join(f'`{k}` {shown(t.detach())}' for k, t in parameters.items())
+
+def _advice(lr):
+    return (f'try a smaller lr (now {lr:g}), values closer to 0 at the start, clamping, or look for NaN in the '
+            'inputs')
+
+# %% ../../../nbs/66_adaptive/00_adapt.ipynb #e3f4adb2
 def finite_objective(
     value:float,                # of the objective
     step:int,                   # from 1
@@ -35,15 +47,18 @@ def finite_objective(
 ) -> float:                     # the same
     "Stop at an objective that is no number, with the step, the coefficients and what to try."
     if math.isfinite(value): return value
-    def shown(t):
-        if t.numel() <= 8: return str([round(x, 4) for x in t.flatten().tolist()])
-        return f'{tuple(t.shape)} in [{t.min():.4g}, {t.max():.4g}]'
-    now = ', '.join(f'`{k}` {shown(t.detach())}' for k, t in parameters.items())
     raise FusionError(
-        f'expected a finite objective, got {value} at step {step} of {steps} with {now}; '
-        f'try a smaller lr (now {lr:g}), values closer to 0 at the start, clamping, or look for NaN in the '
-        f'inputs'
+        f'expected a finite objective, got {value} at step {step} of {steps} with {_shown(parameters)}; '
+        f'{_advice(lr)}'
     )
+
+def _finite_values(parameters, step, steps, lr):
+    "Stop where a step has led to numbers that are none: no objective follows the last one."
+    odd = {k: t for k, t in parameters.items() if not t.isfinite().all()}
+    if odd:
+        raise FusionError(
+            f'expected finite numbers after step {step} of {steps}, got {_shown(odd)}; {_advice(lr)}'
+        )
 
 # %% ../../../nbs/66_adaptive/00_adapt.ipynb #b05a0930
 def plateaued(
@@ -215,6 +230,7 @@ def adapt(
         opt.zero_grad()
         project()
         curve.append(value)
+        _finite_values(parameters, step + 1, steps, lr)
         if len(curve) % every == 0 or len(curve) == steps: keep()
     return curve
 

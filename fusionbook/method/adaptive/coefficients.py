@@ -115,6 +115,7 @@ class Mixture:
     ):
         self.parameters = _merged(network, base)
         self.network = network.to(device).eval()
+        for p in self.parameters.values(): p.data = p.data.contiguous() # kernels may lie otherwise
         self.base = base
         self.experts = experts
         self.device = device

@@ -106,7 +106,8 @@ def train(self:FineTuning,
             part.backward()
             parts.append(part.item())
         return sum(parts)
-    with on_threads(self.threads):
+    with on_threads(self.threads), torch.random.fork_rng():
+        torch.manual_seed(self.seed) # of dropout
         return adapt(
             _free(self, net.train()),
             rounds,

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from ...core.errors import FusionError
+from ...core.parameters import called_with
 from ..base import BaseAlgorithm, check_fields, check_finite, expert_weights
 from ..outputs import check_rule, combine, map_outputs
 
@@ -101,7 +102,7 @@ def batched_outputs(
     "One call for all members of a block."
     called, form = _Called(model, call), []
     def one(tensors):
-        leaves, out = [], functional_call(called, {f'model.{k}': t for k, t in tensors.items()}, ())
+        leaves, out = [], called_with(called, {f'model.{k}': t for k, t in tensors.items()}, ())
         def keep(x):
             leaves.append(x[0])
             return torch.empty(0)

@@ -78,7 +78,7 @@ def collapsed_weights(
     "The mean weights of the routers of every linear layer."
     def changed(key): return key in base and any(not torch.equal(e[key], base[key]) for e in experts)
     linear = {n: m for n, m in matrix_modules(network).items() if not isinstance(m, nn.Conv2d)}
-    keys = {n: f'{n}.weight' for n in linear if changed(f'{n}.weight')}
+    keys = {n: f'{n}.weight' for n in linear if changed(f'{n}.weight') or changed(f'{n}.bias')}
     layers = {n: _Layer(linear[n], k, base, experts, gate_k) for n, k in keys.items()}
     with torch.no_grad(), _mixing(network, layers):
         for head, x in track(batches, 'routing'): head(network, x)

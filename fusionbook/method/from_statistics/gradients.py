@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
+from ...core.parameters import called_with
 
 # %% ../../../nbs/65_statistics/03_gradients.ipynb #38fdda37
 class Headed(nn.Module):
@@ -26,7 +27,7 @@ PER_CHUNK = 1 << 25 # numbers of all gradients that are held at one time: 128 MB
 def _gradients(headed, parameters, x, choice):
     "Gradients of `choice` · log-probabilities, one for each example: name -> (n, *shape)."
     def value(parameters, one, weights):
-        return (functional_call(headed, parameters, (one[None],))[0] * weights).sum()
+        return (called_with(headed, parameters, (one[None],))[0] * weights).sum()
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='There is a performance drop')
         try: return vmap(grad(value), (None, 0, 0))(parameters, x, choice)
@@ -38,7 +39,7 @@ def _one_by_one(headed, parameters, x, choice):
     "The same gradients, one example after the other."
     own, rows = {k: p.clone().requires_grad_() for k, p in parameters.items()}, []
     for one, weights in zip(x, choice, strict=True):
-        value = (functional_call(headed, own, (one[None],))[0] * weights).sum()
+        value = (called_with(headed, own, (one[None],))[0] * weights).sum()
         rows.append(torch.autograd.grad(value, list(own.values()), allow_unused=True))
     columns = zip(own.items(), zip(*rows, strict=True), strict=True)
     def whole(p, g): return torch.zeros_like(p) if g is None else g.detach()

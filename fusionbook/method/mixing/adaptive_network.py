@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from ...core.errors import FusionError, check_known
+from ...core.parameters import called_with
 from ...core.state_dict import StateDict, meta, shared
 from .feature_gate import features_of
 from .mixture import fill_places
@@ -111,8 +111,10 @@ def weights(self:DataAdaptiveNetwork,
 ) -> dict[str, Tensor]: # of the network's float tensors, (c, *shape)
     "θ₀ + Σ w τ."
     own, found = self.network.state_dict(), {}
+    learned = dict(self.network.named_parameters(remove_duplicate=False))
     for i, k in enumerate(self.vectors.names):
         share = w[..., i] if w.ndim == 3 else w
+        if k not in learned: share = share.detach() # running statistics have no gradient
         dtype = own[k].dtype
         change = torch.tensordot(share.to(dtype), self.vectors[k].to(dtype), 1)
         found[k] = own[k] + change
@@ -146,7 +148,7 @@ def combined_logits(self:DataAdaptiveNetwork,
         many = self.weights(w[i:i + size])
         for j, rows in enumerate(groups[i:i + size]):
             own = {f'network.{k}': v[j] for k, v in many.items()}
-            outputs.append(functional_call(called, own, (rows,)))
+            outputs.append(called_with(called, own, (rows,)))
     return _joined(outputs)
 
 # %% ../../../nbs/68_mixing/06d_adaptive_network.ipynb #3358fb42

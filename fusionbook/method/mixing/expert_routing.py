@@ -37,6 +37,7 @@ class ExpertRouting(BaseAlgorithm):
     batch_size: int = 32     # while features are collected
     penalty: float = 0.01    # λ, of the gate's weights
     seed: int = 0            # which samples
+    device: str = 'cpu'      # where features are made
     def __post_init__(self):
         check_fields(self)
         at_least(self, samples=1, batch_size=1, penalty=1e-9)

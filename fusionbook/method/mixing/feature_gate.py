@@ -83,26 +83,31 @@ def task_features(
     samples:int,       # of each task, at most
     batch_size:int,
     seed:int,          # of the order
-) -> list[Tensor]:     # (n_t, d) for each expert, in the order of the pool
+    device:str='cpu',  # where the network is
+) -> list[Tensor]:     # (n_t, d) for each expert, in the order of the pool, on the processor
     "What a network makes of some inputs of every task."
     found = []
     for task in pool.model_names:
         count = min(samples, len(pool.inputs(task, data)))
         size = min(batch_size, count)
         batches = islice(pool.batches(task, data, batch_size=size, seed=seed), -(-count // size))
-        found.append(torch.cat([features_of(network, x) for x in batches])[:count].float())
+        rows = torch.cat([features_of(network, x.to(device)) for x in batches])[:count]
+        found.append(rows.float().cpu())
     return found
 
 # %% ../../../nbs/68_mixing/06_feature_gate.ipynb #cf7ae608
 DATA = 'train', 'validation', 'unlabeled_test'
-GATE_FIELDS = 'data', 'samples', 'batch_size', 'penalty', 'seed' # of a method with such a gate
+GATE_FIELDS = 'data', 'samples', 'batch_size', 'penalty', 'seed', 'device' # of a method with such a gate
 
 def pool_gate(
     network:nn.Module, # whose features are looked at
     pool,              # with inputs of each expert's task
     *, data:str, samples:int, batch_size:int, seed:int, # as in `task_features`
     penalty:float,     # λ
+    device:str='cpu',  # where features are made; the network is on the processor before and afterwards
 ) -> tuple[Tensor, Tensor]: # W (T, d) and b (T,)
     "The router of a pool's tasks."
-    how = dict(data=data, samples=samples, batch_size=batch_size, seed=seed)
-    return fitted_gate(task_features(network, pool, **how), penalty=penalty)
+    how = dict(data=data, samples=samples, batch_size=batch_size, seed=seed, device=device)
+    try: found = task_features(network.to(device), pool, **how)
+    finally: network.to('cpu')
+    return fitted_gate(found, penalty=penalty)

@@ -101,7 +101,7 @@ class ErrorAccumulationAnalysisForCLIP(BaseAlgorithm):
             head = modelpool.logits(task)
             def features(model): return outputs_of_layers(model, names, lambda m: head(m, x))
             mixed, own, start = map(features, (net, expert.eval(), base))
-            for n in names:
+            for n in own: # a layer that the task does not use has no features
                 error = (mixed[n] - own[n]).norm()
                 moved = (own[n] - start[n]).norm()
                 rows.append(dict(task=task, layer=n, error=(error / moved).item() if moved else 0.))

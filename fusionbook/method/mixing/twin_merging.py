@@ -38,7 +38,7 @@ class TwinMerging(BaseAlgorithm):
     batch_size: int = 32        # while features are collected
     penalty: float = 0.01       # of the router's weights
     seed: int = 0               # which samples
-    device: str = 'cpu'         # where the arithmetic of the merged model happens
+    device: str = 'cpu'         # where the merged model is made, and its features
     def __post_init__(self):
         check_fields(self)
         at_least(self, samples=1, batch_size=1, penalty=1e-9)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.func import functional_call
 from ...core.engine import carried, entries_of
 from ...core.entries import Entry
 from ...core.errors import FusionError, check_known
+from ...core.parameters import called_with
 from ...core.state_dict import StateDict, meta
 
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #04301e2c
@@ -77,7 +77,7 @@ class TaskNetwork(nn.Module):
         check_known([task], self.tasks, 'the tasks of this network')
         if task != self._active: self._weights = {}
         self._active = task
-    def forward(self, *args, **kwargs): return functional_call(self.network, self.current(), args, kwargs)
+    def forward(self, *args, **kwargs): return called_with(self.network, self.current(), args, kwargs)
 
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #3193692f
 @patch
@@ -87,7 +87,7 @@ def combined_logits(self:TaskNetwork,
 ) -> Tensor:       # logits (n, C)
     "What a head that looks into a network makes of the task that was set."
     weights = {f'model.{k}': t for k, t in self.current().items()}
-    return functional_call(_Headed(self.network, head), weights, (inputs,))
+    return called_with(_Headed(self.network, head), weights, (inputs,))
 
 # %% ../../../nbs/63_task_vector/02_switch.ipynb #caca4b6b
 @patch
