@@ -58,12 +58,10 @@ def cached_predictions(
     return {k: v.numpy() for k, v in found.items()}
 
 # %% ../../nbs/80_bench/03_run.ipynb #82f257d1
-def _streams(method): return type(method).run is BaseAlgorithm.run and method.build is None
-
 def _checked(method, pool, max_memory=None):
     "Refuse what the method refuses, models that differ, and a limit where whole networks are taken."
     method.check(pool)
-    if _streams(method): method.part_of(pool).reference()
+    if method.streams: method.part_of(pool).reference()
     elif max_memory is not None:
         raise FusionError(
             'expected `max_memory` beside a method that merges tensor by tensor, got '
@@ -117,7 +115,7 @@ def merged_model(
     notes = _notes(dict(lineage), shard_size)
     method.on_run_start()
     try:
-        if not _streams(method):
+        if not method.streams:
             _checked(method, pool, max_memory)
             model = method.run(pool)
             if dtype: model = cast_models(model, dtype)

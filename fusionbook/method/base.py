@@ -68,6 +68,8 @@ class BaseAlgorithm(_Facts, BaseYAMLSerializable):
     direction = None
     # build(pool) -> a network of another architecture, saved with its recipe; see `check_build`
     build = None
+    drops_at_random = False # whether entries are dropped by numbers that belong to seed, tensor, place and expert
+    drawn_before = 0       # how many steps of a pipeline draw before it; see `own_seed`
     known_direction = None # v where it has been computed before; a sweep over `scaling_factor` lends it
     def merge(self, pool:BaseModelPool) -> StateDict:
         "The merged state dict, lazy."
@@ -91,6 +93,16 @@ def part_of(self:BaseAlgorithm, pool:BaseModelPool) -> BaseModelPool:
     "The pool that is merged; a method that merges a part of every model gives that part, also from inside another."
     inner = getattr(self, 'inner', None)
     return pool if inner is None else inner.part_of(pool)
+
+@patch(as_prop=True)
+def streams(self:BaseAlgorithm) -> bool:
+    "Whether a run is the merge of tensors and nothing after it; else whole networks are made."
+    return type(self).run is BaseAlgorithm.run and self.build is None
+
+@patch(as_prop=True)
+def own_seed(self:BaseAlgorithm) -> int:
+    "The seed of a method that draws; after other steps that draw, one that gives numbers of its own."
+    return self.seed + 1_000_003 * self.drawn_before
 
 @patch(as_prop=True)
 def is_step(self:BaseAlgorithm) -> bool:

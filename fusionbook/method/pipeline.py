@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from ..core.engine import entries_of, map_tensors
 from ..core.entries import Entry
 from ..core.errors import FusionError
 from ..core.per_tensor import numeric_setting
 from ..core.state_dict import Lazy, StateDict, meta, shared
-from .base import BaseAlgorithm, check_fields, load_algorithm_from_config
+from .base import as_pool, BaseAlgorithm, check_fields, load_algorithm_from_config
+from ..modelpool.base import module_state
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #bff0c966
 def pool_of_vectors(
@@ -80,7 +81,7 @@ def _steps(given, key, need):
     if given is not None and not isinstance(given, (list, tuple)): given = [given]
     found = [_loaded(one, key) for one in given or ()]
     for m in found:
-        if not hasattr(m, need):
+        if getattr(m, need, None) is None:
             raise FusionError(
                 f'expected `{key}` with steps that can stand there, got {_called(m)}, which has no `{need}`'
             )
@@ -92,6 +93,16 @@ def _plain(given):
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #cfcf56d5
 def _learned(methods): return {_called(m): m.adaptation for m in methods if m.adaptation}
+
+def _inside(method):
+    "A method and what is inside it."
+    inner = getattr(method, 'inner', None)
+    return [method, *(_inside(inner) if isinstance(inner, BaseAlgorithm) else ())]
+
+def _apart(methods):
+    "Give every step that draws numbers of its own: with those of a step before it would drop the same entries."
+    drawing = [m for one in methods for m in _inside(one) if m.drops_at_random]
+    for i, m in enumerate(drawing): m.drawn_before = i
 
 def _describe(pipeline, methods):
     "What a pipeline sees, whether the order of experts matters, and whether it builds a network."
@@ -114,6 +125,13 @@ def _list(given):
 # %% ../../nbs/60_method/09_pipeline.ipynb #5981be00
 def _called(m): return m.config_names[0] if m.config_names else type(m).__name__
 
+# %% ../../nbs/60_method/09_pipeline.ipynb #55e736c1
+def _tensors(method, made):
+    "The tensors of a model that a method made whole."
+    if isinstance(made, nn.Module): return module_state(made)
+    if isinstance(made, Mapping) and all(isinstance(t, Tensor) for t in made.values()): return made
+    raise FusionError(f'expected no `after` for {_called(method)}, which makes more than one model')
+
 # %% ../../nbs/60_method/09_pipeline.ipynb #7c3d1dd7
 @dataclass
 class Pipeline(BaseAlgorithm):
@@ -129,6 +147,9 @@ class Pipeline(BaseAlgorithm):
         self.before, self.method, self.after = _list(self.before), _plain(self.method), _list(self.after)
         check_fields(self)
         _describe(self, [*self.first, self.inner, *self.last])
+        _apart([*self.first, self.inner, *self.last])
+    @property
+    def streams(self) -> bool: return self.build is None and self.inner.streams
     def prepared(self, pool):
         "The pool that the merge gets."
         self.adaptation = dict(steps=[_called(m) for m in [*self.first, self.inner, *self.last]])
@@ -137,7 +158,15 @@ class Pipeline(BaseAlgorithm):
         return pool
     def merge(self, pool) -> StateDict:
         pool = self.prepared(self.part_of(pool))
-        merged = self.inner.merge(pool)
+        return self.finished(pool, self.inner.merge(pool))
+    def finished(self, pool, merged) -> StateDict:
+        "What the steps after the merge make of it."
         for m in self.last: merged = m.finish(pool, merged)
         self.adaptation |= _learned([*self.first, self.inner, *self.last])
         return merged
+    def run(self, modelpool):
+        if self.streams or self.build is not None: return super().run(modelpool)
+        pool = self.prepared(as_pool(modelpool))
+        made = self.inner.run(pool) # more than its merge, such as REPAIR
+        if not self.last: self.adaptation |= _learned([*self.first, self.inner])
+        return pool.load(self.finished(pool, _tensors(self.inner, made))) if self.last else made

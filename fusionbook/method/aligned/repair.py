@@ -21,6 +21,7 @@ class Repair(GitRebasin):
     "REPAIR after Git Re-Basin: channels get the statistics of their parents (Jordan et al., 2023)."
     config_names = ('repair',)
     paper, year = 'arxiv:2211.08403', 2023
+    prepare = None          # it works on a merged network: no step before a merge
     layers: list = ('*',)   # shell patterns of the hidden layers that are corrected; with BatchNorm all of its layers are
     def __post_init__(self):
         super().__post_init__()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 import torch
+from ...core.engine import carried
 from ...core.errors import check_known
 from ...core.per_tensor import layer_of
 from ...core.state_dict import Lazy, StateDict, check_same, generator, meta, shared
@@ -38,7 +39,7 @@ def recombine(
     check_same(like, experts)
     info, tied = meta(like), shared(like)
     def read(name, i):
-        if not info[name].is_floating_point(): return like[name]
+        if not info[name].is_floating_point(): return carried(name, like, experts)
         order = dealt_order(len(experts), name, seed=seed, by=by)
         return experts[order[i]][name].to(info[name].dtype)
     def dealt(i): return Lazy({k: partial(read, k, i) for k in info}, info, tied)

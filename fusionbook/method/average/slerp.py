@@ -31,7 +31,7 @@ def slerp_coefficients(
     size = size.where(size > epsilon, 1)
     cosine = G[0, 1] / (size[0] * size[1])
     share = torch.tensor([1 - t, t], dtype=G.dtype)
-    if cosine.abs() > threshold: return share
+    if cosine.abs() > threshold or 1 - cosine.square() <= 1e-16: return share
     angle = torch.arccos(cosine)
     return torch.sin(share * angle) / torch.sin(angle)
 

@@ -14,6 +14,7 @@ from ...core.matrices import matrix_rule
 from ...core.state_dict import meta
 from ..base import BaseAlgorithm, check_fields
 from .direction_network import DirectionNetwork
+from ..task_vector.switch import check_carried
 
 # %% ../../../nbs/64_subspace/tsv_c.ipynb #348c4db3
 def _task_vectors(base, experts, device):
@@ -36,6 +37,7 @@ class TaskSingularVectorCompression(BaseAlgorithm):
         network, base = pool.load_pretrained_model(), pool.pretrained()
         if not isinstance(network, nn.Module):
             raise FusionError(f'expected a pool of networks, got bare tensors ({type(network).__name__})')
+        check_carried(base, pool.experts())
         pool.seen.add('task_identity') # the network is told at test time which expert is asked
         net = DirectionNetwork(network, pool.model_names, self.matrices)
         for row, tau in enumerate(_task_vectors(base, pool.experts(), self.device)):

@@ -66,6 +66,7 @@ def dare(
 @dataclass(kw_only=True)
 class _Dare(BaseAlgorithm):
     uses, symmetric = ('pretrained', 'experts'), False # each expert has a mask of its own
+    drops_at_random = True
     paper, year = 'arxiv:2311.03099', 2023
     sparsity_ratio: float | list = (
         0.5  # p, probability of an entry to be dropped, in [0, 1); or one for each expert
@@ -85,8 +86,8 @@ class _Dare(BaseAlgorithm):
         p = self.sparsity_ratio
         return 1 - p if isinstance(p, (int, float)) else [1 - x for x in p]
     def dropping(self): # the arguments of `dropped`
-        names = 'seed', 'rescale', 'rescale_by', 'only_on_linear_weights', 'device'
-        return dict(density=self.kept()) | {k: getattr(self, k) for k in names}
+        names = 'rescale', 'rescale_by', 'only_on_linear_weights', 'device'
+        return dict(density=self.kept()) | {k: getattr(self, k) for k in names} | dict(seed=self.own_seed)
     def prepare(self, pool): # the pool with sparse experts, for a pipeline
         vectors = dropped(pool.pretrained(), pool.experts(), **self.dropping())
         return pool_of_vectors(pool, vectors, device=self.device)

@@ -155,6 +155,7 @@ class ExPOWithDareForLLama(ExPOAlgorithmForLlama):
     "ExPO for language models after random dropping (Zheng et al., 2024)."
     config_names = ('linear/llama_expo_with_dare',)
     symmetric = False # which entries are dropped belongs to the expert's place
+    drops_at_random = True
     dare_sparsity_ratio: float = .5 # p, share of entries that is dropped, in [0, 1)
     dare_only_on_linear_weights: bool = True # matrices of the layers alone
     dare_rescale: bool = True       # divide what is left by 1 - p
@@ -168,5 +169,5 @@ class ExPOWithDareForLLama(ExPOAlgorithmForLlama):
         if self.dare_only_on_linear_weights and Matrices()(e.name, e.shape) is None:
             return e.experts.mean(0)
         kept = 1 - self.dare_sparsity_ratio
-        left = e.tau * random_keep(e, density=kept, seed=self.seed)
+        left = e.tau * random_keep(e, density=kept, seed=self.own_seed)
         return e.base + left.mean(0) / (kept if self.dare_rescale else 1)

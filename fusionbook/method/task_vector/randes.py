@@ -17,7 +17,7 @@ from ...core.errors import FusionError
 from ...core.matrices import Matrices
 from ...core.state_dict import meta
 from ..base import at_least, BaseAlgorithm, check_fields
-from .switch import TaskNetwork
+from .switch import check_carried, TaskNetwork
 
 # %% ../../../nbs/63_task_vector/randes.ipynb #0304cd1e
 def column_signs(
@@ -143,6 +143,7 @@ def superposed(
     if not isinstance(network, nn.Module):
         raise FusionError(f'expected a pool of networks, got bare tensors ({type(network).__name__})')
     experts, info = pool.experts(), meta(base)
+    check_carried(base, experts)
     pool.seen.add('task_identity') # the network is told at test time which expert is asked
     targets = superposed_names(info, kinds=kinds, every=every)
     net = SuperposedNetwork(network, pool.model_names, targets, seed, by_layer, lora_rank)
