@@ -40,6 +40,8 @@ class _Facts:
     year = None            # of the publication, as in the first line of its docstring
     # field -> values that a comparison tries on validation, such as 0.1:1.5:0.1 or mean,sum
     tune = {}
+    drops_at_random = False # whether entries are dropped by numbers that belong to seed, tensor, place and expert
+    drawn_before = 0       # how many steps of a pipeline do so before it; see `own_seed`
 
 # %% ../../nbs/60_method/00_base.ipynb #dca1183a
 def paper_url(
@@ -68,8 +70,6 @@ class BaseAlgorithm(_Facts, BaseYAMLSerializable):
     direction = None
     # build(pool) -> a network of another architecture, saved with its recipe; see `check_build`
     build = None
-    drops_at_random = False # whether entries are dropped by numbers that belong to seed, tensor, place and expert
-    drawn_before = 0       # how many steps of a pipeline draw before it; see `own_seed`
     known_direction = None # v where it has been computed before; a sweep over `scaling_factor` lends it
     def merge(self, pool:BaseModelPool) -> StateDict:
         "The merged state dict, lazy."

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.engine import entries_of, map_tensors
 from ..core.entries import Entry
@@ -125,7 +126,7 @@ def _list(given):
 # %% ../../nbs/60_method/09_pipeline.ipynb #5981be00
 def _called(m): return m.config_names[0] if m.config_names else type(m).__name__
 
-# %% ../../nbs/60_method/09_pipeline.ipynb #55e736c1
+# %% ../../nbs/60_method/09_pipeline.ipynb #104663a2
 def _tensors(method, made):
     "The tensors of a model that a method made whole."
     if isinstance(made, nn.Module): return module_state(made)
@@ -148,8 +149,6 @@ class Pipeline(BaseAlgorithm):
         check_fields(self)
         _describe(self, [*self.first, self.inner, *self.last])
         _apart([*self.first, self.inner, *self.last])
-    @property
-    def streams(self) -> bool: return self.build is None and self.inner.streams
     def prepared(self, pool):
         "The pool that the merge gets."
         self.adaptation = dict(steps=[_called(m) for m in [*self.first, self.inner, *self.last]])
@@ -164,9 +163,17 @@ class Pipeline(BaseAlgorithm):
         for m in self.last: merged = m.finish(pool, merged)
         self.adaptation |= _learned([*self.first, self.inner, *self.last])
         return merged
-    def run(self, modelpool):
-        if self.streams or self.build is not None: return super().run(modelpool)
-        pool = self.prepared(as_pool(modelpool))
-        made = self.inner.run(pool) # more than its merge, such as REPAIR
-        if not self.last: self.adaptation |= _learned([*self.first, self.inner])
-        return pool.load(self.finished(pool, _tensors(self.inner, made))) if self.last else made
+
+# %% ../../nbs/60_method/09_pipeline.ipynb #75ac13ae
+@patch(as_prop=True)
+def streams(self:Pipeline) -> bool: return self.build is None and self.inner.streams
+
+@patch
+def run(self:Pipeline, modelpool):
+    "What comes out; a method that is more than its merge, such as REPAIR, runs to its end."
+    if self.streams or self.build is not None: return BaseAlgorithm.run(self, modelpool)
+    pool = self.prepared(as_pool(modelpool))
+    made = self.inner.run(pool)
+    if self.last: return pool.load(self.finished(pool, _tensors(self.inner, made)))
+    self.adaptation |= _learned([*self.first, self.inner])
+    return made

@@ -68,8 +68,7 @@ def ranked_drop(
 # %% ../../../nbs/63_task_vector/della.ipynb #f805f4f4
 @dataclass(kw_only=True)
 class _Della(BaseAlgorithm):
-    uses, symmetric = ('pretrained', 'experts'), False # each expert has a mask of its own
-    drops_at_random = True
+    uses, symmetric, drops_at_random = ('pretrained', 'experts'), False, True # each expert has a mask of its own
     paper, year, tune = 'arxiv:2406.11617', 2024, {'scaling_factor': '0.1:1.5:0.1'}
     density: float | list = .5 # ρ, mean probability of an entry to stay, or one for each expert; mergekit's 1 drops nothing
     epsilon: float | list = .15 # half the width of the window of probabilities, or one for each expert; ρ ± ε lies within (0, 1)
@@ -86,9 +85,8 @@ class _Della(BaseAlgorithm):
     def parts(self, pool): # base, experts, the sparse vectors and the weights
         names = 'density', 'epsilon', 'rescale', 'rescale_by', 'device'
         base, experts, how = pool.pretrained(), pool.experts(), {k: getattr(self, k) for k in names}
-        how['seed'] = self.own_seed
         weights = expert_weights(self.weights, len(pool), normalize=False)
-        return base, experts, ranked_drop(base, experts, **how), weights
+        return base, experts, ranked_drop(base, experts, seed=self.own_seed, **how), weights
 
 # %% ../../../nbs/63_task_vector/della.ipynb #67f40ed5
 @dataclass
