@@ -16,9 +16,8 @@ from ..core.engine import entries_of, map_tensors
 from ..core.entries import Entry
 from ..core.errors import FusionError
 from ..core.per_tensor import numeric_setting
-from ..core.state_dict import Lazy, StateDict, meta, shared
+from ..core.state_dict import Lazy, StateDict, meta, select, shared
 from .base import as_pool, BaseAlgorithm, check_fields, load_algorithm_from_config
-from ..modelpool.base import module_state
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #bff0c966
 def pool_of_vectors(
@@ -126,10 +125,10 @@ def _list(given):
 # %% ../../nbs/60_method/09_pipeline.ipynb #5981be00
 def _called(m): return m.config_names[0] if m.config_names else type(m).__name__
 
-# %% ../../nbs/60_method/09_pipeline.ipynb #104663a2
+# %% ../../nbs/60_method/09_pipeline.ipynb #a98e4ca9
 def _tensors(method, made):
     "The tensors of a model that a method made whole."
-    if isinstance(made, nn.Module): return module_state(made)
+    if isinstance(made, nn.Module): return select(made.state_dict())
     if isinstance(made, Mapping) and all(isinstance(t, Tensor) for t in made.values()): return made
     raise FusionError(f'expected no `after` for {_called(method)}, which makes more than one model')
 
@@ -164,7 +163,7 @@ class Pipeline(BaseAlgorithm):
         self.adaptation |= _learned([*self.first, self.inner, *self.last])
         return merged
 
-# %% ../../nbs/60_method/09_pipeline.ipynb #75ac13ae
+# %% ../../nbs/60_method/09_pipeline.ipynb #e65bcbd1
 @patch(as_prop=True)
 def streams(self:Pipeline) -> bool: return self.build is None and self.inner.streams
 
