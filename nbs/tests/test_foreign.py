@@ -1,5 +1,5 @@
 """FusionBench's files and calls: every kind of thing they hold, in small files written for this test."""
-import copy, json
+import copy, json, re
 from pathlib import Path
 
 import pytest
@@ -308,3 +308,33 @@ def test_a_device_that_is_not_there(run, here):
     for key in ('device', 'upscaling_accelerator'):
         done = here('method=smile_upscaling/smile_upscaling', f'method.{key}=cuda', 'dry_run=true')
         assert done.status == 2 and 'expected a device of this machine, got `cuda`' in done.line
+
+
+POOLS = {  # their file -> the kind of tiny model in the place of each of its names
+    'CausalLMPool/Qwen2.5-1.5B_three_models': 'llama',
+    'ConvNextForImageClassification/convnext-base-224_8-tasks': 'convnext',
+    'ResNetForImageClassification/transformers/resnet18_cifar10': 'resnet',
+    'Seq2SeqLMPool/flan-t5-base_glue': 't5',
+    'gpt-2_glue': 'gpt2_classes',
+}
+
+
+def hub_names(node):
+    "What a file names as on the hub, in one word or two."
+    if isinstance(node, dict): return {n for v in node.values() for n in hub_names(v)}
+    if isinstance(node, list): return {n for v in node for n in hub_names(v)}
+    return {node} if re.fullmatch(r'[\w.-]+/[\w.-]+|gpt2', str(node)) else set()
+
+
+@pytest.mark.skipif(not FILES.is_dir(), reason='FusionBench\'s own files are not beside this clone')
+@pytest.mark.parametrize('file', POOLS)
+def test_their_pools_of_other_architectures_run_unchanged(here, tmp_path, file):
+    from fusionbook.models.hub import tiny_hub
+    files = [FILES.parent/'modelpool'/f'{file}.yaml', *(FILES.parent/'model'/'flan-t5').glob('flan-t5-base*.yaml')]
+    names = sorted({n for f in files for n in hub_names(yaml.safe_load(f.read_text()))})
+    folders = {n: tiny_hub(tmp_path/'hub'/str(i), POOLS[file], seed=i) for i, n in enumerate(names)}
+    method = 'dummy' if 'resnet' in file else 'simple_average' # that file has a base alone
+    words = f'method={method}', f'modelpool={file}', 'taskpool=dummy', 'merged_model_save_path=out'
+    done = here('--config-path', FILES.parent, '--config-name', 'fabric_model_fusion', *words, mirror(folders))
+    assert done.status == 0, done.err
+    assert list((tmp_path/'out').glob('*.safetensors'))
