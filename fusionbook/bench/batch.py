@@ -191,7 +191,8 @@ def _page(title, runs, link='{}'):
 # %% ../../nbs/80_bench/05b_batch.ipynb #8b194ab6
 def _planned(file, fixed, grid, output):
     "The runs of a batch, and its folder."
-    known, given = check_parameters(file, {**fixed, **grid}), combinations(fixed, grid)
+    given = combinations(fixed, grid)
+    known = check_parameters(file, *given)
     # of an executed copy
     kept = {k: v for k, v in as_source(file)[1].items() if k not in fixed and k not in grid}
     given = [kept | values for values in given]
@@ -256,6 +257,11 @@ def publish_batch(
 # %% ../../nbs/80_bench/05b_batch.ipynb #c18483db
 _JOINED, _TAKING = ('--grid=', '--output=', '-o='), ('-p', '--grid', '-o', '--output')
 
+def _once(known, key, value):
+    "A parameter that is not known yet."
+    if key in known: raise FusionError(f'expected `{key}` once, got it twice')
+    return {key: value}
+
 def _meant(word, rest):
     "What a word that is no flag was meant to be: the nearest flag, or a parameter."
     flags, (key, _, value) = [*_TAKING, '--report'], word.lstrip('-').partition('=')
@@ -276,9 +282,8 @@ def experiment_arguments(
         if word == '-p' and left and '=' in rest[0]:
             rest[:1] = ['-p', *rest[0].split('=', 1)]
         elif word == '-p' and left > 1:
-            key = rest.pop(0)
-            fixed[key] = parsed(rest.pop(0))
-        elif word == '--grid' and left: grid.update([grid_values(rest.pop(0))])
+            fixed |= _once(fixed, rest.pop(0), parsed(rest.pop(0)))
+        elif word == '--grid' and left: grid |= _once(grid, *grid_values(rest.pop(0)))
         elif word in ('-o', '--output') and left: output = rest.pop(0)
         elif word == '--report': report = True
         elif '=' in word or word.startswith('-') and word not in _TAKING:

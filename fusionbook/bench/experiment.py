@@ -104,7 +104,7 @@ def _literals(cell):
     found = {}
     for name, value in assigned(cell.source).items():
         try: found[name] = ast.literal_eval(value)
-        except ValueError: pass
+        except (ValueError, TypeError): pass
     return found
 
 def _earlier(nb):
@@ -137,21 +137,36 @@ def as_source(
         if c.cell_type == 'code': c.outputs, c.execution_count = [], None
     return nb, earlier
 
+# %% ../../nbs/80_bench/05_experiment.ipynb #794b7a13
+_KINDS = {'true or false': bool, 'a number': (int, float), 'a list': (list, tuple), 'a mapping': dict}
+
+def _kind(value):
+    "What a value is, in words; None for a text and for nothing."
+    return next((name for name, types in _KINDS.items() if isinstance(value, types)), None)
+
+def _check_kind(name, value, usual):
+    "Refuse another kind of value than the notebook's own; nothing stands for any, and a text may be a number."
+    wanted, got = _kind(usual), _kind(value)
+    if value is None or usual is None or wanted == got: return
+    if isinstance(usual, str) and got not in ('a list', 'a mapping'): return
+    raise FusionError(f'expected `{name}` as {wanted or "a text"}, such as {usual!r:.60}, got {value!r:.60}')
+
 # %% ../../nbs/80_bench/05_experiment.ipynb #53132e88
 def check_parameters(
     file:Path,        # a notebook
-    given:Mapping,    # parameter -> value
+    *given:Mapping,   # of each run: parameter -> value
 ) -> list[str]:       # the parameters that it has
-    "Refuse parameters that a notebook does not have."
-    cell = _tagged(as_source(file)[0], 'parameters')
-    if given and cell is None:
+    "Refuse parameters that a notebook does not have, and values of another kind than its own."
+    cell, names = _tagged(as_source(file)[0], 'parameters'), list(dict.fromkeys(k for g in given for k in g))
+    if names and cell is None:
         raise FusionError(
-            f'expected a cell tagged `parameters` in `{Path(file).name}` for {", ".join(given)}, got none'
+            f'expected a cell tagged `parameters` in `{Path(file).name}` for {", ".join(names)}, got none'
         )
-    known = list(assigned(cell.source)) if cell else []
-    for k in given:
+    known, usual = list(assigned(cell.source)) if cell else [], _literals(cell) if cell else {}
+    for k in names:
         if k not in known:
             raise FusionError(f'expected a parameter of `{Path(file).stem}`, got `{k}`; {nearest(k, known)}')
+    for k, v in (pair for g in given for pair in g.items()): _check_kind(k, v, usual.get(k))
     return known
 
 # %% ../../nbs/80_bench/05_experiment.ipynb #cf0ad1c7
