@@ -121,7 +121,7 @@ def merged_model(
             if dtype: model = cast_models(model, dtype)
             if save_path: pool.save_model(_single(model), save_path, built=method.build is not None, **notes)
             return model
-        sd = method.merge(pool)
+        sd = method.merge(pool.unrounded() if dtype else pool)
         check_memory(sd, max_memory)
         if dtype: sd = cast(sd, dtype)
         if save_path: sd = pool.open_path(pool.save_model(sd, save_path, **notes))

@@ -17,6 +17,7 @@ from ..core.entries import Entry
 from ..core.errors import FusionError
 from ..core.per_tensor import numeric_setting
 from ..core.state_dict import Lazy, StateDict, meta, select, shared
+from ..core.views import in_types_of
 from .base import as_pool, BaseAlgorithm, check_fields, load_algorithm_from_config
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #bff0c966
@@ -66,7 +67,9 @@ class ScaledChange(BaseAlgorithm):
         return scaled_change(start, merged, numeric_setting(self.factor, start, 'factor'), self.device)
     def merge(self, pool) -> StateDict:
         def mean(e): return e.experts.mean(0)
-        return self.finish(pool, map_tensors(mean, pool.pretrained(), pool.experts(), elementwise=True))
+        wide = pool.unrounded()
+        merged = map_tensors(mean, wide.pretrained(), wide.experts(), elementwise=True)
+        return in_types_of(self.finish(wide, merged), pool.reference())
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #b1d9af9b
 def _loaded(given, key):
@@ -156,7 +159,8 @@ class Pipeline(BaseAlgorithm):
         return pool
     def merge(self, pool) -> StateDict:
         pool = self.prepared(self.part_of(pool))
-        return self.finished(pool, self.inner.merge(pool))
+        wide = pool.unrounded() if self.last else pool # steps after it go on from what was not rounded
+        return in_types_of(self.finished(wide, self.inner.merge(wide)), pool.reference())
     def finished(self, pool, merged) -> StateDict:
         "What the steps after the merge make of it."
         for m in self.last: merged = m.finish(pool, merged)

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..core.errors import FusionError
 from ..core.matrices import is_embedding, is_head
 from ..core.state_dict import Lazy, StateDict, meta, shared
-from ..core.views import completed
+from ..core.views import completed, widened
 from .base import BaseModelPool
 
 # %% ../../nbs/50_modelpool/00c_moved.ipynb #f8077783
@@ -65,4 +65,15 @@ def part(self:BaseModelPool,
             f'{", ".join(list(self.opened(first))[:3])}'
         )
     new.check_vocabulary = self.check_vocabulary and any(is_embedding(k) or is_head(k) for k in names)
+    return new
+
+# %% ../../nbs/50_modelpool/00c_moved.ipynb #bd41030d
+@patch
+def unrounded(self:BaseModelPool) -> BaseModelPool: # itself where nothing is narrower than float32
+    "The pool whose merges are in float32, or float64 where the base, or the first expert, is."
+    own = self.opened(self.host)
+    wide = widened(own)
+    if wide is own: return self
+    new = copy.copy(self)
+    new._states = self._states | {self.host: wide}
     return new

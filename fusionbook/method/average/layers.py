@@ -9,9 +9,11 @@ __all__ = ['layer_order', 'stack_of', 'stacked', 'outside_stack', 'restacked']
 import copy, re
 from collections.abc import Mapping, Sequence
 from functools import partial
+import torch
 from torch import nn
 from ...core.errors import FusionError
 from ...core.matrices import is_embedding
+from ...core.mergeable import rounded
 from ...core.per_tensor import layer_of
 from ...core.state_dict import Lazy, StateDict, meta, shared
 
@@ -64,7 +66,8 @@ def _renumbered(sd, stack, i, j):
 
 def _read(sd, name, scale):
     t = sd[name]
-    return t if scale == 1 or not t.is_floating_point() else (t.float() * scale).to(t.dtype)
+    if scale == 1 or not t.is_floating_point(): return t
+    return rounded(t.to(torch.promote_types(t.dtype, torch.float32)) * scale, t.dtype, name)
 
 # %% ../../../nbs/62_average/03_layers.ipynb #f77e4161
 def stacked(
@@ -84,7 +87,9 @@ def stacked(
     lender = next(iter(outside.values()), {})
     lent = {k for k, sd in outside.items() if sd is lender}
     tied = {a: o for a, o in shared(lender).items() if a in lent and o in outside}
-    return Lazy(table, info, tied)
+    made = Lazy(table, info, tied)
+    made.layers = [i for _, i, *_ in sources] # the numbers that its layers had
+    return made
 
 def outside_stack(
     first:StateDict, last:StateDict, # the models of the first and of the last layer

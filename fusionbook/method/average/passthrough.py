@@ -71,12 +71,12 @@ class Passthrough(BaseAlgorithm):
         return passthrough(models, slices=self.slices, stack=self.stack)
     def build(self, pool) -> nn.Module:
         sd = self.sliced(pool)
-        stack, count = stack_of(sd, self.stack)
+        stack, _ = stack_of(sd, self.stack)
         network = pool.load_pretrained_or_first_model()
         if not isinstance(network, nn.Module):
             raise FusionError('expected networks, whose layers can be stacked, got bare tensors')
         own = len(network.get_submodule(stack) if stack else network)
-        new = restacked(network, stack, [min(i, own - 1) for i in range(count)])
+        new = restacked(network, stack, [min(i, own - 1) for i in sd.layers]) # layers may differ in kind
         with torch.no_grad():
             for k, t in new.state_dict(keep_vars=True).items(): t.copy_(sd[k])
         return new

@@ -99,13 +99,13 @@ def rotated_base(
     experts:Sequence[StateDict], # T fine-tuned state dicts with its names and shapes
     *, matrices:str,             # which tensors are matrices, a name of `core.matrices.PRESETS`
     device:str='cpu',            # where the arithmetic happens
-) -> StateDict:                  # lazy
+) -> StateDict:                  # lazy, float32: it is not rounded before residuals are added
     "The base with its matrices turned by the mean rotation of the experts."
     def matrix(e):
         A = mean_rotation(_skew(e.base, W) for W in e.experts)
         return e.base.double() @ from_skew(A)
     route = Route(matrix, lambda e: e.base, matrix_rule(matrices))
-    return map_tensors(route, base, experts, device=device)
+    return direction_of(route, base, experts, device=device)
 
 def residuals(
     base:StateDict, expert:StateDict, # θ₀ and one fine-tuned state dict

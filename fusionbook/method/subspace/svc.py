@@ -41,7 +41,7 @@ def calibrated(
 # %% ../../../nbs/64_subspace/svc.ipynb #b25b390d
 def _change(method, pool):
     "What a merge changed: a state dict and how to read the change out of an entry of it."
-    if not method.is_step: return method.merge(pool), lambda e: e.extra['merged'] - e.base
+    if not method.is_step: return method.merge(pool.unrounded()), lambda e: e.extra['merged'] - e.base
     scale = numeric_setting(method.scaling_factor, pool.pretrained(), 'scaling_factor')
     def step(e): return (scale(e.name) if callable(scale) else scale) * e.extra['merged']
     return method.direction(pool), step
