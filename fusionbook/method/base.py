@@ -113,6 +113,10 @@ def is_step(self:BaseAlgorithm) -> bool:
 def check(self:BaseAlgorithm, pool:BaseModelPool) -> None:
     "Refuse a pool that cannot be merged; a run asks before it reads a model. A method that needs more says so here."
 
+@patch
+def check_saved(self:BaseAlgorithm, pool:BaseModelPool) -> None:
+    "Refuse a result that could not be saved; a run that saves asks before the work. A `run` with another form says so here."
+
 # %% ../../nbs/60_method/00_base.ipynb #7f88740d
 def _is(*kinds): return lambda x: isinstance(x, kinds) and not isinstance(x, bool)
 

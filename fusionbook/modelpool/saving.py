@@ -172,6 +172,14 @@ def _around(pool, network, sd, whole, notes, built):
 
 # %% ../../nbs/50_modelpool/00a_saving.ipynb #f99ef053
 @patch
+def check_saved(self:BaseModelPool,
+    network:nn.Module,   # of the form of the result
+    built:bool=False,    # as in `save_model`
+) -> None:               # raises `FusionError`
+    "Refuse, before the work, what `save_model` would refuse whatever the numbers are."
+    _around(self, network, _as_state(network), self.whole(), {}, built)
+
+@patch
 def save_model(
     self: BaseModelPool, sd: StateDict | nn.Module, path: str | Path, *, built: bool = False, **kwargs
 ) -> Path:

@@ -204,7 +204,7 @@ class LearnedGate(Gate):
         self.positions = nn.Parameter(torch.zeros(places, position, **kind)) if position and depth else None
     def weigh(self, x, place):
         if self.constant is not None: return self.constant.view(-1) # what is kept is no parameter
-        rows = _tokens(x)
+        rows = _tokens(x).to(self.out.weight.dtype)
         if self.positions is not None:
             rows = torch.cat([rows, self.positions[place].expand(*rows.shape[:2], -1)], 2)
         if self.hidden is not None: rows = self.hidden(rows).relu()

@@ -71,6 +71,7 @@ def _made_gate(spec, experts, like):
     check_known([spec.get('kind')], _GATES, 'the kinds of gates')
     settings = {k: v for k, v in spec.items() if k not in ('kind', 'at')}
     if spec['kind'] != 'given': settings |= dict(dtype=like.dtype, device=like.device)
+    if spec['kind'] == 'learned' and like.dtype.itemsize < 4: settings['dtype'] = torch.float32 # it takes small steps
     return _GATES[spec['kind']](settings.pop('experts', experts), **settings)
 
 def _made_layer(network, name, spec, gate):

@@ -6,6 +6,7 @@
 __all__ = ['FineTuning']
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #654bd567
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -88,6 +89,17 @@ def _free(m, net):
     trainable(net, m.trainable)
     return {n: p for n, p in net.named_parameters() if p.requires_grad}
 
+# %% ../../../nbs/66_adaptive/fine_tuning.ipynb #35bd1270
+@contextmanager
+def _wide(net):
+    "Numbers of 16 bits as float32 inside the block: small steps would be rounded away."
+    half = [t for t in (*net.parameters(), *net.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    kinds = [t.dtype for t in half]
+    for t in half: t.data = t.data.float()
+    try: yield
+    finally:
+        for t, kind in zip(half, kinds, strict=True): t.data = t.data.to(kind)
+
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #a8c14c32
 @patch
 def train(self:FineTuning,
@@ -106,7 +118,7 @@ def train(self:FineTuning,
             part.backward()
             parts.append(part.item())
         return sum(parts)
-    with on_threads(self.threads), torch.random.fork_rng():
+    with on_threads(self.threads), torch.random.fork_rng(), _wide(net):
         torch.manual_seed(self.seed) # of dropout
         return adapt(
             _free(self, net.train()),

@@ -55,3 +55,15 @@ def run(self:Repair, modelpool):
         batches=batches,
         layers=repair_layers(merged, batches[0], self.layers),
     ).cpu()
+
+# %% ../../../nbs/67_alignment/repair.ipynb #6286f4fc
+@patch
+def check_saved(self:Repair, pool):
+    "Refuse networks that could not be saved with the biases that they get."
+    net, = _networks(pool, [{}])
+    if has_batchnorm(net): return
+    batch = next(calibration_batches(self, pool))
+    for name in repair_layers(net, batch, self.layers):
+        layer = net.get_submodule(name)
+        if layer.bias is None: layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+    pool.check_saved(net)

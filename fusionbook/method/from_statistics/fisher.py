@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...core.engine import map_tensors
 from ...core.entries import uniform_at
 from ...core.errors import check_known
+from ...core.parameters import called_with
 from ...core.progress import track
 from ...core.state_dict import StateDict
 from ..base import at_least
@@ -35,11 +36,11 @@ def _label_weights(kind, probabilities, labels, seed, task, start):
 # %% ../../../nbs/65_statistics/fisher.ipynb #31b86e35
 def _of_batch(network, head, x):
     "FusionBench's number for one batch: the square of one gradient."
-    log_p = Headed(network, head)(x)
-    names, parameters = zip(*network.named_parameters(), strict=True)
+    own = {f'network.{k}': p.detach().requires_grad_() for k, p in network.named_parameters()} # frozen ones, too
+    log_p = called_with(Headed(network, head), own, (x,))
     value = (log_p.exp().sqrt().detach() * log_p).sum()
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
-    return {k: g.double().square() for k, g in zip(names, found, strict=True) if g is not None}
+    found = zip(own, torch.autograd.grad(value, list(own.values()), allow_unused=True), strict=True)
+    return {k.removeprefix('network.'): g.double().square() for k, g in found if g is not None}
 
 # %% ../../../nbs/65_statistics/fisher.ipynb #82e36078
 def diagonal_fisher(

@@ -29,6 +29,16 @@ def _factor(total):
     return factor, not wrong.item() and (pivots.min() > 1e-6 * pivots.max()).item()
 
 # %% ../../../nbs/65_statistics/02_least_squares.ipynb #df775ae4
+def _ridged(G, ridge):
+    "Gram matrices with a ridge and the factor of their sum; a ridge that rounding hides is made larger."
+    size, identity = G.sum(0).diagonal().mean(), torch.eye(G.shape[1], dtype=G.dtype, device=G.device)
+    while True:
+        added = G + ridge * size / len(G) * identity
+        factor, wrong = torch.linalg.cholesky_ex(added.sum(0))
+        seen = not wrong.item() and factor.diagonal().square().min() > ridge * size / 2
+        if seen or not ridge < 1: return added, factor
+        ridge *= 10
+
 def least_squares_mean(
     weights:Tensor, # W_t, (T, d_out, d_in)
     grams:Tensor,   # G_t, (T, d_in, d_in)
@@ -41,10 +51,7 @@ def least_squares_mean(
     size = total.diagonal().mean()
     if size <= 0: return W.mean(0)
     factor, regular = _factor(total)
-    if not regular:
-        identity = torch.eye(len(total), dtype=G.dtype, device=G.device)
-        G = G + ridge * size / len(G) * identity
-        factor, _ = _factor(G.sum(0))
+    if not regular: G, factor = _ridged(G, ridge)
     right = torch.einsum('toi,tij->oj', W, G)
     return torch.cholesky_solve(right.T, factor).T
 
