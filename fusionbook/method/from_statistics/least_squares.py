@@ -31,7 +31,8 @@ def _factor(total):
 # %% ../../../nbs/65_statistics/02_least_squares.ipynb #df775ae4
 def _ridged(G, ridge):
     "Gram matrices with a ridge and the factor of their sum; a ridge that rounding hides is made larger."
-    size, identity = G.sum(0).diagonal().mean(), torch.eye(G.shape[1], dtype=G.dtype, device=G.device)
+    identity = torch.eye(G.shape[1], dtype=G.dtype, device=G.device)
+    size = G.sum(0).diagonal().mean()
     while True:
         added = G + ridge * size / len(G) * identity
         factor, wrong = torch.linalg.cholesky_ex(added.sum(0))
