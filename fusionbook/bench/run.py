@@ -117,6 +117,7 @@ def merged_model(
     try:
         if not method.streams:
             _checked(method, pool, max_memory)
+            if save_path: method.check_saved(pool)
             model = method.run(pool)
             if dtype: model = cast_models(model, dtype)
             if save_path: pool.save_model(_single(model), save_path, built=method.build is not None, **notes)
