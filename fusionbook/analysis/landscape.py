@@ -16,7 +16,8 @@ from .curves import bezier, check_independent, connect, coordinates, filter_norm
 from .points import Heights, Space, barrier_height, example_metrics, heights, measure
 from .task_vectors import added, pair_sums
 from ..core.errors import FusionError, check_known, nearest
-from ..core.plot import curves, figure, heatmap, name_points, theme
+from ..core.plot import curves, figure, heatmap, theme
+from ..core.point_names import name_points
 from ..core.state_dict import StateDict
 from ..metrics.landscape import plane_frame
 

@@ -278,7 +278,7 @@ def _dots(ax, rows, kind, i, scale):
 
 def _name_front(ax, rows, metric):
     "Write the classes of the methods that no other one beats beside their points."
-    from fusionbook.core.plot import name_points
+    from fusionbook.core.point_names import name_points
     named, places = front(rows, metric.sign), [(r['cpu_seconds'], metric.scale * r['score']) for r in rows]
     shown = [(at, r['cls']) for at, r in zip(places, rows, strict=True) if r['name'] in named]
     name_points(ax, [at for at, _ in shown], [cls for _, cls in shown], among=places)

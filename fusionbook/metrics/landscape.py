@@ -135,7 +135,8 @@ def plane_figure(
     label:str='loss',     # what the values are
 ):                        # Figure
     "Contours of the loss in the plane through three networks."
-    from fusionbook.core.plot import figure, name_points, theme
+    from fusionbook.core.plot import figure, theme
+    from fusionbook.core.point_names import name_points
     fig, ((ax,),) = figure(height=4., width=5.4)
     lines = ax.contourf(grid['x'], grid['y'], grid['values'], levels=14, cmap='Blues')
     ax.grid(False)
