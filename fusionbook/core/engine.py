@@ -264,7 +264,7 @@ def _in_parts(job, info):
 def _compute(job, name, kind):
     "One merged tensor, in the type of the reference."
     if not kind.is_floating_point(): return carried(name, job.like, job.experts)
-    if not kind.numel(): return job.like[name]
+    if not kind.numel(): return job.like[name].to(kind.dtype)
     f, shape = _way(job.f, job.elementwise, name, kind.shape)
     def entry(at, b, stack):
         return Entry(name, tuple(kind.shape), at, b, stack, _extra(job, name, shape, at, job.device))

@@ -24,6 +24,7 @@ def left_vectors(
 ) -> Tensor:     # (rows, at most count), orthonormal columns
     "The leading left singular vectors."
     m = m.double()
+    if not m.numel() or not count: return m.new_zeros(len(m), 0)
     if m.shape[0] <= m.shape[1]:
         energy, u = torch.linalg.eigh(m @ m.T)
         keep = energy.flip(0)[:count] > energy[-1] * 1e-12

@@ -64,9 +64,12 @@ def pruned(
 ) -> tuple[Callable[[Entry], Tensor], bool]: # entry -> pruned task vectors; whether it wants whole tensors
     "Task vectors without their smallest entries."
     how = _pattern(pattern)
-    if isinstance(how, tuple): return lambda e: prune_groups(e.tau, drop=how[0], size=how[1]), True
+    def rows_of(e): return e.tau.reshape(len(experts), *(e.shape or (1,))) # a single number is a row of one
+    if isinstance(how, tuple): return lambda e: prune_groups(rows_of(e), drop=how[0], size=how[1]), True
     if how == 'row':
-        def by_row(e): return prune_rows(e.tau, drop=int(e.tau.shape[-1] * ratio), largest=largest)
+        def by_row(e):
+            rows = rows_of(e)
+            return prune_rows(rows, drop=int(rows.shape[-1] * ratio), largest=largest).reshape(-1, *e.shape)
         return by_row, True
     def rank(n): return max(1, n - _kept(n, ratio) if largest else _kept(n, ratio))
     border = thresholds(base, experts, mergeable_names(base), rank=rank, by=how, device=device)

@@ -104,13 +104,15 @@ def summed_direction(
     return direction_of(f, base, experts, elementwise=not whole, device=device)
 
 # %% ../../../nbs/63_task_vector/00_sparsify.ipynb #432606be
+def _flat(rows): return rows.reshape(len(rows), -1) # single numbers too, (T,)
+
 def _stream(base, experts, names, vectors, device, whole, step):
     "Pieces (T, n) of what `vectors` makes of the named tensors, every `step`-th entry."
     for name in names:
         if vectors is full_vectors:
             for _, b, x in pieces(name, base, experts, device, step): yield x - b
         else:
-            for e in entries_of(name, base, experts, device, whole): yield vectors(e).flatten(1)[:, ::step]
+            for e in entries_of(name, base, experts, device, whole): yield _flat(vectors(e))[:, ::step]
 
 # %% ../../../nbs/63_task_vector/00_sparsify.ipynb #6febb5d1
 def thresholds(
@@ -160,7 +162,7 @@ def l1_kept(
     device:str='cpu',            # where the arithmetic happens
 ) -> Callable[[Entry], Tensor]:  # entry -> scaled task vectors
     "Sparse task vectors whose sum of magnitudes, tensor by tensor, is that of the full ones."
-    def mass(x): return x.flatten(1).abs().double().sum(1)
+    def mass(x): return _flat(x).abs().double().sum(1)
     @cache
     def factor(name):
         sums = [(mass(e.tau), mass(vectors(e))) for e in entries_of(name, base, experts, device, whole)]
