@@ -286,11 +286,10 @@ def _write(plan, rows, file, picture, folder):
     if again := neighbours_again(plan, board, folder=folder) if old else []:
         board = make_board(plan, [*rows, *again], old, folder)
     with atomic(file) as new: new.write_text(digest_text(board), encoding='utf-8')
+    if picture: save_figure(board_figure(board), picture)
     _show(board)
     print(f'board    {file}')
-    if not picture: return
-    save_figure(board_figure(board), picture)
-    print(f'picture  {picture}')
+    if picture: print(f'picture  {picture}')
 
 # %% ../../nbs/80_bench/98b_board.ipynb #a4319be6
 def _show(board):

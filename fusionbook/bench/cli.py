@@ -6,7 +6,7 @@
 __all__ = ['HELP', 'COMMANDS', 'TEXTS', 'main']
 
 # %% ../../nbs/80_bench/99_cli.ipynb #a7e4b5ec
-import os, re, sys
+import os, re, select, sys
 from collections.abc import Sequence
 from importlib import import_module
 from .arguments import TAKES, search_folders, split_words, allowed_by_words, with_hydra
@@ -71,7 +71,7 @@ def _prepare(argv):
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     os.environ['HYDRA_FULL_ERROR'] = '1' # exceptions reach `main`, which prints one line
     for word in argv:
-        if m := re.fullmatch(r'\+*threads=(\d+)', word): os.environ['OMP_NUM_THREADS'] = m[1]
+        if m := re.fullmatch(r'\+*threads=0*([1-9]\d*)', word): os.environ['OMP_NUM_THREADS'] = m[1]
 
 # %% ../../nbs/80_bench/99_cli.ipynb #1954ceb4
 COMMANDS = { # word -> module and function that takes the rest of the line
@@ -217,11 +217,21 @@ def main(
         return _fail('interrupted; what was measured is in the folder of the run', came.status, debug)
     except FusionError as e: return _fail(str(e), 2, debug)
     except OSError as e:
+        if isinstance(e, BrokenPipeError) and _unread(): return 141 # as a shell says of a program that a closed pipe ended
         return _fail(f'{e.strerror or e}' + (f': {e.filename}' if e.filename else ''), 2, debug)
     except Exception as e: return _fail(f'{type(e).__name__}: {e} (--debug shows where)', 1, debug)
     return 0
 
 # %% ../../nbs/80_bench/99_cli.ipynb #6c19f0c8
+def _unread():
+    "Whether nobody reads the output any more, as behind `| head`: nothing is left to be said."
+    try: poll, out = select.poll(), sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError): return False # no such call, or no file behind the output
+    poll.register(out, 0)
+    unread = bool(poll.poll(0))
+    if unread: os.dup2(os.open(os.devnull, os.O_WRONLY), out) # Python flushes once more at its end
+    return unread
+
 def _fail(text, status, debug):
     if debug: raise
     print(f'fusionbook: {" ".join(text.split())}', file=sys.stderr)

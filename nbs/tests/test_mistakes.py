@@ -150,3 +150,15 @@ def test_a_word_keeps_the_names_of_a_list_that_contain_it(here):
     assert 'resnet18_mnist' not in gathered and 'ResNetForImageClassification/...' in gathered
     assert some.startswith('modelpools (20)') and 'resnet18_mnist' in some
     assert here('list', 'modelpools', 'no such').status == 2
+
+
+@pytest.mark.parametrize('words', [['list', 'methods'], ['--help'], ['list']])
+def test_output_that_nobody_reads_ends_quietly(words, tmp_path):
+    "As behind `| head`: no word on standard error, and the status that a shell gives to a closed pipe."
+    import os, subprocess
+    from conftest import ENTRY
+    end, start = os.pipe()
+    os.close(end)
+    done = subprocess.run([*ENTRY, *words], cwd=tmp_path, stdout=start, stderr=subprocess.PIPE, env=os.environ | dict(PYTHONUNBUFFERED='1'))
+    os.close(start)
+    assert (done.returncode, done.stderr) == (141, b'')
