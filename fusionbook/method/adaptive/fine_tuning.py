@@ -6,7 +6,6 @@
 __all__ = ['FineTuning']
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #654bd567
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -90,15 +89,17 @@ def _free(m, net):
     return {n: p for n, p in net.named_parameters() if p.requires_grad}
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #35bd1270
-@contextmanager
 def _wide(net):
-    "Numbers of 16 bits as float32 inside the block: small steps would be rounded away."
-    half = [t for t in (*net.parameters(), *net.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
-    kinds = [t.dtype for t in half]
-    for t in half: t.data = t.data.float()
-    try: yield
-    finally:
-        for t, kind in zip(half, kinds, strict=True): t.data = t.data.to(kind)
+    "The network, or a copy with 32 bits for its 16: small steps would be rounded away."
+    kinds = {t.dtype for t in (*net.parameters(), *net.buffers())}
+    if not kinds & {torch.float16, torch.bfloat16}: return net
+    return deepcopy(net).double() if torch.float64 in kinds else deepcopy(net).float()
+
+@torch.no_grad()
+def _rounded_into(net, wide):
+    "What the copy has learned, in the network's own types."
+    learned = wide.state_dict()
+    for k, t in net.state_dict().items(): t.copy_(learned[k])
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #a8c14c32
 @patch
@@ -108,20 +109,21 @@ def train(self:FineTuning,
 ) -> list[float]:  # mean loss over tasks before each step, in nats
     "Follow the gradient for `steps` steps."
     streams, heads = _streams(self, pool), {t: pool.logits(t) for t in pool.model_names}
+    wide = _wide(net)
     def rounds(start):
         while True: yield {t: next(s) for t, s in streams.items()}
     def objective(batch):
         parts = []
         for t, (x, y) in batch.items():
-            logits = heads[t](net, x.to(self.device))
+            logits = heads[t](wide, x.to(self.device))
             part = F.cross_entropy(logits, y.to(self.device)) / len(batch)
             part.backward()
             parts.append(part.item())
         return sum(parts)
-    with on_threads(self.threads), torch.random.fork_rng(), _wide(net):
+    with on_threads(self.threads), torch.random.fork_rng():
         torch.manual_seed(self.seed) # of dropout
-        return adapt(
-            _free(self, net.train()),
+        curve = adapt(
+            _free(self, wide.train()),
             rounds,
             objective,
             steps=self.steps,
@@ -129,6 +131,8 @@ def train(self:FineTuning,
             optimizer=self.optimizer,
             label='fine-tuning',
         )
+    if wide is not net: _rounded_into(net, wide)
+    return curve
 
 # %% ../../../nbs/66_adaptive/fine_tuning.ipynb #fed8e6ce
 @patch
@@ -149,4 +153,4 @@ def run(self:FineTuning, modelpool):
         first=self.first, target=self.target, data=self.data, steps=len(curve), curve=curve
     )
     for p in net.parameters(): p.requires_grad_(True)
-    return net.eval()
+    return net.eval().to('cpu')
