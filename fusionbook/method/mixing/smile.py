@@ -25,7 +25,8 @@ def _plan(network, names, gate_k, k, top_k):
         m, d = network.get_submodule(name).weight.shape
         rank = None if k is None or k >= min(m, d) else k
         layers[name] = dict(gate=name, kind='low_rank', rank=rank)
-        gates[name] = dict(kind='projecting', at=[name], width=d, rank=min(gate_k, m, d), top=top_k)
+        few = min(gate_k, m, max(1, d - 1)) # all d directions together meet every input alike
+        gates[name] = dict(kind='projecting', at=[name], width=d, rank=few, top=top_k)
     return layers, gates
 
 # %% ../../../nbs/68_mixing/02_smile.ipynb #c325a472
