@@ -135,6 +135,15 @@ def _tensors(method, made):
     if isinstance(made, Mapping) and all(isinstance(t, Tensor) for t in made.values()): return made
     raise FusionError(f'expected no `after` for {_called(method)}, which makes more than one model')
 
+# %% ../../nbs/60_method/09_pipeline.ipynb #2868f767
+def _holding(sd, computed, source):
+    "A result that says what it holds: what its source does, and the largest tensor of every expert that is computed."
+    if not isinstance(sd, Lazy): return sd
+    need, name = max(getattr(x, 'memory', (0, '')) for x in (sd, source))
+    floats = [t.numel() * t.element_size() for t in meta(sd).values() if t.is_floating_point()]
+    sd.memory = need + 2 * len(computed) * max(floats, default=0), name # as they are kept, and as they are made
+    return sd
+
 # %% ../../nbs/60_method/09_pipeline.ipynb #7c3d1dd7
 @dataclass
 class Pipeline(BaseAlgorithm):
@@ -161,15 +170,18 @@ class Pipeline(BaseAlgorithm):
         pool = self.prepared(self.part_of(pool))
         wide = pool.unrounded() if self.last else pool # steps after it go on from what was not rounded
         return in_types_of(self.finished(wide, self.inner.merge(wide)), pool.reference())
-    def finished(self, pool, merged) -> StateDict:
-        "What the steps after the merge make of it."
-        for m in self.last: merged = m.finish(pool, merged)
-        self.adaptation |= _learned([*self.first, self.inner, *self.last])
-        return merged
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #e65bcbd1
 @patch(as_prop=True)
 def streams(self:Pipeline) -> bool: return self.build is None and self.inner.streams
+
+@patch
+def finished(self:Pipeline, pool, merged) -> StateDict:
+    "What the steps after the merge make of it."
+    merged = _holding(merged, pool.experts() if self.first else (), merged)
+    for m in self.last: merged = _holding(m.finish(pool, merged), (), merged)
+    self.adaptation |= _learned([*self.first, self.inner, *self.last])
+    return merged
 
 @patch
 def run(self:Pipeline, modelpool):
