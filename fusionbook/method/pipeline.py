@@ -135,7 +135,7 @@ def _tensors(method, made):
     if isinstance(made, Mapping) and all(isinstance(t, Tensor) for t in made.values()): return made
     raise FusionError(f'expected no `after` for {_called(method)}, which makes more than one model')
 
-# %% ../../nbs/60_method/09_pipeline.ipynb #2868f767
+# %% ../../nbs/60_method/09_pipeline.ipynb #569b6b7d
 def _holding(sd, computed, source):
     "A result that says what it holds: what its source does, and the largest tensor of every expert that is computed."
     if not isinstance(sd, Lazy): return sd
@@ -169,14 +169,14 @@ class Pipeline(BaseAlgorithm):
     def merge(self, pool) -> StateDict:
         pool = self.prepared(self.part_of(pool))
         wide = pool.unrounded() if self.last else pool # steps after it go on from what was not rounded
-        return in_types_of(self.finished(wide, self.inner.merge(wide)), pool.reference())
+        return in_types_of(self._finished(wide, self.inner.merge(wide)), pool.reference())
 
 # %% ../../nbs/60_method/09_pipeline.ipynb #e65bcbd1
 @patch(as_prop=True)
 def streams(self:Pipeline) -> bool: return self.build is None and self.inner.streams
 
 @patch
-def finished(self:Pipeline, pool, merged) -> StateDict:
+def _finished(self:Pipeline, pool, merged) -> StateDict:
     "What the steps after the merge make of it."
     merged = _holding(merged, pool.experts() if self.first else (), merged)
     for m in self.last: merged = _holding(m.finish(pool, merged), (), merged)
@@ -189,6 +189,6 @@ def run(self:Pipeline, modelpool):
     if self.streams or self.build is not None: return BaseAlgorithm.run(self, modelpool)
     pool = self.prepared(as_pool(modelpool))
     made = self.inner.run(pool)
-    if self.last: return pool.load(self.finished(pool, _tensors(self.inner, made)))
+    if self.last: return pool.load(self._finished(pool, _tensors(self.inner, made)))
     self.adaptation |= _learned([*self.first, self.inner])
     return made
