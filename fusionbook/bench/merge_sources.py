@@ -7,7 +7,7 @@ __all__ = ['TensorKind', 'locate_model', 'ModelHead', 'open_head', 'adapter_note
            'working_notes']
 
 # %% ../../nbs/80_bench/14_merge_sources.ipynb #66bf0a58
-import os, re
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -21,6 +21,7 @@ from ..core.folders import beside, check_whole, companions, model_files, read_mo
 from ..core.headers import WIDTHS, check_weights, read_table
 from ..core.per_tensor import layer_of
 from ..core.places import find
+from ..core.workings import works_otherwise
 
 # %% ../../nbs/80_bench/14_merge_sources.ipynb #05bed740
 _FLOATS = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
@@ -289,45 +290,12 @@ def source_notes(
     found = code_notes(heads) + adapter_notes(heads) + scale_notes(heads) + working_notes(heads, reference)
     return list(dict.fromkeys(found))
 
-# %% ../../nbs/80_bench/14_merge_sources.ipynb #f73a7c09
-_ROTARY = 'rope_parameters', 'rope_scaling'
-_WORKS = re.compile(
-    r'rope_\w+|partial_rotary_factor|rotary_\w+|\w*n?(um)?_?(attention_|key_value_)?heads?|head_dim|d_kv'
-    r'|hidden_act(ivation)?|activation_function|dense_act_fn|feed_forward_proj|\w*norm_eps(ilon)?'
-    r'|(layer_norm|rms_norm)_epsilon|sliding_window|relative_attention_\w+|scale_attn_\w+'
-    r'|\w*softcapping|query_pre_attn_scalar|\w+_multiplier|logits_scaling'
-)
-
-def _rotation(how):
-    "What a configuration says of rotations, under one name for each thing."
-    return {'rope_type' if k == 'type' else k: v for k, v in how.items()}
-
-def _workings(config, path=''):
-    "Dotted key -> value, for what decides how a network computes with tensors of given shapes."
-    found = {f'{path}{k}': v for k, v in config.items() if _WORKS.fullmatch(k) and k not in _ROTARY}
-    if f'{path}rope_theta' in found: found[f'{path}rope_type'] = 'default'
-    if config.get('use_sliding_window') is False: found[f'{path}sliding_window'] = None
-    for k, v in config.items():
-        if not isinstance(v, Mapping): continue
-        if k in _ROTARY: found |= {f'{path}{n}': x for n, x in _rotation(v).items()}
-        else: found |= _workings(v, f'{path}{k}.')
-    return found
-
-def _works_otherwise(own, other):
-    "Keys that two configurations answer differently; no number stands for a default, but of a window for none."
-    def told(k): return k.endswith('sliding_window') or None not in (own[k], other[k])
-    return [k for k in own if k in other and told(k) and own[k] != other[k]]
-
-# %% ../../nbs/80_bench/14_merge_sources.ipynb #c87b382e
+# %% ../../nbs/80_bench/14_merge_sources.ipynb #2712b343
 def working_notes(
     heads:Iterable[ModelHead],
     reference:ModelHead, # whose configuration the result has
 ) -> list[str]:          # one line for each model
     "What to say of models that compute otherwise than the result will."
-    own, found = _workings(reference.config), []
-    for h in heads:
-        other = _workings(h.config)
-        odd = [f'`{k}` {other[k]} (there {own[k]})' for k in _works_otherwise(own, other)]
-        odd = shortened(odd)
-        if odd: found.append(f'`{h.name}` was trained with {odd}; the result computes as `{reference.name}`')
-    return found
+    told = {h.name: works_otherwise(h.config, reference.config) for h in heads}
+    end = f'; the result computes as `{reference.name}`'
+    return [f'`{name}` was trained with {shortened(odd)}{end}' for name, odd in told.items() if odd]
