@@ -35,7 +35,7 @@ def with_experts(self:BaseModelPool,
     if len(states) != len(self):
         raise FusionError(f'expected {len(self)} state dicts, one per expert, got {len(states)}')
     new, kind = copy.copy(self), type(self)
-    new.__class__ = type(f'Moved{kind.__name__}', (_Moved, kind), {})
+    if not issubclass(kind, _Moved): new.__class__ = type(f'Moved{kind.__name__}', (_Moved, kind), {})
     new._exchanged, new._hashes = dict(zip(self.model_names, states, strict=True)), {}
     new._states = {k: v for k, v in self._states.items() if k not in new._exchanged} | new._exchanged
     return new
