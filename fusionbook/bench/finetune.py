@@ -42,7 +42,7 @@ _FLAGS = dict(
     clusters=(str, None, 'column that names the source of a row; sources are not torn apart'),
     classnames=(str, None, 'names of the classes in the order of the labels: cat,dog'),
     template=(str, None, 'sentence around a class name, such as "a {} film"'),
-    clip=(str, None, 'folder of the text side, where a CLIP tower lies alone'),
+    clip=(str, None, "folder of the text side, where a tower lies alone; mini8/clip for mini8's"),
     epochs=(float, 3.0, 'passes over the training rows'),
     steps=(int, 0, 'optimiser steps instead of passes'),
     batch_size=(int, 32, 'rows per step'),
@@ -60,11 +60,19 @@ def _parser():
     return Flags('finetune', 'fusionbook finetune --base MODEL --data DATA --name TASK [options]', _FLAGS)
 
 # %% ../../nbs/80_bench/12_finetune.ipynb #9a76bed3
+def _of_mini8(args):
+    "The text side and the sentence that towers of mini8 were trained with, where nothing else was typed."
+    if args.base.startswith('mini8/'):
+        from fusionbook.data.mini8 import TEMPLATE
+        args.clip, args.template = args.clip or 'mini8/clip', args.template or TEMPLATE
+    return args
+
+# %% ../../nbs/80_bench/12_finetune.ipynb #ba8d2aaa
 def finetune_arguments(
     argv:Sequence[str],    # what the user typed after `fusionbook finetune`
 ) -> argparse.Namespace:   # every flag
     "Read and check the command line."
-    args = read_flags(_parser(), argv)
+    args = _of_mini8(read_flags(_parser(), argv))
     if (
         Path(args.name).name != args.name
         or args.name.startswith(('_', '.'))

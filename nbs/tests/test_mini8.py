@@ -58,3 +58,11 @@ def test_the_models_are_small():
     from fusionbook.core.checkpoint import Checkpoint
     assert {str(t.dtype) for t in Checkpoint(MODELS/'pretrained').meta.values() if t.is_floating_point()} == {'torch.float16'}
     assert len([f for f in MODELS.glob('*/config.json')]) == 9 and (MODELS/'README.md').exists()
+
+
+def test_a_tower_of_mini8_is_tuned_as_the_help_says(here):
+    "`--base mini8/pretrained --data mini8/TASK` needs no more: the text side and the sentence are those of mini8; the line that is printed merges it."
+    done = here('finetune', '--base', 'mini8/pretrained', '--data', 'mini8/digits', '--name', 'digits', '--steps', 1, '--batch_size', 2)
+    assert done.status == 0 and 'expert     experts/digits' in done.out, done.err
+    line, = (l.split()[2:] for l in done.out.splitlines() if l.startswith('merge '))
+    assert here(*line, 'fast_dev_run=true').status == 0
