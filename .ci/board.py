@@ -1,6 +1,8 @@
-"""The cells that show the board: every method's page has them, and what they and the landing page's tables show is what registry and digest say now.
+"""The cells that show the board: every method's page has them, and what they and the landing page's tables
+show is what registry and digest say now.
 
-`--check` fails where that is not so; without it the cells are put in and their outputs written, which runs no notebook.
+`--check` fails where that is not so; without it the cells are put in and their outputs written, which runs no
+notebook.
 """
 import json, pkgutil, re, sys
 from book import finish, module, nbs, notebooks
@@ -19,37 +21,70 @@ def cell(id_, kind, text):
     more = dict(execution_count=None, outputs=[]) if kind == 'code' else {}
     return dict(cell_type=kind, id=id_, metadata={}, source=lines(text)) | more
 
-def own_cells(): return [cell('on-board', 'markdown', HEAD), cell('on-board-import', 'code', f'#| echo: false\n{IMPORT}'), cell('on-board-rows', 'code', f'#| echo: false\n{CALL}')]
+def own_cells():
+    return [
+        cell('on-board', 'markdown', HEAD),
+        cell('on-board-import', 'code', f'#| echo: false\n{IMPORT}'),
+        cell('on-board-rows', 'code', f'#| echo: false\n{CALL}'),
+    ]
 
 def source(c): return re.sub(r'(?m)^#\|.*\n?', '', ''.join(c['source'])).strip()
 
 def placed(cells):
     "The cells of a method's page with those of the board among them, before what closes the page."
     if any(c['cell_type'] == 'code' and source(c) == CALL for c in cells): return cells
-    at = next((i for i, c in enumerate(cells) if c['cell_type'] == 'markdown' and re.search(BEFORE, source(c))), len(cells))
+    at = next(
+        (i for i, c in enumerate(cells) if c['cell_type'] == 'markdown' and re.search(BEFORE, source(c))),
+        len(cells),
+    )
     return [*cells[:at], *own_cells(), *cells[at:]]
 
-def shown(text): return [dict(output_type='execute_result', execution_count=None, metadata={}, data={'text/markdown': lines(text), 'text/plain': [repr(str(text))]})]
+def shown(text):
+    return [
+        dict(
+            output_type='execute_result',
+            execution_count=None,
+            metadata={},
+            data={'text/markdown': lines(text), 'text/plain': [repr(str(text))]},
+        )
+    ]
 
 def refreshed(cells, found):
     "The cells with the outputs that `found` gives for what they end with showing, by the line that makes it."
-    made = [next((found[l] for l in source(c).splitlines() if l in found), None) if c['cell_type'] == 'code' else None for c in cells]
+    made = [
+        next((found[l] for l in source(c).splitlines() if l in found), None)
+        if c['cell_type'] == 'code'
+        else None
+        for c in cells
+    ]
     return [c if how is None else c | dict(outputs=shown(how())) for c, how in zip(cells, made, strict=True)]
 
 def families():
     "The line that makes a family's table, as maps have it -> the table."
-    packages = [m.name for m in pkgutil.iter_modules(fusionbook.method.__path__, 'fusionbook.method.') if m.ispkg]
+    packages = [
+        m.name for m in pkgutil.iter_modules(fusionbook.method.__path__, 'fusionbook.method.') if m.ispkg
+    ]
     return {f"table = family_table('{p}')": lambda p=p: family_table(p) for p in packages}
 
-def texts(cells): return [[''.join(o.get('data', {}).get('text/markdown', '')) for o in c.get('outputs', ())] for c in cells]
+def texts(cells):
+    return [
+        [''.join(o.get('data', {}).get('text/markdown', '')) for o in c.get('outputs', ())] for c in cells
+    ]
 
 def wanted():
     "Notebook -> its cells as they should be."
     pages = {}
-    for cls in family_methods('fusionbook.method'): pages.setdefault(nbs/page_of(cls), []).append(cls.config_names[0])
-    for nb, names in sorted(pages.items()): yield nb, lambda cells, names=names: refreshed(placed(cells), {CALL: lambda: board.rows_of(names)})
-    tables = {'methods_table()': board.methods_table, 'families_table()': board.families_table, 'board_table(board)': lambda: board.board_table(board.read_board())}
-    for name in ('index.ipynb', '60_method/08_board.ipynb'): yield nbs/name, lambda cells: refreshed(cells, tables)
+    for cls in family_methods('fusionbook.method'):
+        pages.setdefault(nbs / page_of(cls), []).append(cls.config_names[0])
+    for nb, names in sorted(pages.items()):
+        yield nb, lambda cells, names=names: refreshed(placed(cells), {CALL: lambda: board.rows_of(names)})
+    tables = {
+        'methods_table()': board.methods_table,
+        'families_table()': board.families_table,
+        'board_table(board)': lambda: board.board_table(board.read_board()),
+    }
+    for name in ('index.ipynb', '60_method/08_board.ipynb'):
+        yield nbs / name, lambda cells: refreshed(cells, tables)
     for nb in sorted(nbs.glob('*/00_map.ipynb')): yield nb, lambda cells: refreshed(cells, families())
     yield nbs/'60_method'/'_template.ipynb', placed
 
@@ -57,8 +92,19 @@ stale = []
 for nb, how in wanted():
     content = json.loads(nb.read_text(encoding='utf-8'))
     new = how(content['cells'])
-    if [c['id'] for c in new] == [c['id'] for c in content['cells']] and texts(new) == texts(content['cells']): continue
+    if [c['id'] for c in new] == [c['id'] for c in content['cells']] and texts(new) == texts(
+        content['cells']
+    ):
+        continue
     stale.append(nb)
-    if '--check' not in sys.argv: nb.write_text(json.dumps(content | dict(cells=new), sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-if '--check' in sys.argv: finish([f'{nb.relative_to(nbs)} does not show the board as it is; run .ci/board.py' for nb in stale], 'every method shows its line of the board')
+    if '--check' not in sys.argv:
+        nb.write_text(
+            json.dumps(content | dict(cells=new), sort_keys=True, indent=1, ensure_ascii=False) + '\n',
+            encoding='utf-8',
+        )
+if '--check' in sys.argv:
+    finish(
+        [f'{nb.relative_to(nbs)} does not show the board as it is; run .ci/board.py' for nb in stale],
+        'every method shows its line of the board',
+    )
 print(f'{len(stale)} pages show the board as it is now')

@@ -8,7 +8,9 @@ sys.path.insert(0, str(root))   # the package of this checkout, installed or not
 
 def notebooks(reports=False):
     "Notebooks of the book in reading order, without drafts (`_name`); executed reports only on request."
-    found = sorted(p for p in nbs.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(nbs).parts))
+    found = sorted(
+        p for p in nbs.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(nbs).parts)
+    )
     return [p for p in found if reports or p.parent.name != '95_reports']
 
 def cells(nb):
@@ -17,7 +19,9 @@ def cells(nb):
 
 def directive(cell, *names):
     "Whether a code cell carries one of nbdev's directives."
-    return cell['cell_type'] == 'code' and bool(re.search(rf"(?m)^#\s*\|\s*({'|'.join(names)})\b", cell['src']))
+    return cell['cell_type'] == 'code' and bool(
+        re.search(rf"(?m)^#\s*\|\s*({'|'.join(names)})\b", cell['src'])
+    )
 
 def module(nb):
     "The module a notebook exports to, such as `core.plot`, or None."

@@ -1,6 +1,8 @@
-"""Build every page without Quarto: nbdev processes the notebooks, nbconvert makes HTML, sidebar and links are compared with the files.
+"""Build every page without Quarto: nbdev processes the notebooks, nbconvert makes HTML, sidebar and links are
+compared with the files.
 
-`-o DIR` keeps the pages: open DIR/index.html. They need no network: formulas are MathML, pictures lie in the pages. `-s` (`--same`) takes nbdev's
+`-o DIR` keeps the pages: open DIR/index.html. They need no network: formulas are MathML, pictures lie in the
+pages. `-s` (`--same`) takes nbdev's
 last result as it is.
 """
 import argparse, json, re, tempfile
@@ -40,8 +42,14 @@ def sidebar(quarto):
         if not found and '*' not in entry: yield f'_quarto.yml: no file for `{entry}`'
         listed |= set(found)
     css = quarto['format']['html'].get('css', [])
-    yield from (f'_quarto.yml: no file for `{c}`' for c in ([css] if isinstance(css, str) else css) if not (root/c).exists())
-    yield from (f'{nb.relative_to(root)} is not in the sidebar' for nb in notebooks(reports=True) if nb not in listed)
+    yield from (
+        f'_quarto.yml: no file for `{c}`'
+        for c in ([css] if isinstance(css, str) else css)
+        if not (root / c).exists()
+    )
+    yield from (
+        f'{nb.relative_to(root)} is not in the sidebar' for nb in notebooks(reports=True) if nb not in listed
+    )
 
 def links(nb, html):
     "Local links and pictures of a page that lead nowhere."
@@ -50,7 +58,8 @@ def links(nb, html):
         if not path or re.match(r'[a-zA-Z][\w+.-]*:|//', path): continue
         base = root if path.startswith('/') else nb.parent
         full = base/path.lstrip('/')
-        if not (full.exists() or full.with_suffix('.ipynb').exists()): yield f'{nb.relative_to(root)}: no file for the link `{target}`'
+        if not (full.exists() or full.with_suffix('.ipynb').exists()):
+            yield f'{nb.relative_to(root)}: no file for the link `{target}`'
 
 @cache
 def page_of(nb): return nb.relative_to(nbs).with_suffix('.html').as_posix()
@@ -59,7 +68,10 @@ def parts(quarto):
     "The sidebar: (section or None, notebooks)."
     for node in quarto['website']['sidebar']['contents']:
         found = [f for e in entries(node) for f in (sorted(root.glob(e)) if '*' in e else [root/e])]
-        yield (node.get('section') if isinstance(node, dict) else None), [f for f in found if f.suffix == '.ipynb' and f.exists() and not f.name.startswith('_')]
+        yield (
+            (node.get('section') if isinstance(node, dict) else None),
+            [f for f in found if f.suffix == '.ipynb' and f.exists() and not f.name.startswith('_')],
+        )
 
 class Book:
     "What all pages share: settings, titles, sidebar, the names of pages, and what makes HTML of a notebook."
@@ -67,14 +79,19 @@ class Book:
         import yaml
         self.quarto = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))
         self.titles = {n: title_of(n) for n in notebooks(reports=True)}
-        self.parts, self.made, self.exporter = list(parts(self.quarto)), {page_of(n) for n in self.titles}, exporter()
+        self.parts, self.made, self.exporter = (
+            list(parts(self.quarto)),
+            {page_of(n) for n in self.titles},
+            exporter(),
+        )
 
 def title_of(nb):
     first = ''.join(json.loads(nb.read_text(encoding='utf-8'))['cells'][0]['source'])
     return first.partition('\n')[0].removeprefix('# ').strip()
 
 def exporter():
-    "nbconvert's HTML without a second reading of each page, which costs three quarters of the time: our own code needs no sanitizer, and `tidy` does the rest."
+    """nbconvert's HTML without a second reading of each page, which costs three quarters of the time: our own
+    code needs no sanitizer, and `tidy` does the rest."""
     from nbconvert import HTMLExporter, TemplateExporter
     from nbconvert.exporters.html import Highlight2HTML, WidgetsDataTypeFilter
     class Plain(HTMLExporter):
@@ -82,7 +99,10 @@ def exporter():
             resources = self._init_resources(resources)
             self.register_filter('clean_html', lambda text: text)
             self.register_filter('highlight_code', Highlight2HTML(pygments_lexer='ipython3', parent=self))
-            self.register_filter('filter_data_type', WidgetsDataTypeFilter(notebook_metadata=self._nb_metadata, parent=self, resources=resources))
+            self.register_filter(
+                'filter_data_type',
+                WidgetsDataTypeFilter(notebook_metadata=self._nb_metadata, parent=self, resources=resources),
+            )
             return TemplateExporter.from_notebook_node(self, nb, resources, **kw)
     return Plain(template_name='basic')
 
@@ -90,10 +110,15 @@ def tidy(html):
     "Pictures with a text for those who do not see them, attributes in double quotes."
     def tag(m):
         found = re.sub(r"""(?<=[\s"'])([\w:-]+)='([^'"]*)'""", r'\1="\2"', m[0])
-        return re.sub(r'/?>$', ' alt="No description has been provided for this image"/>', found) if found.startswith('<img') and ' alt=' not in found else found
+        return (
+            re.sub(r'/?>$', ' alt="No description has been provided for this image"/>', found)
+            if found.startswith('<img') and ' alt=' not in found
+            else found
+        )
     return re.sub(r'<[a-zA-Z][^<>]*>', tag, html)
 
-SAME = {r'\arg': r'\operatorname{arg}', r'\lVert': r'\|', r'\rVert': r'\|'} # commands that the converter has under another name
+# commands that the converter has under another name
+SAME = {r'\arg': r'\operatorname{arg}', r'\lVert': r'\|', r'\rVert': r'\|'}
 
 def mathml(tex, **how):
     "One formula; a command that would stand on the page as it was typed is refused."
@@ -101,7 +126,8 @@ def mathml(tex, **how):
     known = re.sub(r'\\(arg|lVert|rVert)(?![a-zA-Z])', lambda m: SAME[m[0]], tex)
     known = re.sub(r'\\[bB]igg?[lrm]?(?=\\[lr]angle)', '', known) # angles grow by themselves
     found = convert(known, **how)
-    if left := re.search(r'\\[a-zA-Z]+', found): raise SystemExit(f'expected a formula without `{left[0]}`, got `{tex}`')
+    if left := re.search(r'\\[a-zA-Z]+', found):
+        raise SystemExit(f'expected a formula without `{left[0]}`, got `{tex}`')
     return found
 
 def formulas(html):
@@ -128,7 +154,8 @@ def prepared(cell):
     if 'output: false' in directives: cell.outputs = []
     cell.metadata['transient'] = dict(remove_source='echo: false' in directives or not cell.source.strip())
     for o in cell.outputs:
-        if 'text/markdown' in (data := o.get('data', {})): data['text/markdown'] = re.sub(r'\A---\s+', '', plain(''.join(data['text/markdown'])))
+        if 'text/markdown' in (data := o.get('data', {})):
+            data['text/markdown'] = re.sub(r'\A---\s+', '', plain(''.join(data['text/markdown'])))
     return cell
 
 def joined(cells):
@@ -146,7 +173,9 @@ def folded(cell):
     from nbformat.v4 import new_markdown_cell
     hidden = cell.metadata.get('transient', {}).get('remove_source')
     if not cell.metadata.get('folded') or hidden: return [cell]
-    code = new_markdown_cell(f'<details><summary>Code</summary>\n\n```python\n{cell.source}\n```\n\n</details>')
+    code = new_markdown_cell(
+        f'<details><summary>Code</summary>\n\n```python\n{cell.source}\n```\n\n</details>'
+    )
     cell.source, cell.metadata['transient'] = '', dict(remove_source=True)
     return [code, cell]
 
@@ -159,13 +188,24 @@ def rewritten(html, nb, book):
         path, _, anchor = unescape(m[2]).partition('#')
         if path.startswith(f'{site}/'):
             page = path.removeprefix(f'{site}/').removeprefix('nbs/')
-            found = next((p for p in made if p == page), None) or next((p for p in made if re.sub(r'(^|/)\w*?\d\w*?_', r'\1', p).endswith(page.rpartition('/')[2])), None)
+            found = next((p for p in made if p == page), None) or next(
+                (p for p in made if re.sub(r'(^|/)\w*?\d\w*?_', r'\1', p).endswith(page.rpartition('/')[2])),
+                None,
+            )
             return f'{m[1]}"{escape(local(found, anchor))}"' if found else m[0]
         if not path or re.match(r'[a-zA-Z][\w+.-]*:|//', path): return m[0]
         full = (nb.parent/unquote(path)).resolve()
-        if full.suffix in ('.ipynb', '.html') and full.is_relative_to(nbs) and (page := full.relative_to(nbs).with_suffix('.html').as_posix()) in made:
+        if (
+            full.suffix in ('.ipynb', '.html')
+            and full.is_relative_to(nbs)
+            and (page := full.relative_to(nbs).with_suffix('.html').as_posix()) in made
+        ):
             return f'{m[1]}"{escape(local(page, anchor))}"'
-        return f'{m[1]}"{repo}/blob/main/{full.relative_to(root).as_posix()}"' if full.exists() and full.is_relative_to(root) else m[0]
+        return (
+            f'{m[1]}"{repo}/blob/main/{full.relative_to(root).as_posix()}"'
+            if full.exists() and full.is_relative_to(root)
+            else m[0]
+        )
     return re.sub(r'(<a\b[^>]*?\shref=)"([^"]+)"', link, html)
 
 @cache
@@ -178,17 +218,26 @@ def navigation(nb, book):
     def section(name, ns):
         body = ''.join(a(n, titles[n], ' class="here"' if n == nb else '') for n in ns)
         first = nb.stem == 'index' and name in ('Tutorials', 'Reports')
-        return f'<details{" open" if nb in ns or first else ""}><summary>{escape(name)}</summary>{body}</details>' if name else body
+        opened = ' open' if nb in ns or first else ''
+        return (
+            f'<details{opened}><summary>{escape(name)}</summary>{body}</details>'
+            if name
+            else body
+        )
     at = order.index(nb) if nb in order else 0
     before, after = order[at - 1] if at else None, order[at + 1] if at + 1 < len(order) else None
-    turn = (a(before, f'← {titles[before]}') if before else '<span></span>') + (a(after, f'{titles[after]} →') if after else '')
+    turn = (a(before, f'← {titles[before]}') if before else '<span></span>') + (
+        a(after, f'{titles[after]} →') if after else ''
+    )
     return ''.join(section(*p) for p in book.parts), turn
 
 def page(nb, cache, book, style):
     "A whole page, and its body as it was before its links were rewritten."
     import nbformat, yaml
     doc = nbformat.read(str(cache/nb.relative_to(root)), 4)
-    front = next((yaml.safe_load(c.source.strip().strip('-')) or {} for c in doc.cells[:1] if c.cell_type == 'raw'), {})
+    front = next(
+        (yaml.safe_load(c.source.strip().strip('-')) or {} for c in doc.cells[:1] if c.cell_type == 'raw'), {}
+    )
     shown = [c for c in doc.cells if c.cell_type != 'raw' and not c.source.startswith('<!-- WARNING')]
     doc.cells = [part for c in joined(map(prepared, shown)) for part in folded(c)]
     body = tidy(book.exporter.from_notebook_node(doc)[0])
@@ -197,8 +246,10 @@ def page(nb, cache, book, style):
     title, lead = str(front.get('title') or book.titles[nb]), str(front.get('description') or '')
     text = formulas(rewritten(body, nb, book))
     heading = '' if re.search(r'<h1\b', body) else f'<h1>{escape(title)}</h1>'
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)} – {escape(web["title"])}</title>'
-            f'<style>{style}</style></head><body><nav>{side}</nav><main>{heading}<p class="lead">{formulas(escape(lead))}</p>\n{text}\n<footer>{turn}</footer></main></body></html>\n'), body
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)} – {escape(web["title"])}</title>'
+        f'<style>{style}</style></head><body><nav>{side}</nav><main>{heading}<p class="lead">{formulas(escape(lead))}</p>\n{text}\n<footer>{turn}</footer></main></body></html>\n'
+    ), body
 
 @cache
 def there(folder, path): return (folder/path).exists()   # pages of one folder share their sidebar
@@ -208,8 +259,10 @@ def broken(file, out):
     html = file.read_text(encoding='utf-8')
     for target in set(re.findall(r'<a\b[^>]*?\shref="([^"]+)"', html)):
         path = unquote(unescape(target)).partition('#')[0].partition('?')[0]
-        if path and not re.match(r'[a-zA-Z][\w+.-]*:|//', path) and not there(file.parent, path): yield f'{file.relative_to(out)}: no page for the link `{target}`'
-    if re.search(r'<p>---|output-file:|<body>\s*---', html): yield f'{file.relative_to(out)}: raw front matter'
+        if path and not re.match(r'[a-zA-Z][\w+.-]*:|//', path) and not there(file.parent, path):
+            yield f'{file.relative_to(out)}: no page for the link `{target}`'
+    if re.search(r'<p>---|output-file:|<body>\s*---', html):
+        yield f'{file.relative_to(out)}: raw front matter'
 
 def main():
     from nbdev.serve import proc_nbs
@@ -220,20 +273,32 @@ def main():
     asked, book = flags.parse_args(), Book()
     bad, cache = list(sidebar(book.quarto)), root/'_proc'
     if not asked.same or not cache.is_dir(): cache = proc_nbs(root, n_workers=2, force=True)
-    style = STYLE + HtmlFormatter().get_style_defs('.highlight') + (nbs/'styles.css').read_text(encoding='utf-8')
+    style = (
+        STYLE
+        + HtmlFormatter().get_style_defs('.highlight')
+        + (nbs / 'styles.css').read_text(encoding='utf-8')
+    )
     with tempfile.TemporaryDirectory() as spare:
         out = Path(asked.output or spare)
         for nb in book.titles:
-            if not (cache/nb.relative_to(root)).exists(): bad.append(f'{nb.relative_to(root)}: nbdev made no page'); continue
+            if not (cache / nb.relative_to(root)).exists():
+                bad.append(f'{nb.relative_to(root)}: nbdev made no page')
+                continue
             html, body = page(nb, cache, book, style)
             bad += links(nb, body)
             (out/page_of(nb)).parent.mkdir(parents=True, exist_ok=True)
             (out/page_of(nb)).write_text(html, encoding='utf-8')
         made = [out/page_of(nb) for nb in book.titles if (out/page_of(nb)).exists()]
         bad += [b for f in made for b in broken(f, out)]
-        finish(bad, f'{len(made)} pages built, sidebar and links lead somewhere' + (f'; open {out/"index.html"}' if asked.output else ''))
+        finish(
+            bad,
+            f'{len(made)} pages built, sidebar and links lead somewhere'
+            + (f'; open {out / "index.html"}' if asked.output else ''),
+        )
 
-if __name__ == '__mp_main__': # a process of nbdev's: when it ends, each of its two hundred shells would collect garbage, which takes longer than the pages
+# a process of nbdev's: when it ends, each of its two hundred shells would collect garbage, which takes
+# longer than the pages
+if __name__ == '__mp_main__':
     from IPython.core.interactiveshell import InteractiveShell
     InteractiveShell.atexit_operations = lambda self: None
 

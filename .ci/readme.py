@@ -1,11 +1,13 @@
-"README.md from nbs/index.ipynb, the way nbdev and Quarto write it, without Quarto. `--check` fails when README.md or a picture is not current."
+"""README.md from nbs/index.ipynb, the way nbdev and Quarto write it, without Quarto. `--check` fails when
+README.md or a picture is not current."""
 import base64, configparser, re, sys
 from book import cells, finish, nbs, root
 
 INDEX, PICTURES = nbs/'index.ipynb', nbs/'index_files'
 config = configparser.ConfigParser(delimiters=['='])
 config.read(root/'settings.ini', encoding='utf-8')
-RAW = 'https://raw.githubusercontent.com/{user}/{repo}/{branch}'.format(**config['DEFAULT']) # pictures are seen outside of the repository's page too
+# pictures are seen outside of the repository's page too
+RAW = 'https://raw.githubusercontent.com/{user}/{repo}/{branch}'.format(**config['DEFAULT'])
 HEAD = '<!-- made by .ci/readme.py from nbs/index.ipynb: edit the notebook -->\n'
 
 def local(match):
@@ -28,7 +30,10 @@ def output(o, name):
     text = lambda x: re.sub(r'(?m)^(?=.)', '    ', re.sub(r'\x1b\[[0-9;]*m', '', ''.join(x)).rstrip('\n'))
     if o['output_type'] == 'stream': return text(o['text']) if o['name'] == 'stdout' else '', {}
     data = o.get('data', {})
-    if 'image/png' in data: return f'![]({RAW}/nbs/{PICTURES.name}/{name}.png)', {f'{name}.png': base64.b64decode(''.join(data['image/png']))}
+    if 'image/png' in data:
+        return f'![]({RAW}/nbs/{PICTURES.name}/{name}.png)', {
+            f'{name}.png': base64.b64decode(''.join(data['image/png']))
+        }
     if 'text/markdown' in data: return linked(''.join(data['text/markdown']).strip()), {}
     if 'text/html' in data: return ''.join(data['text/html']).strip(), {}
     return text(data.get('text/plain', '')), {}
@@ -53,7 +58,11 @@ text, pictures = export()
 files = {root/'README.md': text.encode()} | {PICTURES/name: data for name, data in pictures.items()}
 stale = [f for f, data in files.items() if not f.exists() or f.read_bytes() != data]
 extra = [f for f in PICTURES.glob('*') if f not in files]
-if '--check' in sys.argv: finish([f'{f.relative_to(root)} is not current; run .ci/readme.py' for f in stale + extra], 'README.md is current')
+if '--check' in sys.argv:
+    finish(
+        [f'{f.relative_to(root)} is not current; run .ci/readme.py' for f in stale + extra],
+        'README.md is current',
+    )
 for f in extra: f.unlink()
 for f in stale:
     f.parent.mkdir(exist_ok=True)
