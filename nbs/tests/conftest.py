@@ -1,18 +1,28 @@
-"""What the tests share: a quiet, offline environment; tiny CLIP models and image folders in place of hub names; the program."""
+"""What the tests share: a quiet, offline environment; tiny CLIP models and image folders in place of hub
+names; the program."""
 import json, os, signal, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 # before torch, datasets or the hub client are imported, here and in every child
 _home = tempfile.TemporaryDirectory(prefix='fusionbook-tests-')
-os.environ |= dict(HF_HUB_OFFLINE='1', HF_HOME=f'{_home.name}/huggingface', FUSIONBOOK_CACHE=f'{_home.name}/cache', FUSIONBOOK_PROGRESS='none',
-                   OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', MPLBACKEND='agg', COLUMNS='200')
+os.environ |= dict(
+    HF_HUB_OFFLINE='1',
+    HF_HOME=f'{_home.name}/huggingface',
+    FUSIONBOOK_CACHE=f'{_home.name}/cache',
+    FUSIONBOOK_PROGRESS='none',
+    OMP_NUM_THREADS='1',
+    OMP_WAIT_POLICY='passive',
+    MPLBACKEND='agg',
+    COLUMNS='200',
+)
 
 import numpy as np
 import pytest
 import warm
 
-signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background job ignores Ctrl-C, and so would every child
+# a shell's background job ignores Ctrl-C, and so would every child
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ENTRY = [sys.executable, '-c', 'from fusionbook.bench.cli import main; raise SystemExit(main())']
 BASE = 'openai/clip-vit-base-patch32'
@@ -21,7 +31,9 @@ TA8 = ('sun397', 'stanford-cars', 'resisc45', 'eurosat', 'svhn', 'gtsrb', 'mnist
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'browser: opens JupyterLab in a headless Chromium; `-m "not browser"` leaves it out')
+    config.addinivalue_line(
+        'markers', 'browser: opens JupyterLab in a headless Chromium; `-m "not browser"` leaves it out'
+    )
 
 
 @dataclass
@@ -31,7 +43,9 @@ class Result:
     out: str
     err: str
     cwd: Path
-    def __post_init__(self): self.runs = sorted((self.cwd/'_runs').glob('*/'), key=lambda f: f.stat().st_mtime_ns) # up to now
+    # up to now
+    def __post_init__(self):
+        self.runs = sorted((self.cwd / '_runs').glob('*/'), key=lambda f: f.stat().st_mtime_ns)
     @property
     def folder(self): return self.runs[-1]
     @property
@@ -46,7 +60,16 @@ class Result:
 
 def run_program(*args, cwd, timeout=180, anew=False, **env):
     "The program in a process of its own; one that imports everything itself if it is to begin `anew`."
-    if anew: done = subprocess.run([*ENTRY, *map(str, args)], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    if anew:
+        done = subprocess.run(
+            [*ENTRY, *map(str, args)],
+            cwd=cwd,
+            env=os.environ | env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
     else: done = warm.run(*args, cwd=cwd, env=os.environ | env, timeout=timeout)
     return Result(done.returncode, done.stdout, done.stderr, Path(cwd))
 
@@ -76,7 +99,10 @@ def perturbed(state, seed, scale=.05):
     "A copy of a state dict with noise on every float tensor."
     import torch
     g = torch.Generator().manual_seed(seed)
-    return {k: v + scale * torch.randn(v.shape, generator=g) if v.is_floating_point() else v.clone() for k, v in state.items()}
+    return {
+        k: v + scale * torch.randn(v.shape, generator=g) if v.is_floating_point() else v.clone()
+        for k, v in state.items()
+    }
 
 
 def write_images(folder, splits=('train', 'test'), per_class=2, seed=0):
@@ -87,7 +113,9 @@ def write_images(folder, splits=('train', 'test'), per_class=2, seed=0):
         for digit in range(10):
             (where := folder/split/str(digit)).mkdir(parents=True)
             for i in range(per_class):
-                Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2 + 12 * digit).save(where/f'{i}.png')
+                Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2 + 12 * digit).save(
+                    where / f'{i}.png'
+                )
     return folder
 
 
@@ -95,13 +123,19 @@ def save_tower(state, folder, base):
     "Tensors of a vision tower in the hub's layout, with the configuration of a CLIP; the folder."
     from fusionbook.core.checkpoint import save
     from fusionbook.models.clip import vision_config
-    save({f'vision_model.{k}': v for k, v in state.items()}, folder, extras={'config.json': vision_config(base).to_json_string(use_diff=False)})
+
+    save(
+        {f'vision_model.{k}': v for k, v in state.items()},
+        folder,
+        extras={'config.json': vision_config(base).to_json_string(use_diff=False)},
+    )
     return str(folder)
 
 
 @pytest.fixture(scope='session')
 def world(tmp_path_factory):
-    "Folders: a tiny CLIP as `base`, two experts as vision towers in the hub's layout, and two sets of images."
+    """Folders: a tiny CLIP as `base`, two experts as vision towers in the hub's layout, and two sets of
+    images."""
     from fusionbook.core.checkpoint import Checkpoint
     from fusionbook.models.clip import tiny_clip
     root = tmp_path_factory.mktemp('world')
@@ -117,7 +151,11 @@ def world(tmp_path_factory):
 @pytest.fixture(scope='session')
 def hub(world):
     "Hub name -> local folder."
-    names = {BASE: world/'base'} | {name: world/task for task, name in EXPERTS.items()} | {task: world/f'{task}_images' for task in EXPERTS}
+    names = (
+        {BASE: world / 'base'}
+        | {name: world / task for task, name in EXPERTS.items()}
+        | {task: world / f'{task}_images' for task in EXPERTS}
+    )
     return {k: str(v) for k, v in names.items()}
 
 
@@ -129,7 +167,12 @@ def mirror(names):
 @pytest.fixture(scope='session')
 def two(hub):
     "Arguments of the page's first call, with local models and images."
-    return ['method=task_arithmetic', 'modelpool=clip-vit-base-patch32_svhn_and_mnist', 'taskpool=clip-vit-base-patch32_svhn_and_mnist', mirror(hub)]
+    return [
+        'method=task_arithmetic',
+        'modelpool=clip-vit-base-patch32_svhn_and_mnist',
+        'taskpool=clip-vit-base-patch32_svhn_and_mnist',
+        mirror(hub),
+    ]
 
 
 @pytest.fixture(scope='session')

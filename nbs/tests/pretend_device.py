@@ -1,9 +1,14 @@
-"""A pretend accelerator, `pretend:0`, made of the processor: its numbers are the processor's, its rules are a GPU's.
+"""A pretend accelerator, `pretend:0`, made of the processor: its numbers are the processor's, its rules are a
+GPU's.
 
-Import it before anything else; then `device='pretend'` works wherever `device='cuda'` would. Tensors say `device=pretend:0`, an
-operation that mixes devices raises (a 0-d tensor of the processor may join), `.numpy()` refuses, autograd and `nn.Module.to` work.
-So a machine without an accelerator proves that a path is whole: no forgotten `.to(device)`, no result left on the device, the same
-numbers. It says nothing about speed. It needs torch 2.13 or later: the interface behind it is an experiment of PyTorch's.
+Import it before anything else; then `device='pretend'` works wherever `device='cuda'` would. Tensors say
+`device=pretend:0`, an
+operation that mixes devices raises (a 0-d tensor of the processor may join), `.numpy()` refuses, autograd and
+`nn.Module.to` work.
+So a machine without an accelerator proves that a path is whole: no forgotten `.to(device)`, no result left on
+the device, the same
+numbers. It says nothing about speed. It needs torch 2.13 or later: the interface behind it is an experiment
+of PyTorch's.
 """
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
@@ -35,7 +40,9 @@ class PretendTensor(torch.Tensor):
     "A tensor of the processor that claims to lie on the pretend device."
     @staticmethod
     def __new__(cls, real):
-        like = dict(strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype, device=DEVICE)
+        like = dict(
+            strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype, device=DEVICE
+        )
         made = torch.Tensor._make_wrapper_subclass(cls, real.size(), **like)
         made.real_tensor = real
         return made

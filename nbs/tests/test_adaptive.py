@@ -1,4 +1,5 @@
-"""Methods that learn: interrupted at any step they go on to the same bytes; an objective that is no number stops; frozen parameters and foreign coefficients."""
+"""Methods that learn: interrupted at any step they go on to the same bytes; an objective that is no number
+stops; frozen parameters and foreign coefficients."""
 import inspect
 import shutil
 import sys
@@ -14,9 +15,21 @@ from fusionbook.method.check import StoppingTasks, ToyPool, ToyTasks
 from fusionbook.method.map import family_methods
 
 # learning steps of every stage, small batches; what a method does not know is left out
-SMALL = dict(max_steps=4, max_adamerging_steps=4, surgery_steps=3, gossip_max_steps=2, max_iters=3, ada_iters=2, dataset_size=8, batch_size=4, width=2)
+SMALL = dict(
+    max_steps=4,
+    max_adamerging_steps=4,
+    surgery_steps=3,
+    gossip_max_steps=2,
+    max_iters=3,
+    ada_iters=2,
+    dataset_size=8,
+    batch_size=4,
+    width=2,
+)
 # texts with answers need words: on these inputs it learns by the entropy
-MORE = {'LayerWiseAdaMergingForLlamaSFT': dict(objective='entropy', start_layer_idx=0, average_attntion=False)}
+MORE = {
+    'LayerWiseAdaMergingForLlamaSFT': dict(objective='entropy', start_layer_idx=0, average_attntion=False)
+}
 METHODS = {c.__name__: c for c in family_methods('fusionbook.method.adaptive')}
 KEPT = {n: c for n, c in METHODS.items() if 'checkpoint' in {f.name for f in fields(c)}}
 
@@ -25,11 +38,16 @@ class Deep(nn.Module):
     "Numbers (n, 6) -> logits (n, 6) through two numbered layers and a norm; a scale that is frozen."
     def __init__(self, seed):
         super().__init__()
-        self.layers, self.norm, self.head = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), nn.LayerNorm(6), nn.Linear(6, 6)
+        self.layers, self.norm, self.head = (
+            nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]),
+            nn.LayerNorm(6),
+            nn.Linear(6, 6),
+        )
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
         g = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for k, p in self.named_parameters(): p.copy_((k in ("norm.weight", "scale")) + .3 * torch.randn(p.shape, generator=g))
+            for k, p in self.named_parameters():
+                p.copy_((k in ("norm.weight", "scale")) + 0.3 * torch.randn(p.shape, generator=g))
     def forward(self, x):
         for layer in self.layers: x = x + layer(x).tanh()
         return self.head(self.norm(x)) * self.scale
@@ -95,15 +113,20 @@ def test_a_checkpoint_of_another_run_is_refused(name, tmp_path):
         (pool(seeds=(1, 3, 2)), 'models'),
         (pool(Doubled()), 'task_heads'),
     ]:
-        with pytest.raises(FusionError, match=f'expected the checkpoint of this run, got .* of one with another .*{said}'):
+        with pytest.raises(
+            FusionError, match=f'expected the checkpoint of this run, got .* of one with another .*{said}'
+        ):
             fuse(made(name, checkpoint=file), other)
-    with pytest.raises(FusionError, match='expected the checkpoint of this run, got .* of one with another .*seed'):
+    with pytest.raises(
+        FusionError, match='expected the checkpoint of this run, got .* of one with another .*seed'
+    ):
         fuse(made(name, checkpoint=file, seed=1), pool())
     assert {f: f.read_bytes() for f in tmp_path.rglob('*.safetensors')} == kept
 
 
 def others(name):
-    "What else a method may be told that a checkpoint could forget: each switch the other way, coefficients that are given."
+    """What else a method may be told that a checkpoint could forget: each switch the other way, coefficients
+    that are given."""
     plain = made(name)
     for f in fields(KEPT[name]):
         if isinstance(value := getattr(plain, f.name), bool): yield {f.name: not value}
@@ -114,7 +137,9 @@ def test_a_switch_of_symerge_is_no_head_of_a_task(tmp_path):
     "Heads that learn and heads that do not are two runs, whatever the heads of the pool are called."
     file = str(tmp_path/'state.safetensors')
     fuse(made('SyMerge', heads=True, checkpoint=file), pool())
-    with pytest.raises(FusionError, match='expected the checkpoint of this run, got .* of one with another heads;'):
+    with pytest.raises(
+        FusionError, match='expected the checkpoint of this run, got .* of one with another heads;'
+    ):
         fuse(made('SyMerge', heads=False, checkpoint=file), pool())
 
 
@@ -131,9 +156,14 @@ def test_a_checkpoint_of_another_setting_is_refused_or_decides_nothing(name, tmp
         for more, wanted in made_of.values():
             shutil.rmtree(tmp_path/'now', ignore_errors=True)
             shutil.copytree(tmp_path, tmp_path/'now', ignore=shutil.ignore_patterns('now'))
-            try: found = state(fuse(made(name, **more, checkpoint=str(tmp_path/f'now/{i}.safetensors')), pool()))
+            try:
+                found = state(
+                    fuse(made(name, **more, checkpoint=str(tmp_path / f'now/{i}.safetensors')), pool())
+                )
             except FusionError as e:
-                assert 'expected the checkpoint of this run' in str(e) or 'expected a checkpoint of at most' in str(e)
+                assert 'expected the checkpoint of this run' in str(
+                    e
+                ) or 'expected a checkpoint of at most' in str(e)
                 continue
             assert found.keys() == wanted.keys() and all(found[k].equal(v) for k, v in wanted.items()), more
 
@@ -151,13 +181,25 @@ def test_a_frozen_parameter_stays_the_bases(name):
     assert any(k.endswith('scale') for k in found)
     for k, v in found.items():
         if k.endswith('scale'): assert v.equal(base['scale'])
-    moved = [k for k in base if any(f.endswith(k) and f.count('.') >= k.count('.') and not v.equal(base[k]) for f, v in found.items() if v.shape == base[k].shape)]
+    moved = [
+        k
+        for k in base
+        if any(
+            f.endswith(k) and f.count('.') >= k.count('.') and not v.equal(base[k])
+            for f, v in found.items()
+            if v.shape == base[k].shape
+        )
+    ]
     assert len(moved) > 2
 
 
 @pytest.mark.parametrize('name', [n for n, c in KEPT.items() if 'weights' in {f.name for f in fields(c)}])
 def test_coefficients_of_other_experts_or_another_shape_are_refused(name):
-    for weights, said in (([[.1] * 99] * 3, 'expected coefficients'), ([.1, .2], 'expected coefficients'), (dict(experts=['a', 'c', 'b'], groups=['x'], coefficients=[[.1]] * 3), 'for the experts a, b, c')):
+    for weights, said in (
+        ([[0.1] * 99] * 3, 'expected coefficients'),
+        ([0.1, 0.2], 'expected coefficients'),
+        (dict(experts=['a', 'c', 'b'], groups=['x'], coefficients=[[0.1]] * 3), 'for the experts a, b, c'),
+    ):
         with pytest.raises(FusionError, match=said): fuse(made(name, weights=weights), pool())
 
 
@@ -175,14 +217,20 @@ def test_a_network_is_asked_on_the_threads_of_the_method(name):
 
 def told_a_device(module):
     "Functions of a module that are told where to work."
-    return {k: f for k, f in vars(module).items() if inspect.isfunction(f) and 'device' in inspect.signature(f).parameters}
+    return {
+        k: f
+        for k, f in vars(module).items()
+        if inspect.isfunction(f) and 'device' in inspect.signature(f).parameters
+    }
 
 
 @pytest.mark.parametrize('name', KEPT)
 def test_everything_is_computed_on_the_device_of_the_method(name, monkeypatch):
     "Whatever the modules of a method call that may work on any device is told the method's."
     found = {}
-    for module in {sys.modules[c.__module__] for c in KEPT[name].__mro__ if c.__module__.startswith('fusionbook.method')}:
+    for module in {
+        sys.modules[c.__module__] for c in KEPT[name].__mro__ if c.__module__.startswith('fusionbook.method')
+    }:
         for key, f in told_a_device(module).items():
             def noted(*args, _key=key, _f=f, **how):
                 call = inspect.signature(_f).bind(*args, **how)

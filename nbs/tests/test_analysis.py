@@ -1,4 +1,5 @@
-"""`fusionbook analyse` as a user types it, analyses on texts and on a pretended device, and what cannot be analysed."""
+"""`fusionbook analyse` as a user types it, analyses on texts and on a pretended device, and what cannot be
+analysed."""
 import csv, json, os, subprocess, sys
 from pathlib import Path
 
@@ -26,10 +27,19 @@ def test_tables_and_pictures_lie_in_one_folder(typed):
 
 
 def test_a_landscape_with_a_merged_model_keeps_its_own_facts(typed):
-    done = typed('landscape --kind line --models digits,ties_merging --methods ties_merging --points 3 --draws 5 taskpool.fast_dev_run=true')
+    done = typed(
+        (
+            'landscape --kind line --models digits,ties_merging --methods ties_merging --points 3 '
+            '--draws 5 taskpool.fast_dev_run=true'
+        )
+    )
     assert done.status == 0, done.err
     facts = json.loads((done.folder/'findings.json').read_text())
-    assert (facts['kind'], facts['models'], facts['tasks']) == ('line', ['digits', 'ties_merging'], ['digits'])
+    assert (facts['kind'], facts['models'], facts['tasks']) == (
+        'line',
+        ['digits', 'ties_merging'],
+        ['digits'],
+    )
     assert facts['best'].keys() == facts['barriers'].keys() == {'accuracy', 'loss'}
     assert len(facts['hashes']['models']) == 9
     assert [r[0] for r in rows(done.folder/'line.csv')[1:]] == ['-0.25', '0.0', '0.5', '1.0', '1.25']
@@ -64,11 +74,16 @@ def test_mistakes_are_one_line(typed, line, says):
 
 
 def test_an_analysis_is_no_method(here):
-    for line in ('method=analysis/task_vector_violin_plot', 'sweep method=analysis/task_vector_violin_plot method.x=1,2'):
+    for line in (
+        'method=analysis/task_vector_violin_plot',
+        'sweep method=analysis/task_vector_violin_plot method.x=1,2',
+    ):
         assert 'fusionbook analyse' in here(*line.split()).line
     from fusionbook.core.errors import FusionError
     from fusionbook.core.legacy import translate
-    with pytest.raises(FusionError, match='it is an analysis'): translate({'_target_': 'fusion_bench.method.TaskVectorViolinPlot'}, 'method')
+
+    with pytest.raises(FusionError, match='it is an analysis'):
+        translate({'_target_': 'fusion_bench.method.TaskVectorViolinPlot'}, 'method')
 
 
 def test_a_landscape_of_texts(tmp_path):
@@ -86,7 +101,10 @@ def test_a_landscape_of_texts(tmp_path):
         folder = tiny_text(tmp_path/name, words)
         save(perturbed(state, seed, .02), folder, extras={'config.json': (base/'config.json').read_text()})
     from datasets import ClassLabel, Dataset
-    rows = Dataset.from_dict(dict(text=words, label=[0, 1, 0, 1])).cast_column('label', ClassLabel(names=['good', 'bad']))
+
+    rows = Dataset.from_dict(dict(text=words, label=[0, 1, 0, 1])).cast_column(
+        'label', ClassLabel(names=['good', 'bad'])
+    )
     pool = TextEncoderPool({'_pretrained_': str(base), 'a': str(tmp_path/'a'), 'b': str(tmp_path/'b')})
     tasks = TextClassificationTaskPool({'a': {'dataset': rows}, 'b': {'dataset': rows}}, str(base))
     found = LossLandscape(kind='line', points=3, draws=5).run(pool, tasks)
@@ -96,7 +114,8 @@ def test_a_landscape_of_texts(tmp_path):
 
 
 def test_the_same_numbers_on_a_device():
-    "Nothing is forgotten on the other side; a program of its own, since the pretended device changes PyTorch."
+    """Nothing is forgotten on the other side; a program of its own, since the pretended device changes
+    PyTorch."""
     code = '''
 import pretend_device, json
 from fusionbook.analysis.attribution import LayerAttribution
@@ -126,7 +145,13 @@ for (name, a, merged), (_, b, _) in zip(jobs('cpu'), jobs(pretend_device.NAME), 
     print(json.dumps([name, len(x) == len(y) and max(abs(p - q) / (1 + abs(p)) for p, q in zip(x, y))]), flush=True)
 '''
     where = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get('PYTHONPATH')]))
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | {'PYTHONPATH': where}, timeout=600)
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {'PYTHONPATH': where},
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-1500:]
     found = dict(map(json.loads, done.stdout.splitlines()))
     assert len(found) == 7 and not {k: v for k, v in found.items() if v is False or not v < 1e-4}

@@ -1,5 +1,7 @@
-"""Experts that cannot be merged, tensors that lie in memory in other ways, too little memory and numbers at their ends: every method
-that needs no data says in one line what is wrong, with the tensor's name, or gives the result that is right."""
+"""Experts that cannot be merged, tensors that lie in memory in other ways, too little memory and numbers at
+their ends: every method
+that needs no data says in one line what is wrong, with the tensor's name, or gives the result that is
+right."""
 from dataclasses import fields, replace
 
 import pytest
@@ -15,9 +17,18 @@ from fusionbook.method.map import family_methods
 
 FAMILIES = 'average', 'task_vector', 'subspace'
 ELSEWHERE = 'passthrough', 'depth_upscaling' # which take one network of their own kind, see their pages
-NAMES = sorted({n for f in FAMILIES for c in family_methods(f'fusionbook.method.{f}') for n in c.config_names} - {*ELSEWHERE})
+NAMES = sorted(
+    {n for f in FAMILIES for c in family_methods(f'fusionbook.method.{f}') for n in c.config_names}
+    - {*ELSEWHERE}
+)
 QUICK = dict(iter_num=3, max_iter=5, K=2)
-SHAPES = {'embed.weight': (6, 4), 'layers.0.weight': (5, 4), 'layers.0.bias': (5,), 'layers.1.weight': (4, 5), 'layers.1.bias': (4,)}
+SHAPES = {
+    'embed.weight': (6, 4),
+    'layers.0.weight': (5, 4),
+    'layers.0.bias': (5,),
+    'layers.1.weight': (4, 5),
+    'layers.1.bias': (4,),
+}
 ODD = 'layers.1.weight'
 
 
@@ -42,7 +53,9 @@ def drawn(count):
     "A base and experts near it."
     g = generator(0, 'models')
     base = {k: torch.randn(s, generator=g) for k, s in SHAPES.items()}
-    return base, [{k: v + .1 * torch.randn(v.shape, generator=g) for k, v in base.items()} for _ in range(count)]
+    return base, [
+        {k: v + 0.1 * torch.randn(v.shape, generator=g) for k, v in base.items()} for _ in range(count)
+    ]
 
 
 def pool_of(method, base, experts):
@@ -53,7 +66,9 @@ def pool_of(method, base, experts):
 def found(method, base, experts):
     "The tensors of whatever a method makes."
     result = fuse(method, pool_of(method, base, experts))
-    several = result.experts() if hasattr(result, 'experts') else result if isinstance(result, list) else [result]
+    several = (
+        result.experts() if hasattr(result, 'experts') else result if isinstance(result, list) else [result]
+    )
     states = [r.state_dict() if isinstance(r, nn.Module) else r for r in several]
     return {f'{i}.{k}': t.clone() for i, s in enumerate(states) for k, t in s.items()}
 
@@ -86,7 +101,8 @@ def test_an_expert_that_cannot_be_merged_is_named(name, wrong, good):
     if wrong == 'missing': del last[ODD]
     elif wrong == 'another rank': last[ODD] = last[ODD][None]
     else: last[ODD][0, 0] = float(wrong[:3])
-    if name == 'model_recombination' and wrong in ('NaN', 'infinite'): return # deals tensors out as they are; none is computed
+    # deals tensors out as they are; none is computed
+    if name == 'model_recombination' and wrong in ('NaN', 'infinite'): return
     with pytest.raises(FusionError) as e: found(method_of(name), base, experts)
     assert ODD in str(e.value) and '\n' not in str(e.value)
 
@@ -126,6 +142,12 @@ def test_numbers_at_their_ends_are_refused_or_give_finite_weights(name, good):
         value = getattr(method_of(name), f.name)
         if isinstance(value, bool) or not isinstance(value, (int, float)): continue
         for end in (0, 1, -1):
-            try: merged = found(method_of(name, **{f.name: end}), base, experts)
-            except FusionError as e: assert '\n' not in str(e), (f.name, end, e)
-            else: assert all(torch.isfinite(t).all() for t in merged.values() if t.is_floating_point()), (f.name, end)
+            try:
+                merged = found(method_of(name, **{f.name: end}), base, experts)
+            except FusionError as e:
+                assert '\n' not in str(e), (f.name, end, e)
+            else:
+                assert all(torch.isfinite(t).all() for t in merged.values() if t.is_floating_point()), (
+                    f.name,
+                    end,
+                )

@@ -1,19 +1,49 @@
-"""Batches of experiments from the command line: killed and started again, a failure in the middle, refusals, pages of the book."""
+"""Batches of experiments from the command line: killed and started again, a failure in the middle, refusals,
+pages of the book."""
 import json, os, signal, time
 import pytest
 import warm
 
-CELLS = [('markdown', {}, '# Slow squares\n\n> A number, squared after a nap.'),
-         ('code', {'tags': ['parameters']}, "x = 1\nnap = 0\nout_json = ''"),
-         ('code', {}, 'import json, pathlib, random, time\ntime.sleep(nap)\nassert x < 9\ny = x * x\nprint(y, pathlib.Path.cwd())'),
-         ('code', {}, "pathlib.Path('order.txt').open('a').write(f'{x}\\n')\nif out_json: pathlib.Path(out_json).write_text(json.dumps({'average': {'accuracy': y / 100}}))")]
+CELLS = [
+    ('markdown', {}, '# Slow squares\n\n> A number, squared after a nap.'),
+    ('code', {'tags': ['parameters']}, "x = 1\nnap = 0\nout_json = ''"),
+    (
+        'code',
+        {},
+        (
+            'import json, pathlib, random, time\ntime.sleep(nap)\nassert x < 9\ny = x * x\nprint(y, '
+            'pathlib.Path.cwd())'
+        ),
+    ),
+    (
+        'code',
+        {},
+        (
+            "pathlib.Path('order.txt').open('a').write(f'{x}\\n')\nif out_json: "
+            "pathlib.Path(out_json).write_text(json.dumps({'average': {'accuracy': y / 100}}))"
+        ),
+    ),
+]
 
 
 @pytest.fixture
 def squares(tmp_path):
     "An experiment of one number, in the folder one works in."
-    cells = [dict(cell_type=kind, id=f'c{i}', metadata=meta, source=text) | ({} if kind == 'markdown' else dict(outputs=[], execution_count=None)) for i, (kind, meta, text) in enumerate(CELLS)]
-    (tmp_path/'squares.ipynb').write_text(json.dumps(dict(cells=cells, metadata={'kernelspec': dict(name='python3', display_name='python3', language='python')}, nbformat=4, nbformat_minor=5)))
+    cells = [
+        dict(cell_type=kind, id=f'c{i}', metadata=meta, source=text)
+        | ({} if kind == 'markdown' else dict(outputs=[], execution_count=None))
+        for i, (kind, meta, text) in enumerate(CELLS)
+    ]
+    (tmp_path / 'squares.ipynb').write_text(
+        json.dumps(
+            dict(
+                cells=cells,
+                metadata={'kernelspec': dict(name='python3', display_name='python3', language='python')},
+                nbformat=4,
+                nbformat_minor=5,
+            )
+        )
+    )
     return tmp_path
 
 
@@ -39,17 +69,31 @@ def test_killed_batch_goes_on(squares, cli):
     done = cli(*words)
     assert done.status == 0, done.err
     after = copies(squares)
-    assert len(after) == 3 and all(map(whole, after.values())) and all(after[n] == c for n, c in before.items())
-    assert [json.loads(f.read_text())['average']['accuracy'] for f in sorted(squares.rglob('x=*.json'))] == [.04, .09, .16]
+    assert (
+        len(after) == 3 and all(map(whole, after.values())) and all(after[n] == c for n, c in before.items())
+    )
+    assert [json.loads(f.read_text())['average']['accuracy'] for f in sorted(squares.rglob('x=*.json'))] == [
+        0.04,
+        0.09,
+        0.16,
+    ]
     assert order.read_text().split()[:1] == ['2'] and f'{len(before)} kept' in done.out
     page = next(squares.rglob('summary.ipynb'))
-    assert f'summary  {page.relative_to(squares)}' in done.out and '|4|[finished](x%3D4.ipynb)|' in page.read_text()
+    assert (
+        f'summary  {page.relative_to(squares)}' in done.out
+        and '|4|[finished](x%3D4.ipynb)|' in page.read_text()
+    )
 
 
 def test_a_failure_stops_only_itself(squares, cli):
     done = cli('experiment', 'squares.ipynb', '--grid', 'x=9,2')
-    assert done.status == 2 and 'expected 2 runs to finish, got 1 that failed: x=9 (AssertionError' in done.line
-    assert 'Slow squares: x = 2' in next(squares.rglob('x=2.ipynb')).read_text() and 'An Exception was encountered' in next(squares.rglob('x=9.ipynb')).read_text()
+    assert (
+        done.status == 2 and 'expected 2 runs to finish, got 1 that failed: x=9 (AssertionError' in done.line
+    )
+    assert (
+        'Slow squares: x = 2' in next(squares.rglob('x=2.ipynb')).read_text()
+        and 'An Exception was encountered' in next(squares.rglob('x=9.ipynb')).read_text()
+    )
 
 
 LAST = "import atexit, os\natexit.register(lambda: os.write(2, b'last words\\n'))"
@@ -82,12 +126,22 @@ def test_full_disk_in_a_batch(squares, here, monkeypatch):
     monkeypatch.setattr(module, '_stamp', real)
     again = here(*words)
     assert again.status == 0 and '1 finished' in again.out and '1 kept' in again.out
-    assert next(squares.rglob('x=2.ipynb')).read_bytes() == first and whole(next(squares.rglob('x=3.ipynb')).read_bytes())
+    assert next(squares.rglob('x=2.ipynb')).read_bytes() == first and whole(
+        next(squares.rglob('x=3.ipynb')).read_bytes()
+    )
 
 
-@pytest.mark.parametrize('words,told', [(['squares.ipynb', '--grid', 'y=1,2'], 'expected a parameter of `squares`, got `y`'), (['squares.ipynb', '--grid', 'x='], 'got `x=`'),
-                                        (['square', '--grid', 'x=1'], 'expected an experiment, got `square`'), (['squares.ipynb', '--grid', 'x=1', '-p', 'x', '2'], 'got both'),
-                                        (['compare_method'], 'did you mean `compare_methods`?'), (['squares.ipynb', '--grid', 'x=[1'], 'expected a value in YAML')])
+@pytest.mark.parametrize(
+    'words,told',
+    [
+        (['squares.ipynb', '--grid', 'y=1,2'], 'expected a parameter of `squares`, got `y`'),
+        (['squares.ipynb', '--grid', 'x='], 'got `x=`'),
+        (['square', '--grid', 'x=1'], 'expected an experiment, got `square`'),
+        (['squares.ipynb', '--grid', 'x=1', '-p', 'x', '2'], 'got both'),
+        (['compare_method'], 'did you mean `compare_methods`?'),
+        (['squares.ipynb', '--grid', 'x=[1'], 'expected a value in YAML'),
+    ],
+)
 def test_refused_before_the_start(squares, here, words, told):
     done = here('experiment', *words)
     assert done.status == 2 and told in done.line
@@ -98,7 +152,14 @@ def test_pages_of_the_book(squares, here, tmp_path, monkeypatch):
     from fusionbook.bench import batch, experiment
     (reports := tmp_path/'reports').mkdir()
     monkeypatch.setattr(batch, 'REPORTS', reports)
-    for f in experiment.publish, batch.publish_batch: monkeypatch.setattr(f, '__defaults__', tuple(reports if d == experiment.EXPERIMENTS.parent/'95_reports' else d for d in f.__defaults__))
+    for f in experiment.publish, batch.publish_batch:
+        monkeypatch.setattr(
+            f,
+            '__defaults__',
+            tuple(
+                reports if d == experiment.EXPERIMENTS.parent / '95_reports' else d for d in f.__defaults__
+            ),
+        )
     assert here('experiment', 'squares.ipynb', '-p', 'x', 3).status == 0 and not list(reports.iterdir())
     assert here('experiment', 'squares.ipynb', '-p', 'x', 3, '--report').status == 0
     text = (reports/'squares_x=3.ipynb').read_text()

@@ -1,4 +1,5 @@
-"""Networks of another architecture: built by a method, saved with a recipe, opened by a process that knows nothing of the run."""
+"""Networks of another architecture: built by a method, saved with a recipe, opened by a process that knows
+nothing of the run."""
 import json, shutil, subprocess, sys
 
 import pytest
@@ -49,7 +50,9 @@ def test_saved_by_the_program_opened_elsewhere(saved, tmp_path):
     assert {*MEMBERS} < {*told['sources']} and told['versions']['torch'] == torch.__version__
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.save(x, tmp_path/'x.pt')
-    subprocess.run([sys.executable, '-c', OPEN, saved, tmp_path/'x.pt', tmp_path/'y.pt'], check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, '-c', OPEN, saved, tmp_path / 'x.pt', tmp_path / 'y.pt'], check=True, timeout=60
+    )
     towers = [fill(vision_model(f'mini8/{n}'), vision_state(f'mini8/{n}')) for n in MEMBERS]
     with torch.inference_mode(): want = Ensemble(towers)(x).pooler_output
     assert torch.load(tmp_path/'y.pt').equal(want)
@@ -60,15 +63,22 @@ def test_switches_over_text_encoders_are_saved(tmp_path):
     from fusionbook.method import EMRMerging
     from fusionbook.modelpool import TextEncoderPool
     from fusionbook.models.text import tiny_text
-    models = {n: str(tiny_text(tmp_path/n, ['one two three'], seed=i)) for i, n in enumerate(('_pretrained_', 'a', 'b'))}
+
+    models = {
+        n: str(tiny_text(tmp_path / n, ['one two three'], seed=i))
+        for i, n in enumerate(('_pretrained_', 'a', 'b'))
+    }
     pool, words = TextEncoderPool(models), torch.tensor([[1, 2, 3]])
     made = EMRMerging().run(pool)
     pool.save_model(made, tmp_path/'out', built=True)
     again = fusionbook.open_model(tmp_path/'out')
     for task in 'ab':
         for net in (made, again): net.set_task(task)
-        with torch.inference_mode(): assert made(words).last_hidden_state.equal(again(words).last_hidden_state)
-    assert json.loads((tmp_path/'out'/'fusionbook.json').read_text())['network']['network']['switches'] == {'add_pooling_layer': False}
+        with torch.inference_mode():
+            assert made(words).last_hidden_state.equal(again(words).last_hidden_state)
+    assert json.loads((tmp_path / 'out' / 'fusionbook.json').read_text())['network']['network'][
+        'switches'
+    ] == {'add_pooling_layer': False}
 
 
 def test_a_member_twice_is_stored_once(tmp_path):
@@ -86,14 +96,23 @@ def member(told, **changes): told['network']['members'][0] |= changes
 def config(told, **changes): told['network']['members'][1]['config'] |= changes
 
 BAD = {
-    'a member less': (lambda t: t['network'].update(members=t['network']['members'][:2], weights=None), 'add `members.2.'),
-    'a member more': (lambda t: t['network'].update(members=t['network']['members'] * 2, weights=None), 'lack `members.3.'),
+    'a member less': (
+        lambda t: t['network'].update(members=t['network']['members'][:2], weights=None),
+        'add `members.2.',
+    ),
+    'a member more': (
+        lambda t: t['network'].update(members=t['network']['members'] * 2, weights=None),
+        'lack `members.3.',
+    ),
     'no members': (lambda t: t['network'].update(members=[]), 'at least one network'),
-    'members that are none': (lambda t: t['network'].update(members=['mini8/digits']), 'expected networks, got str'),
+    'members that are none': (
+        lambda t: t['network'].update(members=['mini8/digits']),
+        'expected networks, got str',
+    ),
     'other shapes': (lambda t: config(t, hidden_size=96), 'members.1.'),
     'a width that divides nothing': (lambda t: config(t, num_attention_heads=7), 'describes a network'),
-    'all memory': (lambda t: config(t, hidden_size=2 ** 20, intermediate_size=2 ** 24), 'members.1.'),
-    'a million layers': (lambda t: config(t, num_hidden_layers=10 ** 6), 'at most 10,000 layers'),
+    'all memory': (lambda t: config(t, hidden_size=2**20, intermediate_size=2**24), 'members.1.'),
+    'a million layers': (lambda t: config(t, num_hidden_layers=10**6), 'at most 10,000 layers'),
     'code beside it': (lambda t: config(t, auto_map={'AutoModel': 'evil.Model'}), '`auto_map`'),
     'a kernel of the hub': (lambda t: member(t, attention='me/kernel'), 'one of eager'),
     'remote code': (lambda t: config(t, trust_remote_code=True), 'trust_remote_code'),
@@ -152,5 +171,8 @@ def test_a_merge_of_mini8_opens_too(here):
     assert done.status == 0, done.err
     net, sd = fusionbook.open_model('out'), Checkpoint('out')
     assert type(net).__name__ == 'CLIPVisionModel' and not net.training
-    assert all(t.equal(vision_state('out')[k].float()) for k, t in ((k.removeprefix('vision_model.'), t) for k, t in net.state_dict().items()))
+    assert all(
+        t.equal(vision_state('out')[k].float())
+        for k, t in ((k.removeprefix('vision_model.'), t) for k, t in net.state_dict().items())
+    )
     assert len(sd) == len(net.state_dict())

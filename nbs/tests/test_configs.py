@@ -1,4 +1,5 @@
-"""FusionBench's configurations under their names: each composes without a network, and a few of each kind run on tiny stand-ins."""
+"""FusionBench's configurations under their names: each composes without a network, and a few of each kind run
+on tiny stand-ins."""
 import json
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,10 @@ from fusionbook.core.legacy import translate
 from fusionbook.core.resolve import plain
 
 
-def names(group): return sorted(f.relative_to(CONFIG/group).with_suffix('').as_posix() for f in (CONFIG/group).rglob('*.yaml'))
+def names(group):
+    return sorted(
+        f.relative_to(CONFIG / group).with_suffix('').as_posix() for f in (CONFIG / group).rglob('*.yaml')
+    )
 
 
 def together(words, size=25):
@@ -37,13 +41,26 @@ def test_every_model_pool_composes_and_its_class_takes_its_keys():
         check_targets(cfg)
         check_keys(cfg)
         kinds[cfg['_target_'].rpartition('.')[2]] += 1
-    assert sum(kinds.values()) >= 200 and kinds['CausalLMPool'] == 29 and kinds['ResNetForImageClassificationPool'] == 60
-    assert kinds['CLIPVisionModelPool'] > 80 and kinds['OpenCLIPVisionModelPool'] == 7 and kinds['Seq2SeqLMPool'] == 7
+    assert (
+        sum(kinds.values()) >= 200
+        and kinds['CausalLMPool'] == 29
+        and kinds['ResNetForImageClassificationPool'] == 60
+    )
+    assert (
+        kinds['CLIPVisionModelPool'] > 80
+        and kinds['OpenCLIPVisionModelPool'] == 7
+        and kinds['Seq2SeqLMPool'] == 7
+    )
 
 
 def test_every_data_set_and_every_model_composes_and_names_what_the_hub_could_have():
     from huggingface_hub.utils import validate_repo_id
-    sets = [(f.parent.relative_to(CONFIG), f.stem) for f in (CONFIG/'dataset').rglob('*.yaml') if 'corrupted' not in str(f) and 'mini8' not in str(f)]
+
+    sets = [
+        (f.parent.relative_to(CONFIG), f.stem)
+        for f in (CONFIG / 'dataset').rglob('*.yaml')
+        if 'corrupted' not in str(f) and 'mini8' not in str(f)
+    ]
     models = [(f.parent.relative_to(CONFIG), f.stem) for f in (CONFIG/'model').rglob('*.yaml')]
     assert len(sets) > 90 and len(models) == 113
     for group in (sets, models):
@@ -53,7 +70,8 @@ def test_every_data_set_and_every_model_composes_and_names_what_the_hub_could_ha
             assert tree
             check_targets(tree)
             for _, source in named_sources({'models' if group is models else 'test_datasets': tree}):
-                if not (Path(source).is_absolute() or source.startswith('_runs/')): validate_repo_id(source) # a place of ours, or a name of the hub
+                # a place of ours, or a name of the hub
+                if not (Path(source).is_absolute() or source.startswith('_runs/')): validate_repo_id(source)
 
 
 @pytest.fixture(scope='module')
@@ -65,11 +83,20 @@ def stand_ins(tmp_path_factory):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     root = tmp_path_factory.mktemp('stand_ins')
-    found = {kind: [str(tiny_hub(root/f'{kind}{i}', kind, seed=i)) for i in range(2)] for kind in ('llama', 't5', 'gpt2_classes', 'bert')}
-    found |= {kind: [str(tiny_hub(root/kind, kind, num_labels=1000))] for kind in ('resnet', 'convnext', 'dinov2')}
+    found = {
+        kind: [str(tiny_hub(root / f'{kind}{i}', kind, seed=i)) for i in range(2)]
+        for kind in ('llama', 't5', 'gpt2_classes', 'bert')
+    }
+    found |= {
+        kind: [str(tiny_hub(root / kind, kind, num_labels=1000))] for kind in ('resnet', 'convnext', 'dinov2')
+    }
     key, draw = 'encoder.block.0.layer.0.SelfAttention.q', np.random.default_rng(0)
     import torch
-    factors = {f'base_model.model.{key}.lora_{n}.weight': torch.from_numpy(draw.normal(size=s).astype('float32')) for n, s in (('A', (2, 32)), ('B', (32, 2)))}
+
+    factors = {
+        f'base_model.model.{key}.lora_{n}.weight': torch.from_numpy(draw.normal(size=s).astype('float32'))
+        for n, s in (('A', (2, 32)), ('B', (32, 2)))
+    }
     save(factors, root/'lora'/'adapter_model.safetensors')
     (root/'lora'/'adapter_config.json').write_text(json.dumps({'peft_type': 'LORA', 'r': 2, 'lora_alpha': 4}))
     return found | {'lora': str(root/'lora')}
@@ -98,9 +125,14 @@ def test_a_pool_runs_on_stand_ins(pool, here, stand_ins):
     hub = {}
     for i, (key, name) in enumerate(x for x in named_sources(cfg) if 'datasets' not in x[0]):
         hub[name] = stand_ins['lora'] if 'lora-16' in name else stand_ins[kind][i % len(stand_ins[kind])]
-    done = here(f'method={method}', f'modelpool={pool}', 'taskpool=dummy', 'merged_model_save_path=out', mirror(hub))
+    done = here(
+        f'method={method}', f'modelpool={pool}', 'taskpool=dummy', 'merged_model_save_path=out', mirror(hub)
+    )
     assert done.status == 0, done.err
-    assert done.report['hashes']['models'].keys() == cfg['models'].keys() and (done.cwd/'out'/'config.json').exists()
+    assert (
+        done.report['hashes']['models'].keys() == cfg['models'].keys()
+        and (done.cwd / 'out' / 'config.json').exists()
+    )
     if kind == 'resnet': assert len(json.loads((done.cwd/'out'/'config.json').read_text())['id2label']) == 43
 
 
@@ -110,7 +142,15 @@ def test_files_of_openclip_run_from_their_folder(here, tmp_path, monkeypatch):
         (file := tmp_path/f'ViT-B-32/{n}.pt').parent.mkdir(parents=True, exist_ok=True)
         torch.save({'model.visual.proj': torch.full((2, 2), float(len(n)))}, file)
     monkeypatch.setenv('FUSIONBOOK_OPENCLIP', str(tmp_path))
-    done = here('method=simple_average', 'modelpool=OpenCLIPVisionModelPool/ViT-B-32_TA_cars_dtd', 'merged_model_save_path=out.safetensors')
+    done = here(
+        'method=simple_average',
+        'modelpool=OpenCLIPVisionModelPool/ViT-B-32_TA_cars_dtd',
+        'merged_model_save_path=out.safetensors',
+    )
     assert done.status == 0, done.err
     from fusionbook.core.checkpoint import Checkpoint
-    assert Checkpoint(done.cwd/'out.safetensors')['model.visual.proj'].unique().item() == (len('Cars/finetuned') + len('DTD/finetuned')) / 2
+
+    assert (
+        Checkpoint(done.cwd / 'out.safetensors')['model.visual.proj'].unique().item()
+        == (len('Cars/finetuned') + len('DTD/finetuned')) / 2
+    )

@@ -1,4 +1,5 @@
-"""Files that are kept to save time, damaged in every way that a seed can think of: no number changes, nothing is raised, what was damaged is computed again."""
+"""Files that are kept to save time, damaged in every way that a seed can think of: no number changes, nothing
+is raised, what was damaged is computed again."""
 import json, random
 from pathlib import Path
 
@@ -35,15 +36,23 @@ def rewritten(change):
     return damage
 
 def one(tensors, draw): return draw.choice(sorted(tensors))
-def fewer(tensors, draw): return {k: v for k, v in tensors.items() if k != one(tensors, draw)} or {'x': torch.ones(1)}
+def fewer(tensors, draw):
+    return {k: v for k, v in tensors.items() if k != one(tensors, draw)} or {'x': torch.ones(1)}
 def more(tensors, draw): return tensors | {'extra': torch.ones(3)}
-def renamed(tensors, draw): return {(k + '_' if k == one(tensors, draw) else k): v for k, v in tensors.items()} | {'y': torch.ones(1)}
-def another_shape(tensors, draw): k = one(tensors, draw); return tensors | {k: tensors[k].reshape(1, -1).clone()}
+def renamed(tensors, draw):
+    return {(k + '_' if k == one(tensors, draw) else k): v for k, v in tensors.items()} | {'y': torch.ones(1)}
+def another_shape(tensors, draw):
+    k = one(tensors, draw)
+    return tensors | {k: tensors[k].reshape(1, -1).clone()}
 def shorter(tensors, draw): k = one(tensors, draw); return tensors | {k: tensors[k].reshape(-1)[:-1].clone()}
 def another_type(tensors, draw): k = one(tensors, draw); return tensors | {k: tensors[k].to(torch.float16)}
 def all_zeros(tensors, draw): return {k: torch.zeros_like(v) for k, v in tensors.items()}
-def exchanged(tensors, draw): names = sorted(tensors); return dict(zip(names, [tensors[k].clone() for k in names[1:] + names[:1]], strict=True))
-TENSORS = [rewritten(f) for f in (fewer, more, renamed, another_shape, shorter, another_type, all_zeros, exchanged)]
+def exchanged(tensors, draw):
+    names = sorted(tensors)
+    return dict(zip(names, [tensors[k].clone() for k in names[1:] + names[:1]], strict=True))
+TENSORS = [
+    rewritten(f) for f in (fewer, more, renamed, another_shape, shorter, another_type, all_zeros, exchanged)
+]
 
 
 def digits(data, draw):
@@ -53,13 +62,29 @@ def digits(data, draw):
     at = draw.choice(places)
     return data[:at] + str((int(chr(data[at])) + draw.randint(1, 9)) % 10).encode() + data[at + 1:]
 
-def other_json(data, draw): return draw.choice([b'{}', b'[]', b'null', b'1', b'"a"', b'NaN', b'[' * 5000, b'{"kind": 1}', b'\xff\xfe', b'{"content": {}}'])
+def other_json(data, draw):
+    return draw.choice(
+        [
+            b'{}',
+            b'[]',
+            b'null',
+            b'1',
+            b'"a"',
+            b'NaN',
+            b'[' * 5000,
+            b'{"kind": 1}',
+            b'\xff\xfe',
+            b'{"content": {}}',
+        ]
+    )
 TEXTS = digits, digits, other_json, *BYTES
 
 
 class Trials:
     "Damage a file, ask again, and see that the answer is the old one."
-    def __init__(self, seed): self.draw, self.count, self.changed, self.raised = random.Random(seed), 0, [], []
+
+    def __init__(self, seed):
+        self.draw, self.count, self.changed, self.raised = random.Random(seed), 0, [], []
     def __call__(self, file, how, ask, right):
         whole = Path(file).read_bytes()
         data = how(whole, self.draw) if how in TEXTS else how(file, whole, self.draw)
@@ -71,7 +96,12 @@ class Trials:
         if not same: self.changed.append(how)
         Path(file).write_bytes(whole)
     def check(self, least):
-        assert not self.changed and not self.raised, (self.changed[:3], self.raised[:3], len(self.changed), len(self.raised))
+        assert not self.changed and not self.raised, (
+            self.changed[:3],
+            self.raised[:3],
+            len(self.changed),
+            len(self.raised),
+        )
         assert self.count >= least, self.count
 
 
@@ -105,7 +135,9 @@ def test_answers(tmp_path, monkeypatch):
     others = [ask('b'), ask('a', 'n')]
     swaps = [f.read_bytes() for f in tmp_path.rglob('*.safetensors') if f != file]
     assert 0 < (first['labels'] == first['predictions']).mean() < 1 and len(swaps) == len(others)
-    def right(found): return found.keys() == first.keys() and all(np.array_equal(found[k], first[k]) for k in first)
+
+    def right(found):
+        return found.keys() == first.keys() and all(np.array_equal(found[k], first[k]) for k in first)
     for how in (*BYTES, *TENSORS) * 14: trials(file, how, ask, right)
     for swap in swaps * 5:
         file.write_bytes(swap)
@@ -137,7 +169,10 @@ def test_adaptation(tmp_path):
             value = (w - torch.tensor([3., -1.])).square().sum()
             value.backward()
             return value.item()
-        curve = adapt({'w': w}, count, objective, steps=6, lr=.1, checkpoint=file, every=3, identity=dict(lr=.1))
+
+        curve = adapt(
+            {'w': w}, count, objective, steps=6, lr=0.1, checkpoint=file, every=3, identity=dict(lr=0.1)
+        )
         return curve, w.detach().tolist()
     first = ask()
     for how in (*BYTES, *TENSORS) * 5: trials(file, how, ask, lambda found: found == first)
@@ -155,18 +190,36 @@ def test_training(tmp_path):
         with torch.no_grad():
             for k, p in net.named_parameters(): p.copy_(torch.randn(p.shape, generator=generator(0, k)))
         def score(net): return dict(accuracy=(net(x).argmax(1) == y).float().mean().item())
-        history = train_epochs(net, lambda rows, rng: (x[rows], y[rows]), 16, score=score, folder=tmp_path, epochs=2, batch_size=8, seed=1)
+
+        history = train_epochs(
+            net,
+            lambda rows, rng: (x[rows], y[rows]),
+            16,
+            score=score,
+            folder=tmp_path,
+            epochs=2,
+            batch_size=8,
+            seed=1,
+        )
         return history, content_hash(net.state_dict()), (tmp_path/'initial_weights.safetensors').read_bytes()
     first = ask()
     for name in ('last', 'best_val_epoch', 'initial_weights', 'checkpoint_epoch1'):
-        for how in (*BYTES, *TENSORS) * 2: trials(tmp_path/f'{name}.safetensors', how, ask, lambda found: found == first)
+        for how in (*BYTES, *TENSORS) * 2:
+            trials(tmp_path / f'{name}.safetensors', how, ask, lambda found: found == first)
     trials.check(110)
 
 
 def test_measurements(tmp_path, monkeypatch):
     import argparse
     from fusionbook.bench import measure
-    rows, trials = [dict(metric='accuracy', space='prediction_space', value=.75), dict(metric='loss', space='prediction_space', value=.1)], Trials(4)
+
+    rows, trials = (
+        [
+            dict(metric='accuracy', space='prediction_space', value=0.75),
+            dict(metric='loss', space='prediction_space', value=0.1),
+        ],
+        Trials(4),
+    )
     monkeypatch.setattr(measure, 'measure_group', lambda subject, group: [dict(r) for r in rows])
     a = argparse.Namespace(folder=tmp_path/'e', seed=0, budget=1., batch_size=10, resume=True)
     def ask(): return measure._group(a, 1, 'group', ['accuracy', 'loss'], None, ('weights',))
@@ -177,9 +230,15 @@ def test_measurements(tmp_path, monkeypatch):
 
 
 def test_records_and_points(tmp_path):
-    content, key, trials = dict(accuracy=.8125, rows=[dict(n=100, loss=.5)]), ['point', {'models': 'abc'}], Trials(5)
+    content, key, trials = (
+        dict(accuracy=0.8125, rows=[dict(n=100, loss=0.5)]),
+        ['point', {'models': 'abc'}],
+        Trials(5),
+    )
     file = write_record(tmp_path/'0001.json', content, kind='sweep point', key=key)
-    other = write_record(tmp_path/'0002.json', content | dict(accuracy=.9), kind='sweep point', key=['other']).read_bytes()
+    other = write_record(
+        tmp_path / '0002.json', content | dict(accuracy=0.9), kind='sweep point', key=['other']
+    ).read_bytes()
     def ask():
         found = read_record(file, kind='sweep point', key=key)
         return content if found is None else found['content']
@@ -197,7 +256,11 @@ def test_finished_experiments(tmp_path):
     import nbformat
     out, copy, trials = tmp_path/'x.json', tmp_path/'x.ipynb', Trials(6)
     given = {'x': 1, 'out_json': str(out)}
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('print(1)', outputs=[nbformat.v4.new_output('stream', text='0.875')])])
+    nb = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell('print(1)', outputs=[nbformat.v4.new_output('stream', text='0.875')])
+        ]
+    )
     content = notebook_hash(nb.cells)
     nb.metadata.fusionbook = dict(notebook=content, parameters=given, state='started')
     nbformat.write(nb, copy)
@@ -208,8 +271,12 @@ def test_finished_experiments(tmp_path):
     whole = json.loads(copy.read_text())
     def right(said):
         if not said: return True
-        try: return json.loads(copy.read_text()) == whole and json.loads(out.read_text()) == {'average': {'accuracy': .875}}
-        except ValueError: return False
+        try:
+            return json.loads(copy.read_text()) == whole and json.loads(out.read_text()) == {
+                'average': {'accuracy': 0.875}
+            }
+        except ValueError:
+            return False
     for file in (copy, out):
         for how in TEXTS * 3: trials(file, how, ask, right)
     trials.check(55)

@@ -1,4 +1,5 @@
-"""What takes a device works on one: everything once on the processor, once on an accelerator that is made of it."""
+"""What takes a device works on one: everything once on the processor, once on an accelerator that is made of
+it."""
 import json
 import os
 import subprocess
@@ -13,7 +14,9 @@ PROGRAM = Path(__file__).with_name('on_pretend_device.py')
 @pytest.fixture(scope='module')
 def jobs():
     "What each job found, by name."
-    done = subprocess.run([sys.executable, PROGRAM], env=os.environ, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, PROGRAM], env=os.environ, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     return {row.pop('job'): row for row in rows}
@@ -39,7 +42,10 @@ for name, wrong in {'+': lambda: a + torch.ones(2), 'numpy': lambda: a.numpy(), 
     except Exception as e: said[name] = str(e)
 print(json.dumps(said))
 '''
-    env = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, [str(PROGRAM.parent), os.environ.get('PYTHONPATH')]))}
+    env = os.environ | {
+        'PYTHONPATH': os.pathsep.join(filter(None, [str(PROGRAM.parent), os.environ.get('PYTHONPATH')]))
+    }
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
-    for wrong, said in json.loads(done.stdout).items(): assert said and ('one device' in said or 'numpy' in said), (wrong, said)
+    for wrong, said in json.loads(done.stdout).items():
+        assert said and ('one device' in said or 'numpy' in said), (wrong, said)

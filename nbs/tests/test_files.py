@@ -11,8 +11,23 @@ from fusionbook.core.checkpoint import Checkpoint, atomic, save
 from fusionbook.core.errors import FusionError
 from fusionbook.core.state_dict import Lazy, content_hash
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-          torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
 
 
 def bits(t): return t.contiguous().reshape(-1).view(torch.uint8)
@@ -26,15 +41,28 @@ def every_type():
         n = torch.empty(shape, dtype=dtype).numel() * torch.empty((), dtype=dtype).element_size()
         high = 2 if dtype == torch.bool else 256
         return torch.randint(0, high, (n,), generator=g, dtype=torch.uint8).view(dtype).reshape(shape)
-    out = {f'{str(d).split(".")[1]}.{"x".join(map(str, s)) or "scalar"}': one(d, *s) for d in DTYPES for s in [(), (3,), (0,), (5, 7), (2, 0, 3)]}
-    return out | {'a view': torch.arange(12.).reshape(3, 4).T, 'a step': torch.arange(20.)[::3], 'ünïcode/名 "quoted"': torch.ones(2)}
+
+    out = {
+        f'{str(d).split(".")[1]}.{"x".join(map(str, s)) or "scalar"}': one(d, *s)
+        for d in DTYPES
+        for s in [(), (3,), (0,), (5, 7), (2, 0, 3)]
+    }
+    return out | {
+        'a view': torch.arange(12.0).reshape(3, 4).T,
+        'a step': torch.arange(20.0)[::3],
+        'ünïcode/名 "quoted"': torch.ones(2),
+    }
 
 
 @pytest.mark.parametrize('where', ['one.safetensors', 'folder', 'shards'])
 def test_safetensors_reads_every_type(tmp_path, where):
     sd = every_type()
     save(sd, tmp_path/where, shard_size=200 if where == 'shards' else None, metadata={'lineage': 'ünï'})
-    files = [tmp_path/where] if where.endswith('s') and where != 'shards' else sorted((tmp_path/where).glob('*.safetensors'))
+    files = (
+        [tmp_path / where]
+        if where.endswith('s') and where != 'shards'
+        else sorted((tmp_path / where).glob('*.safetensors'))
+    )
     assert len(files) == 1 if where != 'shards' else len(files) > 5
     read = {}
     for file in files: read |= load_file(file)
@@ -42,7 +70,9 @@ def test_safetensors_reads_every_type(tmp_path, where):
     with safe_open(files[0], 'pt') as f: assert f.metadata() == {'format': 'pt', 'lineage': 'ünï'}
     ours = Checkpoint(tmp_path/where)
     assert ours.keys() == sd.keys() and not [k for k in sd if not same(ours[k], sd[k])]
-    assert {k: (m.shape, m.dtype) for k, m in ours.meta.items()} == {k: (t.shape, t.dtype) for k, t in sd.items()}
+    assert {k: (m.shape, m.dtype) for k, m in ours.meta.items()} == {
+        k: (t.shape, t.dtype) for k, t in sd.items()
+    }
 
 
 def test_we_read_what_safetensors_writes(tmp_path):
@@ -59,11 +89,28 @@ def test_tensors_are_aligned(tmp_path):
     save(every_type(), tmp_path/'a.safetensors')
     data = (tmp_path/'a.safetensors').read_bytes()
     length = int.from_bytes(data[:8], 'little')
-    size = {'F64': 8, 'I64': 8, 'U64': 8, 'F32': 4, 'I32': 4, 'U32': 4, 'F16': 2, 'BF16': 2, 'I16': 2, 'U16': 2}
+    size = {
+        'F64': 8,
+        'I64': 8,
+        'U64': 8,
+        'F32': 4,
+        'I32': 4,
+        'U32': 4,
+        'F16': 2,
+        'BF16': 2,
+        'I16': 2,
+        'U16': 2,
+    }
     table = {k: v for k, v in json.loads(data[8:8 + length]).items() if k != '__metadata__'}
-    assert length % 8 == 0 and not [k for k, v in table.items() if v['data_offsets'][0] % size.get(v['dtype'], 1)]
+    assert length % 8 == 0 and not [
+        k for k, v in table.items() if v['data_offsets'][0] % size.get(v['dtype'], 1)
+    ]
     spans = sorted(v['data_offsets'] for v in table.values())
-    assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - length and all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+    assert (
+        spans[0][0] == 0
+        and spans[-1][1] == len(data) - 8 - length
+        and all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+    )
 
 
 def test_tied_tensors_are_stored_once(tmp_path):
@@ -79,7 +126,12 @@ def test_transformers_reads_our_index(tmp_path, world):
     "A whole CLIP, text side and all, cut into shards."
     from transformers import CLIPModel
     whole = Checkpoint(world/'base')
-    save(whole, tmp_path/'shards', shard_size=40_000, extras={'config.json': (world/'base'/'config.json').read_text()})
+    save(
+        whole,
+        tmp_path / 'shards',
+        shard_size=40_000,
+        extras={'config.json': (world / 'base' / 'config.json').read_text()},
+    )
     assert len(list((tmp_path/'shards').glob('model-*-of-*.safetensors'))) >= 4
     model, info = CLIPModel.from_pretrained(tmp_path/'shards', output_loading_info=True)
     assert not info['missing_keys'] and not info['unexpected_keys']
@@ -132,16 +184,27 @@ if sys.argv[1] == 'whole':
 print(json.dumps(out))
 '''
 
-@pytest.mark.skipif(not Path('/proc/self/status').exists() or 'RssAnon' not in Path('/proc/self/status').read_text(), reason='needs Linux, which tells anonymous memory apart')
+@pytest.mark.skipif(
+    not Path('/proc/self/status').exists() or 'RssAnon' not in Path('/proc/self/status').read_text(),
+    reason='needs Linux, which tells anonymous memory apart',
+)
 @pytest.mark.parametrize('how', ['whole', 'shards'])
 def test_memory_stays_at_one_tensor(tmp_path, how):
-    done = subprocess.run([sys.executable, '-c', MEMORY, how], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, '-c', MEMORY, how],
+        cwd=tmp_path,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for name in ('base', 'merged'):
         for file in (tmp_path/name).iterdir(): file.unlink() # 400 MB that pytest would keep
     assert found['bytes'] > 200e6 and found['right']
-    assert found['write'] < 60 and found['merge'] < 60, found # MB: a few tensors of 5 MB and what the allocator keeps
+    # MB: a few tensors of 5 MB and what the allocator keeps
+    assert found['write'] < 60 and found['merge'] < 60, found
     if how == 'whole': assert found['kept'] > 150, found # the watch sees a model that is kept
 
 
@@ -172,9 +235,17 @@ def test_a_kill_leaves_the_old_file(tmp_path):
 def test_an_existing_folder_of_the_user_is_kept(tmp_path):
     (tmp_path/'thesis'/'chapters').mkdir(parents=True)
     (tmp_path/'thesis'/'notes.txt').write_text('years of work')
-    with pytest.raises(FusionError, match='which also holds chapters, notes.txt'): save({'a': torch.ones(2)}, tmp_path/'thesis')
-    assert (tmp_path/'thesis'/'notes.txt').read_text() == 'years of work' and (tmp_path/'thesis'/'chapters').is_dir()
-    for twice in range(2): save({'a': torch.full((2,), float(twice))}, tmp_path/'model', extras={'config.json': '{}', 'README.md': ''})
+    with pytest.raises(FusionError, match='which also holds chapters, notes.txt'):
+        save({'a': torch.ones(2)}, tmp_path / 'thesis')
+    assert (tmp_path / 'thesis' / 'notes.txt').read_text() == 'years of work' and (
+        tmp_path / 'thesis' / 'chapters'
+    ).is_dir()
+    for twice in range(2):
+        save(
+            {'a': torch.full((2,), float(twice))},
+            tmp_path / 'model',
+            extras={'config.json': '{}', 'README.md': ''},
+        )
     assert Checkpoint(tmp_path/'model')['a'].tolist() == [1, 1]
 
 
@@ -199,8 +270,14 @@ sys.exit(failed)
 
 @pytest.mark.parametrize('where', ['m.safetensors', 'folder'])
 def test_concurrent_writers_do_not_corrupt(tmp_path, where):
-    "Four processes write one name: no one fails, what is there is one writer's, and a reader of a file always finds a whole one."
-    writers, seen = subprocess.Popen([sys.executable, '-c', WRITERS, where], cwd=tmp_path, stderr=subprocess.PIPE, text=True), set()
+    """Four processes write one name: no one fails, what is there is one writer's, and a reader of a file
+    always finds a whole one."""
+    writers, seen = (
+        subprocess.Popen(
+            [sys.executable, '-c', WRITERS, where], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        ),
+        set(),
+    )
     if where == 'folder': writers.wait()
     while writers.poll() is None:
         if not (tmp_path/where).exists(): time.sleep(.001)
@@ -213,7 +290,8 @@ def test_concurrent_writers_do_not_corrupt(tmp_path, where):
 
 
 def test_a_faster_writer_is_replaced(tmp_path, monkeypatch):
-    "Another writer's folder appears between the moment the old one moves aside and the moment the new one takes its name."
+    """Another writer's folder appears between the moment the old one moves aside and the moment the new one
+    takes its name."""
     def version(i): return {'a': torch.full((3,), float(i))}
     replace, met = os.replace, []
     def overtaken(*args):
@@ -246,7 +324,8 @@ while True:
 '''
 
 def test_kills_leave_whole_folders_and_no_rubbish(tmp_path):
-    "Fifteen writers of one folder, each killed at some moment: the folder is there and whole after each, and the last writer tidies up."
+    """Fifteen writers of one folder, each killed at some moment: the folder is there and whole after each,
+    and the last writer tidies up."""
     (tmp_path/'model').mkdir()
     for name in 'abc': (tmp_path/'model'/name).write_text('0')
     for i in range(15):

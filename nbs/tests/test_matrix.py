@@ -1,6 +1,8 @@
-"""Every configuration of the families that merge weights, on every kind of model and on experts of every kind.
+"""Every configuration of the families that merge weights, on every kind of model and on experts of every
+kind.
 
-A merge keeps names, shapes, types, integers and ties, and its numbers are finite; what cannot be merged is refused in one line. No
+A merge keeps names, shapes, types, integers and ties, and its numbers are finite; what cannot be merged is
+refused in one line. No
 network is evaluated: whether the numbers are right is the lesson of each method's page.
 """
 from functools import cache
@@ -28,20 +30,39 @@ FAMILIES = 'average', 'task_vector', 'subspace'
 NAMES = sorted(n for f in FAMILIES for c in family_methods(f'fusionbook.method.{f}') for n in c.config_names)
 QUICK = dict(iter_num=3, max_iter=5, steps=5)
 ONE, TWO = 'expected a base and one expert, got ', 'expected two experts, or a base and one expert, got '
-REFUSALS = { # what a method says to pools of another number of experts, or without the layers that it wants; no other is refused
-    'arcee_fusion': ONE, 'nearswap': ONE, 'linear/linear_interpolation': TWO, 'slerp/slerp': TWO, 'slerp/slerp_lm': TWO,
-    'nuslerp': 'expected two experts, got ', 'depth_upscaling': 'expected one model to make deeper, got ',
+# what a method says to pools of another number of experts, or without the layers that it wants; no other is
+# refused
+REFUSALS = {
+    'arcee_fusion': ONE,
+    'nearswap': ONE,
+    'linear/linear_interpolation': TWO,
+    'slerp/slerp': TWO,
+    'slerp/slerp_lm': TWO,
+    'nuslerp': 'expected two experts, got ',
+    'depth_upscaling': 'expected one model to make deeper, got ',
     'model_stock/model_stock': 'expected two experts at least, whose angle decides, got ',
     'passthrough': 'expected `slices` as a list with at least one slice, got ',
-    **dict.fromkeys(('doge_ta/doge_ta', 'resmerge'), 'expected a model with matrices, got none among '), # convolutions are none unless `matrices` says so
+    **dict.fromkeys(
+        ('doge_ta/doge_ta', 'resmerge'), 'expected a model with matrices, got none among '
+    ),  # convolutions are none unless `matrices` says so
 }
-STAYS = { # cases in which a merge is the base: one expert has no consensus
-    'tall_mask/consensus_task_arithmetic': ('one expert',), 'tall_mask/consensus_ties_merging': ('one expert',),
+STAYS = {  # cases in which a merge is the base: one expert has no consensus
+    'tall_mask/consensus_task_arithmetic': ('one expert',),
+    'tall_mask/consensus_ties_merging': ('one expert',),
 }
 NEVER = 'passthrough', # whose slices name the models of one pool
-KINDS = {'clip': None, 'residual network': ('resnet', {}), 'tied language model': ('gpt2', {}), 'bfloat16': ('bert', dict(dtype='bfloat16'))}
+KINDS = {
+    'clip': None,
+    'residual network': ('resnet', {}),
+    'tied language model': ('gpt2', {}),
+    'bfloat16': ('bert', dict(dtype='bfloat16')),
+}
 CASES = {kind: (kind, 'abc') for kind in KINDS} # letters of experts; 0 is one that is the base
-CASES |= {'one expert': ('tied language model', 'a'), 'still': ('residual network', 'ab0'), 'equal': ('residual network', 'aa')}
+CASES |= {
+    'one expert': ('tied language model', 'a'),
+    'still': ('residual network', 'ab0'),
+    'equal': ('residual network', 'aa'),
+}
 
 
 def changed(state, letter, scale=.02):
@@ -63,7 +84,9 @@ def folders(tmp_path_factory):
             return save_tower(changed(tower_of(base), letter), room/kind/letter, base)
         name, settings = KINDS[kind]
         base = tiny_hub(room/kind/'base', name)
-        network = getattr(transformers, transformers.AutoConfig.from_pretrained(base).architectures[0]).from_pretrained(base)
+        network = getattr(
+            transformers, transformers.AutoConfig.from_pretrained(base).architectures[0]
+        ).from_pretrained(base)
         network.to(getattr(torch, settings.get('dtype', 'float32')))
         with torch.no_grad():
             for k, t in changed(dict(network.state_dict()), letter).items(): network.state_dict()[k].copy_(t)
@@ -96,7 +119,8 @@ def method_of(name):
 
 
 def check_merged(base, merged):
-    "Finite numbers; what has a name of the base has its shape and type, integers are the base's, tied tensors are one tensor."
+    """Finite numbers; what has a name of the base has its shape and type, integers are the base's, tied
+    tensors are one tensor."""
     found = merged.state_dict()
     bad = [k for k, t in found.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     assert not bad, bad

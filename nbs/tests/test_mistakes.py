@@ -1,4 +1,5 @@
-"""What people mistype: each line is answered by one line with the nearest right thing, before any work, and leaves nothing behind."""
+"""What people mistype: each line is answered by one line with the nearest right thing, before any work, and
+leaves nothing behind."""
 import shlex
 
 import pytest
@@ -120,7 +121,10 @@ def test_one_line_with_the_nearest_right_thing(here, typed, told):
 def test_sizes_are_read(here):
     done = here('shard_size=1MB', 'references=false', 'fast_dev_run=true', 'merged_model_save_path=model')
     assert done.status == 0, done.err
-    assert len(list((done.cwd/'model').glob('*.safetensors'))) > 1 and done.report['config']['shard_size'] == 1_000_000
+    assert (
+        len(list((done.cwd / 'model').glob('*.safetensors'))) > 1
+        and done.report['config']['shard_size'] == 1_000_000
+    )
 
 
 @pytest.mark.parametrize('word', ['list', 'experiment', 'sweep', 'compare', 'train', 'fuse', 'measure'])
@@ -128,7 +132,12 @@ def test_every_command_has_help_of_its_own(here, word):
     done, whole = here(word, '--help'), here('--help')
     assert done.status == 0 and not done.err and f'fusionbook {word}' in done.out and done.out != whole.out
     assert '(default: None)' not in done.out and all(len(l) <= 125 for l in done.out.splitlines())
-    for flag in ('--experiment_name', '--model_type', '--dataset_name') if word in ('train', 'fuse', 'measure') else (): assert flag in done.out
+    for flag in (
+        ('--experiment_name', '--model_type', '--dataset_name')
+        if word in ('train', 'fuse', 'measure')
+        else ()
+    ):
+        assert flag in done.out
     assert word not in ('train', 'fuse', 'measure') or '(required)' in done.out
 
 
@@ -140,7 +149,9 @@ def test_models_on_the_line_are_those_and_no_others(here, tmp_path, sign):
     models = f'{sign}modelpool.models={{a: a.safetensors, b: b.safetensors}}'
     done = here('method=simple_average', models, 'merged_model_save_path=out.safetensors')
     assert done.status == 0, done.err
-    assert list(done.report['hashes']['models']) == ['a', 'b'] and Checkpoint(tmp_path/'out.safetensors')['w'].tolist() == [2, 2]
+    assert list(done.report['hashes']['models']) == ['a', 'b'] and Checkpoint(tmp_path / 'out.safetensors')[
+        'w'
+    ].tolist() == [2, 2]
     refused = here('method=simple_average', models, 'taskpool=mini8')
     assert refused.status == 2 and 'modelpool=folders taskpool=dummy' in refused.line
 
@@ -159,6 +170,12 @@ def test_output_that_nobody_reads_ends_quietly(words, tmp_path):
     from conftest import ENTRY
     end, start = os.pipe()
     os.close(end)
-    done = subprocess.run([*ENTRY, *words], cwd=tmp_path, stdout=start, stderr=subprocess.PIPE, env=os.environ | dict(PYTHONUNBUFFERED='1'))
+    done = subprocess.run(
+        [*ENTRY, *words],
+        cwd=tmp_path,
+        stdout=start,
+        stderr=subprocess.PIPE,
+        env=os.environ | dict(PYTHONUNBUFFERED='1'),
+    )
     os.close(start)
     assert (done.returncode, done.stderr) == (141, b'')

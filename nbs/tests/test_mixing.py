@@ -1,4 +1,5 @@
-"""Mixtures are folders: every one answers with the same bytes in a process that has never seen its experts, and a folder that was changed is refused in one line."""
+"""Mixtures are folders: every one answers with the same bytes in a process that has never seen its experts,
+and a folder that was changed is refused in one line."""
 import hashlib
 import json
 import shutil
@@ -16,7 +17,11 @@ from fusionbook.method.map import family_methods
 
 SMALL = dict(max_steps=2, batch_size=8, k=2, rank_k=2, rank_of_expert=2)
 FAMILIES = 'smile_upscaling', 'wemoe', 'rankone_moe'   # those that take any network
-METHODS = [c for c in family_methods('fusionbook.method.mixing') if c.build and c.config_names[0].split('/')[0] in FAMILIES]
+METHODS = [
+    c
+    for c in family_methods('fusionbook.method.mixing')
+    if c.build and c.config_names[0].split('/')[0] in FAMILIES
+]
 READER = '''
 import hashlib, sys, torch, fusionbook
 x = torch.load(sys.argv[1], weights_only=True)
@@ -45,7 +50,10 @@ def test_the_same_bytes_in_a_fresh_process(folders, tmp_path):
         here = {n: hashlib.sha256(net(x).numpy().tobytes()).hexdigest() for n, (net, _) in folders.items()}
     done = warm.run(tmp_path/'x.pt', *[p for _, p in folders.values()], code=READER, cwd=tmp_path, check=True)
     assert dict(zip(here, done.stdout.split(), strict=True)) == here
-    assert all((path/'config.json').exists() and (path/'fusionbook.json').exists() for _, path in folders.values())
+    assert all(
+        (path / 'config.json').exists() and (path / 'fusionbook.json').exists()
+        for _, path in folders.values()
+    )
 
 
 def changed(path, to, change):
@@ -69,7 +77,8 @@ def with_tasks(told, tasks):
 def test_a_recipe_that_says_something_else_is_refused(folders, tmp_path, change, message):
     "Another version, or gates and experts for other tasks."
     for name, (net, path) in folders.items():
-        if any('experts' in g for g in net.plan['gates'].values()): continue   # as many as its plan says, whatever the tasks are called
+        # as many as its plan says, whatever the tasks are called
+        if any('experts' in g for g in net.plan['gates'].values()): continue
         with pytest.raises(FusionError) as e: fusionbook.open_model(changed(path, tmp_path/name, change))
         assert message in str(e.value) and '\n' not in str(e.value), (name, str(e.value))
 
@@ -87,5 +96,6 @@ def test_numbers_that_are_none_are_not_saved(folders, tmp_path):
     "A gate with NaN never becomes a folder."
     net = build(next(c for c in METHODS if c.__name__ == 'SmileUpscaling'))
     with torch.no_grad(): next(iter(net.gates.parameters())).fill_(torch.nan)
-    with pytest.raises(FusionError, match='expected finite'): toy_data_pool().save_model(net, tmp_path/'nan', built=True)
+    with pytest.raises(FusionError, match='expected finite'):
+        toy_data_pool().save_model(net, tmp_path / 'nan', built=True)
     with pytest.raises(FusionError, match='finite gates'): net(torch.ones(2, 6))

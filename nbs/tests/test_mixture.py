@@ -1,4 +1,5 @@
-"Mixtures of dense models as a user has them: files of mergekit-moe and lines of ours, tokenizers, fresh processes, kills, every bad input."
+"""Mixtures of dense models as a user has them: files of mergekit-moe and lines of ours, tokenizers, fresh
+processes, kills, every bad input."""
 import json, shutil
 
 import pytest
@@ -35,7 +36,9 @@ def with_words(folder, count=40, step=1):
     from transformers import PreTrainedTokenizerFast
     words = Tokenizer(models.WordLevel({f'w{i}': i * step % count for i in range(count)}, unk_token='w0'))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token='w0', bos_token='w1', pad_token='w2').save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token='w0', bos_token='w1', pad_token='w2'
+    ).save_pretrained(folder)
 
 
 DENSE = 'llama', 'llama_tied', 'mistral', 'qwen2', 'qwen3'
@@ -43,20 +46,33 @@ DENSE = 'llama', 'llama_tied', 'mistral', 'qwen2', 'qwen3'
 
 @pytest.fixture(scope='module')
 def upscaled(tmp_path_factory):
-    "Kind -> logits of a dense model, and of its up-scaled copy as plain transformers and as we open it: a process for each of the two."
+    """Kind -> logits of a dense model, and of its up-scaled copy as plain transformers and as we open it: a
+    process for each of the two."""
     room, wanted, folders = tmp_path_factory.mktemp('upscaled'), [], []
     for kind in DENSE:
         (network,), inputs, (place,) = made(kind, room/kind, 1)
-        folders.append(fusionbook.merge(method='mixtral_moe_upscaling', base=place, num_experts=3, out=room/kind/'out'))
+        folders.append(
+            fusionbook.merge(
+                method='mixtral_moe_upscaling', base=place, num_experts=3, out=room / kind / 'out'
+            )
+        )
         with torch.inference_mode(): wanted.append(network(**inputs).logits)
-    return dict(zip(DENSE, zip(wanted, elsewhere('theirs', *folders), elsewhere('ours', *folders), strict=True), strict=True))
+    return dict(
+        zip(
+            DENSE,
+            zip(wanted, elsewhere('theirs', *folders), elsewhere('ours', *folders), strict=True),
+            strict=True,
+        )
+    )
 
 
 @pytest.mark.parametrize('kind', DENSE)
 def test_copies_answer_as_the_model(kind, upscaled):
-    "An up-scaled model opens in plain transformers, in a process of its own, with the answers of the dense one."
+    """An up-scaled model opens in plain transformers, in a process of its own, with the answers of the dense
+    one."""
     want, theirs, ours = upscaled[kind]
-    assert torch.allclose(theirs, want, rtol=0, atol=2 ** -22) # shares of equal answers: four roundings of numbers below one half
+    # shares of equal answers: four roundings of numbers below one half
+    assert torch.allclose(theirs, want, rtol=0, atol=2 ** -22)
     assert ours.equal(theirs)
 
 
@@ -78,26 +94,41 @@ experts:
 ''')
     done = run_program('merge', 'moe.yml', 'out', cwd=tmp_path)
     assert done.status == 0, done.err
-    assert 'MixtralForCausalLM' in done.out and {'tokenizer.json', 'config.json'} <= {f.name for f in (tmp_path/'out').iterdir()}
+    assert 'MixtralForCausalLM' in done.out and {'tokenizer.json', 'config.json'} <= {
+        f.name for f in (tmp_path / 'out').iterdir()
+    }
     def state(*ids):
-        with torch.no_grad(): return torch.stack(networks[0](torch.tensor([[1, *ids]]), output_hidden_states=True).hidden_states[:-1])[:, 0, -1]
+        with torch.no_grad():
+            return torch.stack(
+                networks[0](torch.tensor([[1, *ids]]), output_hidden_states=True).hidden_states[:-1]
+            )[:, 0, -1]
     first = (state(5, 6) + state(7)) / 2 - state(9)
     found = load_file(tmp_path/'out'/'model.safetensors')
     for i in range(2):
         gate = found[f'model.layers.{i}.block_sparse_moe.gate.weight']
         assert torch.allclose(gate[0], first[i] / first[i].norm(), atol=1e-5)
         assert torch.allclose(gate[1], state(8, 9, 4)[i] / state(8, 9, 4)[i].norm(), atol=1e-5)
-        assert found[f'model.layers.{i}.block_sparse_moe.experts.1.w2.weight'].equal(networks[2].state_dict()[f'model.layers.{i}.mlp.down_proj.weight'])
+        assert found[f'model.layers.{i}.block_sparse_moe.experts.1.w2.weight'].equal(
+            networks[2].state_dict()[f'model.layers.{i}.mlp.down_proj.weight']
+        )
     dry = run_program('merge', 'moe.yml', '--dry-run', cwd=tmp_path)
     assert dry.status == 0 and 'of which a token uses' in dry.out
 
 
 def test_a_run_of_the_method(tmp_path):
-    "`fusionbook method=mixtral_moe_merging` on a pool of folders: saved with its recipe, the same bytes of logits in a fresh process."
+    """`fusionbook method=mixtral_moe_merging` on a pool of folders: saved with its recipe, the same bytes of
+    logits in a fresh process."""
     networks, inputs, places = made('llama', tmp_path)
     models = ', '.join(f'{n}: {p}' for n, p in zip(('_pretrained_', 'a', 'b'), places, strict=True))
-    done = run_program('method=mixtral_moe_merging', 'method.experts_per_token=1', 'modelpool=CausalLMPool/mixtral_moe_merging',
-                       'modelpool.models={' + models + '}', f'++modelpool.tokenizer=null', 'merged_model_save_path=out', cwd=tmp_path)
+    done = run_program(
+        'method=mixtral_moe_merging',
+        'method.experts_per_token=1',
+        'modelpool=CausalLMPool/mixtral_moe_merging',
+        'modelpool.models={' + models + '}',
+        f'++modelpool.tokenizer=null',
+        'merged_model_save_path=out',
+        cwd=tmp_path,
+    )
     assert done.status == 0, done.err
     names = {f.name for f in (tmp_path/'out').iterdir()}
     assert {'config.json', 'fusionbook.json', 'model.safetensors'} <= names
@@ -108,7 +139,8 @@ def test_a_run_of_the_method(tmp_path):
 
 
 def test_goes_on_after_a_kill(tmp_path, monkeypatch):
-    "A write that was stopped twice goes on both times, writes no tensor anew, and gives the bytes of one that was not."
+    """A write that was stopped twice goes on both times, writes no tensor anew, and gives the bytes of one
+    that was not."""
     _, _, (base, a, b) = made('llama', tmp_path)
     keys = dict(method='mixtral_moe_merging', base=base, models=[a, b])
     from fusionbook.core import resumable
@@ -145,16 +177,25 @@ def test_bad_input(tmp_path):
     shuffled = tmp_path/'shuffled'
     shutil.copytree(b, shuffled)
     with_words(shuffled, 40, 3)
-    def experts(*models, **more): return [dict(source_model=m, positive_prompts=[f'w{3 + i}'], **more) for i, m in enumerate(models)]
+
+    def experts(*models, **more):
+        return [dict(source_model=m, positive_prompts=[f'w{3 + i}'], **more) for i, m in enumerate(models)]
     cases = {
         'got llama and qwen2': dict(base_model=base, experts=experts(a, other)),
         '2 times: they answer alike': dict(base_model=base, experts=experts(a, a)),
         'from 1 to 1': dict(base_model=base, experts=experts(a)),
         'one of hidden, hidden_last': dict(base_model=base, gate_mode='magic', experts=experts(a, base)),
-        'did you mean `experts_per_token`': dict(base_model=base, experts=experts(a, base), expert_per_token=1),
+        'did you mean `experts_per_token`': dict(
+            base_model=base, experts=experts(a, base), expert_per_token=1
+        ),
         '`positive_prompts` for each expert': dict(base_model=base, experts=[a, base]),
-        'does not exist': dict(base_model=str(tmp_path/'none'), experts=experts(a, base)),
-        'to number words as the base does, got `w27` in row 27 and in row 1 in the two files `tokenizer.json`; rows of other words would be mixed': dict(base_model=base, experts=experts(a, str(shuffled))),
+        'does not exist': dict(base_model=str(tmp_path / 'none'), experts=experts(a, base)),
+        (
+            'to number words as the base does, got `w27` in row 27 and in row 1 in the two files '
+            '`tokenizer.json`; rows of other words would be mixed'
+        ): dict(
+            base_model=base, experts=experts(a, str(shuffled))
+        ),
         'KORMo': dict(base_model=base, experts=experts(a, base), architecture='kormo'),
     }
     for says, keys in cases.items():
@@ -162,7 +203,10 @@ def test_bad_input(tmp_path):
         assert says in str(caught.value) and '\n' not in str(caught.value), caught.value
     good = dict(base_model=base, gate_mode='random', experts=[a, b])
     assert fusionbook.merge(good, dry_run=True) is None
-    options = {'within `max_memory` of 1,000 bytes': dict(max_memory='1kB'), 'a device of this machine, got `cuda:63`': dict(device='cuda:63')}
+    options = {
+        'within `max_memory` of 1,000 bytes': dict(max_memory='1kB'),
+        'a device of this machine, got `cuda:63`': dict(device='cuda:63'),
+    }
     for says, option in options.items():
         with pytest.raises(FusionError, match=says): fusionbook.merge(good, out=tmp_path/'out', **option)
     with pytest.raises(FusionError, match='apart from its sources'): fusionbook.merge(good, out=f'{a}/inside')
@@ -187,7 +231,8 @@ for folder in sys.argv[2:]:
 
 
 def test_saved_and_opened_elsewhere(tmp_path):
-    "Networks with gates that were fitted or learned: the same bytes of logits in a process of its own; a folder without its recipe, or with another's tensors, is refused."
+    """Networks with gates that were fitted or learned: the same bytes of logits in a process of its own; a
+    folder without its recipe, or with another's tensors, is refused."""
     import fusionbook.method
     from fusionbook.method.base import fuse
     from fusionbook.method.check import toy_data_pool
@@ -203,10 +248,14 @@ def test_saved_and_opened_elsewhere(tmp_path):
     for name in KEPT: assert torch.load(f'{tmp_path/name}.pt').equal(want[name]), name
     first, second = tmp_path/'TwinMerging', tmp_path/'ExpertRouting'
     (first/'model.safetensors').write_bytes((second/'model.safetensors').read_bytes())
-    with pytest.raises(FusionError, match='expected in .* the tensors of its TwinNetwork, got tensors that'): fusionbook.open_model(first)
+    with pytest.raises(FusionError, match='expected in .* the tensors of its TwinNetwork, got tensors that'):
+        fusionbook.open_model(first)
     (second/'fusionbook.json').unlink()
     (second/'config.json').unlink(missing_ok=True)
     with pytest.raises(FusionError, match='`fusionbook.json` or `config.json`'): fusionbook.open_model(second)
-    told = json.loads((tmp_path/'PWEMoELinearScalarizationForCLIP'/'fusionbook.json').read_text()) | dict(format=9)
+    told = json.loads((tmp_path / 'PWEMoELinearScalarizationForCLIP' / 'fusionbook.json').read_text()) | dict(
+        format=9
+    )
     (tmp_path/'PWEMoELinearScalarizationForCLIP'/'fusionbook.json').write_text(json.dumps(told))
-    with pytest.raises(FusionError, match='another version of fusionbook'): fusionbook.open_model(tmp_path/'PWEMoELinearScalarizationForCLIP')
+    with pytest.raises(FusionError, match='another version of fusionbook'):
+        fusionbook.open_model(tmp_path / 'PWEMoELinearScalarizationForCLIP')

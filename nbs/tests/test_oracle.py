@@ -1,6 +1,8 @@
-"""Every stored case of FusionBench, mergekit and PEFT, by the names and settings of those tools, within the tolerance that is stored with it.
+"""Every stored case of FusionBench, mergekit and PEFT, by the names and settings of those tools, within the
+tolerance that is stored with it.
 
-What a case's own tool cannot do, we can; what is no single merge (masks drawn at random, parts, given statistics) is compared on the page that is
+What a case's own tool cannot do, we can; what is no single merge (masks drawn at random, parts, given
+statistics) is compared on the page that is
 named, and a case that neither this file nor a page knows fails.
 """
 import json
@@ -22,18 +24,37 @@ ROOT, PAGES = oracle_folder('merge'), Path(__file__).parents[1]
 if ROOT is None: pytest.skip('no stored outputs of other tools', allow_module_level=True)
 CASES = {c['case']: c for c in json.loads((ROOT/'cases.json').read_text())}
 # names of functions of FusionBench whose configuration has another name
-RENAMED = dict(task_singular_vector='task_singular_vector/TaskSingularVectorMerging', wudi='wudi/wudi', magmax='magmax/magmax',
-               slerp='slerp/slerp', model_stock='model_stock/model_stock', iso_c='isotropic_merging/iso_c', iso_cts='isotropic_merging/iso_cts',
-               linear_interpolation='linear/linear_interpolation')
-MERGED_BEFORE = {'outputs/fusion_bench/task_arithmetic_0.3.safetensors': dict(name='task_arithmetic', scaling_factor=.3),
-                 'outputs/fusion_bench/simple_average.safetensors': dict(name='simple_average')}
-# single merges; where a tool rounds to bfloat16 at every step (`informational`), the share and the size of what differs is stored beside it
-MERGES = {n for n, c in CASES.items() if c['status'] == 'ok' and c['comparison'] in ('elementwise', 'informational')
-          and c['output_kind'] in ('merged_state_dict', 'merged_task_vector') and not c['method'].startswith(('fisher', 'regmean'))}
-OTHERWISE = {'peft/ties_d0.001': 24} # entries that differ: of a tensor too small for the density PEFT keeps none, which leaves it the base's; here one
+RENAMED = dict(
+    task_singular_vector='task_singular_vector/TaskSingularVectorMerging',
+    wudi='wudi/wudi',
+    magmax='magmax/magmax',
+    slerp='slerp/slerp',
+    model_stock='model_stock/model_stock',
+    iso_c='isotropic_merging/iso_c',
+    iso_cts='isotropic_merging/iso_cts',
+    linear_interpolation='linear/linear_interpolation',
+)
+MERGED_BEFORE = {
+    'outputs/fusion_bench/task_arithmetic_0.3.safetensors': dict(name='task_arithmetic', scaling_factor=0.3),
+    'outputs/fusion_bench/simple_average.safetensors': dict(name='simple_average'),
+}
+# single merges; where a tool rounds to bfloat16 at every step (`informational`), the share and the size of
+# what differs is stored beside it
+MERGES = {
+    n
+    for n, c in CASES.items()
+    if c['status'] == 'ok'
+    and c['comparison'] in ('elementwise', 'informational')
+    and c['output_kind'] in ('merged_state_dict', 'merged_task_vector')
+    and not c['method'].startswith(('fisher', 'regmean'))
+}
+# entries that differ: of a tensor too small for the density PEFT keeps none, which leaves it the base's;
+# here one
+OTHERWISE = {'peft/ties_d0.001': 24}
 TIED = 'peft/bf16_ties_d0.5_total', # many equal magnitudes at the threshold, of which one tool keeps others
-REFUSED = { # what is no merge here either, and what is said
-    'mergekit/della_bad_epsilon': 'expected `density` ± `epsilon` within', 'mergekit/task_arithmetic_noweight': '`weight`',
+REFUSED = {  # what is no merge here either, and what is said
+    'mergekit/della_bad_epsilon': 'expected `density` ± `epsilon` within',
+    'mergekit/task_arithmetic_noweight': '`weight`',
     'mergekit/model_stock_1expert': 'two experts at least',
 }
 ELSEWHERE = CASES.keys() - MERGES - {n for n, c in CASES.items() if c['status'] == 'failed'}
@@ -41,9 +62,14 @@ ELSEWHERE = CASES.keys() - MERGES - {n for n, c in CASES.items() if c['status'] 
 
 def of_fusion_bench(p, method):
     "FusionBench's method with its settings."
-    known = {k: v for k, v in p.items() if k not in ('optimizer', 'inputs_cast_to', 'output_cast_to', 'int64_buffer', 'merged')}
+    known = {
+        k: v
+        for k, v in p.items()
+        if k not in ('optimizer', 'inputs_cast_to', 'output_cast_to', 'int64_buffer', 'merged')
+    }
     name = RENAMED.get(method, method)
-    if method == 'singular_value_calibration': name, known['base_method'] = f'{method}/simple_average', MERGED_BEFORE[p['merged']]
+    if method == 'singular_value_calibration':
+        name, known['base_method'] = f'{method}/simple_average', MERGED_BEFORE[p['merged']]
     if method == 'model_stock': known['ignore_keys'] = []
     return load_algorithm_from_config(dict(known, name=name))
 
@@ -64,14 +90,23 @@ def of_peft(p, method):
     "PEFT's ways of putting adapters together, on task vectors."
     plain = dict(scaling_factor=1., weights=p['weights'])
     if method == 'task_arithmetic': return methods.TaskArithmetic(**plain)
-    if method == 'magnitude_prune': return methods.MagnitudeDiffPruning(1 - p['density'], extract_names=[''], pattern='tensor', weights=p['weights'])
+    if method == 'magnitude_prune':
+        return methods.MagnitudeDiffPruning(
+            1 - p['density'], extract_names=[''], pattern='tensor', weights=p['weights']
+        )
     elect = 'count' if p.get('majority_sign_method') == 'frequency' else 'sum'
-    return methods.TiesMerging(threshold=p['density'], merge_func='mean', trim='tensor', tie='plus', elect=elect, **plain)
+    return methods.TiesMerging(
+        threshold=p['density'], merge_func='mean', trim='tensor', tie='plus', elect=elect, **plain
+    )
 
 
 def method_of(case, pool):
     make = dict(fusion_bench=of_fusion_bench, peft=of_peft).get(case['implementation'])
-    return make(case['params'], case['method']) if make else of_mergekit(case['params'], case['method'], len(pool))
+    return (
+        make(case['params'], case['method'])
+        if make
+        else of_mergekit(case['params'], case['method'], len(pool))
+    )
 
 
 def with_buffers(pool, buffers):
@@ -79,12 +114,16 @@ def with_buffers(pool, buffers):
     if buffers is None: return pool
     values = [buffers['base'], *buffers['experts']] if isinstance(buffers, dict) else buffers
     names = pool.all_model_names
-    models = {n: dict(pool._models[n], num_batches=torch.tensor(v)) for n, v in zip(names, values, strict=True)}
+    models = {
+        n: dict(pool._models[n], num_batches=torch.tensor(v)) for n, v in zip(names, values, strict=True)
+    }
     return ToyPool({n: m for n, m in models.items() if n != '_pretrained_'}, models.get('_pretrained_'))
 
 
 def models_of(case):
-    (_, pool, expected), = oracle_cases(case['case']) if case['status'] == 'ok' else [(0, inputs_of(case), None)]
+    ((_, pool, expected),) = (
+        oracle_cases(case['case']) if case['status'] == 'ok' else [(0, inputs_of(case), None)]
+    )
     return with_buffers(pool, case['params'].get('int64_buffer')), expected
 
 
@@ -107,11 +146,14 @@ def test_a_stored_merge_is_repeated(name):
     assert all(torch.isfinite(t.float()).all() for t in got.values())
     left_out = {*case.get('implementation_defined_tensors', ()), *case.get('non_finite_tensors', ())}
     expected = {k: v for k, v in expected.items() if k not in left_out}
-    if 'num_batches' in expected: expected.pop('num_batches') # an integer is the base's, or the first model's; never a mean
+    # an integer is the base's, or the first model's; never a mean
+    if 'num_batches' in expected: expected.pop('num_batches')
     if (mask := case.get('tie_mask')) and (tied := Checkpoint(ROOT/mask)):
         got = {k: torch.where(tied[k].bool(), expected[k], v) if k in expected else v for k, v in got.items()}
     if case['comparison'] == 'elementwise':
-        agree(case, got, expected, skip=OTHERWISE.get(name, case['tolerance'].get('max_mismatched_elements', 0)))
+        agree(
+            case, got, expected, skip=OTHERWISE.get(name, case['tolerance'].get('max_mismatched_elements', 0))
+        )
         return
     stated = case['bf16_vs_fp32_compute']
     off = torch.cat([(got[k].float() - v.float()).abs().flatten() for k, v in expected.items()])

@@ -1,4 +1,5 @@
-"""Commands in prose work as typed: every `fusionbook …` of README and the tutorials is composed, or its words are read by its command."""
+"""Commands in prose work as typed: every `fusionbook …` of README and the tutorials is composed, or its words
+are read by its command."""
 import json, re, shlex
 from pathlib import Path
 
@@ -18,14 +19,24 @@ def commands():
     for page in PAGES:
         for text in prose(page):
             blocks = re.findall(r'(?ms)^```bash\n(.*?)^```', text)
-            lines = [l for b in blocks for l in b.splitlines()] + re.findall(r'`(fusionbook(?: [^`]*)?)`', re.sub(r'(?ms)^```.*?^```', '', text))
-            yield from (pytest.param(l.split(' #')[0].strip(), id=f'{page.stem}: {l[:60]}') for l in lines if re.match(r'fusionbook( |$)', l))
+            lines = [l for b in blocks for l in b.splitlines()] + re.findall(
+                r'`(fusionbook(?: [^`]*)?)`', re.sub(r'(?ms)^```.*?^```', '', text)
+            )
+            yield from (
+                pytest.param(l.split(' #')[0].strip(), id=f'{page.stem}: {l[:60]}')
+                for l in lines
+                if re.match(r'fusionbook( |$)', l)
+            )
 
 
 @pytest.mark.parametrize('line', list(commands()))
 def test_commands_in_prose_work_as_typed(here, line, monkeypatch):
     words = shlex.split(line)[1:]
-    if any(w.endswith('.yaml') or w.isupper() for w in words) or 'method=unanimous' in words or 'modelpool=experts' in words:
+    if (
+        any(w.endswith('.yaml') or w.isupper() for w in words)
+        or 'method=unanimous' in words
+        or 'modelpool=experts' in words
+    ):
         pytest.skip('names a file or a method of the reader')
     if words[:1] == ['experiment']:
         from fusionbook.bench.batch import experiment_arguments
@@ -36,7 +47,8 @@ def test_commands_in_prose_work_as_typed(here, line, monkeypatch):
         import fusionbook.bench.train as train
         monkeypatch.setattr(train, 'check_device', lambda name: name)
         assert train.train_arguments(words[1:]).experiment_name
-    elif words[:1] and words[0] in ('merge', 'merge-adapters', 'extract-lora'): # files of the reader's; its flags are known
+    # files of the reader's; its flags are known
+    elif words[:1] and words[0] in ('merge', 'merge-adapters', 'extract-lora'):
         told = here(words[0], '--help')
         assert told.status == 0 and all(w.partition('=')[0] in told.out for w in words if w.startswith('--'))
     elif words[:1] == ['board']:
@@ -65,13 +77,21 @@ def test_commands_in_prose_work_as_typed(here, line, monkeypatch):
 
 def test_every_tutorial_and_report_is_linked_from_the_first_page():
     text = '\n'.join(prose(PAGES[0]))
-    missing = [f.name for folder in ('95_reports', '97_tutorials') for f in (NBS/folder).glob('[!_.]*.ipynb') if f'{folder}/{f.name}' not in text]
+    missing = [
+        f.name
+        for folder in ('95_reports', '97_tutorials')
+        for f in (NBS / folder).glob('[!_.]*.ipynb')
+        if f'{folder}/{f.name}' not in text
+    ]
     assert not missing
 
 
 def families():
     "Folders of methods: those that export to a sub-package of `fusionbook.method`."
-    exports = [(f.parent, re.search(r'#\| default_exp method\.\w+\.\w+', f.read_text(encoding='utf-8'))) for f in NBS.glob('[67]?_*/[!_.]*.ipynb')]
+    exports = [
+        (f.parent, re.search(r'#\| default_exp method\.\w+\.\w+', f.read_text(encoding='utf-8')))
+        for f in NBS.glob('[67]?_*/[!_.]*.ipynb')
+    ]
     return sorted({folder for folder, found in exports if found})
 
 
@@ -79,7 +99,11 @@ def test_every_family_opens_with_a_map_that_the_first_page_links():
     "The table of families is computed: README holds what the first page shows."
     text = (NBS.parent/'README.md').read_text(encoding='utf-8')
     assert len(families()) >= 5
-    assert not [f.name for f in families() if not (f/'00_map.ipynb').exists() or f'{f.name}/00_map.ipynb' not in text]
+    assert not [
+        f.name
+        for f in families()
+        if not (f / '00_map.ipynb').exists() or f'{f.name}/00_map.ipynb' not in text
+    ]
 
 
 def test_the_first_page_has_two_set_up_commands():

@@ -1,4 +1,5 @@
-"""`fusionbook FOLDER taskpool=…` as a user meets it: what a run saved is opened and measured, with the numbers of that run; what cannot be measured is refused in one line."""
+"""`fusionbook FOLDER taskpool=…` as a user meets it: what a run saved is opened and measured, with the
+numbers of that run; what cannot be measured is refused in one line."""
 import json
 import shutil
 
@@ -22,7 +23,12 @@ def saved(hub, tmp_path_factory):
     found = {}
     for kind, words in MADE.items():
         room = tmp_path_factory.mktemp(kind)
-        more = [f'merged_model_save_path={room}/model', f'log_dir={room}/run', 'references=false', 'print_config=false']
+        more = [
+            f'merged_model_save_path={room}/model',
+            f'log_dir={room}/run',
+            'references=false',
+            'print_config=false',
+        ]
         assert main([*words, f'modelpool={POOL}', f'taskpool={POOL}', mirror(hub), *more]) == 0
         found[kind] = room/'model', json.loads((room/'run'/'report.json').read_text())
     return found
@@ -41,7 +47,13 @@ def test_the_numbers_of_the_run_that_made_it(kind, saved, hub, here):
     assert numbers(done.report) == numbers(first) and numbers(first)
     assert done.report['opened']['method'] == first['method']
     assert done.report['model_info'] == first['model_info']
-    assert sorted(f.name for f in done.folder.iterdir()) == ['config.yaml', 'predictions.parquet', 'report.json', 'report.png', 'run.log']
+    assert sorted(f.name for f in done.folder.iterdir()) == [
+        'config.yaml',
+        'predictions.parquet',
+        'report.json',
+        'report.png',
+        'run.log',
+    ]
     again = here(done.folder/'config.yaml', 'print_config=false') # the run that the folder describes
     assert again.status == 0 and numbers(again.report) == numbers(first), again.err
 
@@ -55,7 +67,10 @@ def test_in_a_process_of_its_own(saved, hub, cli):
 
 def test_without_tasks_its_size_is_told(saved, here):
     done = here(saved['mixture'][0])
-    assert done.status == 0 and done.report['model_info']['active_params'] < done.report['model_info']['all_params']
+    assert (
+        done.status == 0
+        and done.report['model_info']['active_params'] < done.report['model_info']['all_params']
+    )
 
 
 def broken(folder, to, change):
@@ -65,7 +80,8 @@ def broken(folder, to, change):
     return to
 
 
-def other_class(told): return told | {'network': told['network'] | {'_target_': 'fusionbook.models.tower.NoSuch'}}
+def other_class(told):
+    return told | {'network': told['network'] | {'_target_': 'fusionbook.models.tower.NoSuch'}}
 
 
 def test_refusals(saved, hub, here, tmp_path):
@@ -75,11 +91,14 @@ def test_refusals(saved, hub, here, tmp_path):
     (unknown/'config.json').write_text(json.dumps(settings))
     (tmp_path/'empty').mkdir()
     for words, says in [
-        ([tmp_path/'nowhere', f'taskpool={POOL}'], 'does not exist'),
+        ([tmp_path / 'nowhere', f'taskpool={POOL}'], 'does not exist'),
         (['mini8/digit', 'taskpool=mini8'], 'did you mean `mini8/digits`?'),
-        ([tmp_path/'empty', f'taskpool={POOL}'], 'got a folder without them'),
-        ([broken(mixture, tmp_path/'class', other_class), f'taskpool={POOL}'], 'NoSuch'),
-        ([broken(mixture, tmp_path/'version', lambda t: t | {'format': 99}), f'taskpool={POOL}'], 'another version'),
+        ([tmp_path / 'empty', f'taskpool={POOL}'], 'got a folder without them'),
+        ([broken(mixture, tmp_path / 'class', other_class), f'taskpool={POOL}'], 'NoSuch'),
+        (
+            [broken(mixture, tmp_path / 'version', lambda t: t | {'format': 99}), f'taskpool={POOL}'],
+            'another version',
+        ),
         ([unknown, f'taskpool={POOL}'], 'NoSuchModel'),
         ([mixture, f'taskpool={POOL}x'], f'did you mean `{POOL}`'),
         ([mixture, 'taskpool=mini8'], 'expected'),
@@ -112,14 +131,21 @@ def test_nothing_of_a_file_runs(here, tmp_path):
 def test_gates_and_features_are_kept(saved, hub, here, tmp_path):
     "FusionBench's keys: a file of safetensors for each task; a model without gates writes none."
     from fusionbook.core.checkpoint import Checkpoint
-    words = ['taskpool.layer_wise_routing_weights_save_path=gates', 'taskpool.layer_wise_routing_weights_max_num=3',
-             'taskpool.layer_wise_feature_save_path=features']
+
+    words = [
+        'taskpool.layer_wise_routing_weights_save_path=gates',
+        'taskpool.layer_wise_routing_weights_max_num=3',
+        'taskpool.layer_wise_feature_save_path=features',
+    ]
     for kind in ('mixture', 'merged'):
         done = here(saved[kind][0], f'taskpool={POOL}', *words, mirror(hub))
         assert done.status == 0 and numbers(done.report) == numbers(saved[kind][1]), done.err
-        if kind == 'mixture': gates = {f.name: dict(Checkpoint(f)) for f in sorted((tmp_path/'gates').iterdir())}
+        if kind == 'mixture':
+            gates = {f.name: dict(Checkpoint(f)) for f in sorted((tmp_path / 'gates').iterdir())}
     assert sorted(gates) == ['mnist.safetensors', 'svhn.safetensors']
     for rows in gates.values():
-        assert len(rows) > 4 and all(g.shape == (3, 2) and torch.allclose(g.sum(1), torch.ones(3), atol=1e-5) for g in rows.values())
+        assert len(rows) > 4 and all(
+            g.shape == (3, 2) and torch.allclose(g.sum(1), torch.ones(3), atol=1e-5) for g in rows.values()
+        )
     features = Checkpoint(tmp_path/'features'/'mnist.safetensors')
     assert len(features) == 2 and all(len(v) == done.report['rows'][-1]['n'] for v in features.values())

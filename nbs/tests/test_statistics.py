@@ -1,4 +1,5 @@
-"""Statistics and continual merging under all names of their configurations, on every kind of pool whose tasks have logits."""
+"""Statistics and continual merging under all names of their configurations, on every kind of pool whose tasks
+have logits."""
 import errno
 import tempfile
 from copy import deepcopy
@@ -22,13 +23,43 @@ from fusionbook.models.text import text_encoder, tiny_text
 from fusionbook.taskpool import CLIPVisionModelTaskPool, TextClassificationTaskPool
 
 transformers = pytest.importorskip('transformers')
-FEW = dict(num_regmean_examples=6, num_fisher_examples=4, max_samples=4, proxy_n_samples=6, num_samples=6, batch_size=3, num_steps=2, max_steps=2, evaluations=2)
+FEW = dict(
+    num_regmean_examples=6,
+    num_fisher_examples=4,
+    max_samples=4,
+    proxy_n_samples=6,
+    num_samples=6,
+    batch_size=3,
+    num_steps=2,
+    max_steps=2,
+    evaluations=2,
+)
 STATISTICS = (
-    'fisher_merging/clip_fisher_merging', 'fisher_merging/gpt2_fisher_merging', 'fisher_merging/fisher_merging',
-    'regmean/clip_regmean', 'regmean/gpt2_regmean', 'regmean/regmean', 'regmean_plusplus/clip_regmean_plusplus',
-    'trust_region/clip_task_arithmetic', 'esm/esm', 'ada_svd/clip_vision', 'activation_informed', 'evolve')
-CONTINUAL = ('opcm/opcm', 'opcm/opcm_general', 'opcm/task_arithmetic', 'opcm/ties_merging', 'opcm/weight_average',
-             'dop/dop', 'dop/dop_general', 'nufilt/nufilt', 'magmax/continual', 'magmax/magmax')
+    'fisher_merging/clip_fisher_merging',
+    'fisher_merging/gpt2_fisher_merging',
+    'fisher_merging/fisher_merging',
+    'regmean/clip_regmean',
+    'regmean/gpt2_regmean',
+    'regmean/regmean',
+    'regmean_plusplus/clip_regmean_plusplus',
+    'trust_region/clip_task_arithmetic',
+    'esm/esm',
+    'ada_svd/clip_vision',
+    'activation_informed',
+    'evolve',
+)
+CONTINUAL = (
+    'opcm/opcm',
+    'opcm/opcm_general',
+    'opcm/task_arithmetic',
+    'opcm/ties_merging',
+    'opcm/weight_average',
+    'dop/dop',
+    'dop/dop_general',
+    'nufilt/nufilt',
+    'magmax/continual',
+    'magmax/magmax',
+)
 
 
 class Tasks(ToyTasks):
@@ -52,28 +83,51 @@ def supervised(make, inputs):
         other = make()
         other.load_state_dict(base.state_dict())
         return moved(other, seed)
-    data = {k: {t: inputs(i + 10 * j) for j, t in enumerate('ab')} for i, k in enumerate(('train_datasets', 'val_datasets', 'test_datasets'))}
+
+    data = {
+        k: {t: inputs(i + 10 * j) for j, t in enumerate('ab')}
+        for i, k in enumerate(('train_datasets', 'val_datasets', 'test_datasets'))
+    }
     tasks = Tasks(data['test_datasets'], labels=lambda x: x.flatten(1).sum(1).long() % 3)
     return ToyPool({'a': copy(1), 'b': copy(2)}, base, **data).attach(tasks)
 
 
 def gpt2():
     t = transformers
-    config = t.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = t.GPT2Config(
+        vocab_size=40,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=16,
+        num_labels=3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     def words(seed): return torch.randint(3, 40, (8, 6), generator=torch.Generator().manual_seed(seed))
     return supervised(lambda: t.GPT2ForSequenceClassification(config), words)
 
 
 def bert():
     t = transformers
-    config = t.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3)
+    config = t.BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_labels=3,
+    )
     def words(seed): return torch.randint(3, 40, (8, 6), generator=torch.Generator().manual_seed(seed))
     return supervised(lambda: t.BertForSequenceClassification(config), words)
 
 
 def resnet():
     t = transformers
-    config = t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type='basic', num_labels=3)
+    config = t.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type='basic', num_labels=3
+    )
     def pictures(seed): return torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
     return supervised(lambda: t.ResNetForImageClassification(config), pictures)
 
@@ -91,8 +145,12 @@ def clip(folder):
     names = 'digits', 'shapes'
     def part(kind): return {n: mini8.load(n, kind, size=8) for n in names}
     base = tiny_clip(f'{folder}/base', [c for n in names for c in mini8.TASKS[n]], [mini8.TEMPLATE])
-    experts = {n: save_tower(perturbed(tower_of(base), i), f'{folder}/{n}', base) for i, n in enumerate(names, 1)}
-    pool = CLIPVisionModelPool({'_pretrained_': str(base)} | experts, train_datasets=part('train'), val_datasets=part('validation'))
+    experts = {
+        n: save_tower(perturbed(tower_of(base), i), f'{folder}/{n}', base) for i, n in enumerate(names, 1)
+    }
+    pool = CLIPVisionModelPool(
+        {'_pretrained_': str(base)} | experts, train_datasets=part('train'), val_datasets=part('validation')
+    )
     tests = {n: {'dataset': d, 'templates': [mini8.TEMPLATE]} for n, d in part('test').items()}
     return pool.attach(CLIPVisionModelTaskPool(tests, str(base)))
 
@@ -105,11 +163,20 @@ def text(folder):
     base = tiny_text(f'{folder}/base', WORDS)
     experts = {n: text_encoder(tiny_text(f'{folder}/{n}', WORDS, seed=i)) for i, n in enumerate('ab', 1)}
     data = {k: dict(a=rows, b=rows) for k in ('train_datasets', 'val_datasets')}
-    return ToyPool(experts, text_encoder(base), **data).attach(TextClassificationTaskPool(dict(a=entry, b=entry), str(base)))
+    return ToyPool(experts, text_encoder(base), **data).attach(
+        TextClassificationTaskPool(dict(a=entry, b=entry), str(base))
+    )
 
 
 WORDS = ['sports news', 'business news', 'the match was won today']
-POOLS = dict(gpt2=gpt2, bert=bert, resnet=resnet, convnext=convnext, clip=lambda: clip(tempfile.mkdtemp()), text=lambda: text(tempfile.mkdtemp()))
+POOLS = dict(
+    gpt2=gpt2,
+    bert=bert,
+    resnet=resnet,
+    convnext=convnext,
+    clip=lambda: clip(tempfile.mkdtemp()),
+    text=lambda: text(tempfile.mkdtemp()),
+)
 made = {}
 
 
@@ -134,7 +201,10 @@ def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('FUSIONBOOK_CACHE', str
 @pytest.mark.parametrize('name', STATISTICS + CONTINUAL)
 def test_every_name_merges_every_kind_of_pool(kind, name):
     "A network with the base's names, finite numbers, and something of the experts in it."
-    pool, kernels = pool_of(kind), dict(matrices='linear_and_convolutions') if kind in ('resnet', 'convnext') else {}
+    pool, kernels = (
+        pool_of(kind),
+        dict(matrices='linear_and_convolutions') if kind in ('resnet', 'convnext') else {},
+    )
     found = fuse(named(name, **kernels), pool)
     steps = found['steps'] if isinstance(found, dict) else [found]
     assert len(steps) == (2 if name in CONTINUAL and name != 'magmax/magmax' else 1)
@@ -179,15 +249,24 @@ def test_residuals_of_full_rank_are_all_that_an_expert_has_beyond_the_merge(kind
     for i, (task, expert) in enumerate(zip(pool.model_names, pool.experts(), strict=True)):
         sums = expert_grams(method, pool, task, samples=method.proxy_n_samples, room_mb=method.gram_mb)
         for name, rest in zip(net.layers, net.residuals, strict=True):
-            G, own = sums[f'gram/{name}.weight'].double(), net.network.get_submodule(name).weight.detach().double()
+            G, own = (
+                sums[f'gram/{name}.weight'].double(),
+                net.network.get_submodule(name).weight.detach().double(),
+            )
             tau = expert[f'{name}.weight'].double() - own
             wanted = (tau if input_axis(net.network.get_submodule(name)) else tau.T) @ G
             assert wanted.abs().max() > 0
-            assert torch.allclose((rest.up[i].double() @ rest.down[i].double()) @ G, wanted, atol=1e-4 * wanted.abs().max().item()), name
+            assert torch.allclose(
+                (rest.up[i].double() @ rest.down[i].double()) @ G,
+                wanted,
+                atol=1e-4 * wanted.abs().max().item(),
+            ), name
 
 
 def test_a_pool_without_data_is_refused():
-    bare = ToyPool({n: toy_data_pool().load_model(n) for n in '01'}, toy_data_pool().load_model('_pretrained_'))
+    bare = ToyPool(
+        {n: toy_data_pool().load_model(n) for n in '01'}, toy_data_pool().load_model('_pretrained_')
+    )
     for name in STATISTICS:
         with pytest.raises(FusionError, match='expected a task pool'): fuse(named(name), bare)
 
@@ -196,7 +275,8 @@ def test_a_task_without_inputs_is_refused():
     pool = toy_data_pool()
     del pool._train_datasets['1'], pool._val_datasets['1']
     for name in STATISTICS:
-        with pytest.raises(FusionError, match='expected (train|validation) inputs of task `1`'): fuse(named(name), pool)
+        with pytest.raises(FusionError, match='expected (train|validation) inputs of task `1`'):
+            fuse(named(name), pool)
 
 
 def test_too_few_inputs_for_a_regular_gram_matrix_give_finite_weights():
@@ -210,9 +290,11 @@ def test_statistics_of_other_models_or_other_inputs_are_refused(tmp_path):
     reading = RegMean(num_regmean_examples=8, statistics=folder)
     for table in ('_train_datasets', '_val_datasets'): setattr(pool, table, {})
     assert torch.equal(reading.run(pool).state_dict()['layer.weight'], whole['layer.weight'])
-    with pytest.raises(FusionError, match='expected statistics with model'): reading.run(toy_data_pool(seed=5))
+    with pytest.raises(FusionError, match='expected statistics with model'):
+        reading.run(toy_data_pool(seed=5))
     for other in (dict(num_regmean_examples=9), dict(data='validation'), dict(seed=3)):
-        with pytest.raises(FusionError, match='expected statistics with'): RegMean(**(dict(num_regmean_examples=8, statistics=folder) | other)).run(pool)
+        with pytest.raises(FusionError, match='expected statistics with'):
+            RegMean(**(dict(num_regmean_examples=8, statistics=folder) | other)).run(pool)
     (tmp_path/'sums'/'0.safetensors').write_bytes((tmp_path/'sums'/'1.safetensors').read_bytes())
     with pytest.raises(FusionError, match='expected statistics with task `0`'): reading.run(pool)
     (tmp_path/'sums'/'0.safetensors').unlink()
@@ -226,8 +308,11 @@ def test_a_full_disk_stops_before_the_next_pass(monkeypatch):
     pool = gpt2()
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr('fusionbook.core.cached.save', full)
-    with pytest.raises(FusionError, match='expected room for Gram matrices of `a`'): RegMean(num_regmean_examples=4, gram_mb=.003).run(pool)
-    assert torch.isfinite(RegMean(num_regmean_examples=4, gram_mb=100).run(pool).state_dict()['score.weight']).all()
+    with pytest.raises(FusionError, match='expected room for Gram matrices of `a`'):
+        RegMean(num_regmean_examples=4, gram_mb=0.003).run(pool)
+    assert torch.isfinite(
+        RegMean(num_regmean_examples=4, gram_mb=100).run(pool).state_dict()['score.weight']
+    ).all()
 
 
 def test_passes_and_one_pass_give_the_same_merge():
@@ -250,7 +335,10 @@ def test_an_interrupted_collection_is_collected_again(monkeypatch):
     found = RegMean(num_regmean_examples=8).run(pool).state_dict()
     monkeypatch.setattr(grams, 'collect', real)
     monkeypatch.setenv('FUSIONBOOK_CACHE', '')
-    assert torch.equal(found['layer.weight'], RegMean(num_regmean_examples=8).run(toy_data_pool()).state_dict()['layer.weight'])
+    assert torch.equal(
+        found['layer.weight'],
+        RegMean(num_regmean_examples=8).run(toy_data_pool()).state_dict()['layer.weight'],
+    )
     assert len(count) == 4
 
 
@@ -273,4 +361,5 @@ def test_sums_depend_on_neither_the_order_of_inputs_nor_the_size_of_batches(name
         others = [merge(True), merge(False, batch_size=8), merge(True, batch_size=1)]
     finally: torch.set_num_threads(before)
     for found in others:
-        for k, v in wanted.items(): assert torch.allclose(found[k], v, atol=2e-4 * v.abs().max().clamp(min=1e-3).item()), k
+        for k, v in wanted.items():
+            assert torch.allclose(found[k], v, atol=2e-4 * v.abs().max().clamp(min=1e-3).item()), k

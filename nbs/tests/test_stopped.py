@@ -1,4 +1,5 @@
-"""Runs that are stopped: Ctrl-C and SIGTERM to real processes; what was measured is saved, nothing else is touched, the status says which it was."""
+"""Runs that are stopped: Ctrl-C and SIGTERM to real processes; what was measured is saved, nothing else is
+touched, the status says which it was."""
 import json, os, signal, time
 from pathlib import Path
 
@@ -28,14 +29,22 @@ def test_a_stopped_run_keeps_what_it_measured(tmp_path, two, name, status):
     env = os.environ | dict(FUSIONBOOK_CACHE=str(tmp_path/'cache'))
     done = warm.run(*two, 'save_report=mine.json', code=code, cwd=tmp_path, env=env)
     assert done.returncode == status, done.stderr
-    assert done.stderr.strip().splitlines()[-1] == 'fusionbook: interrupted; what was measured is in the folder of the run'
+    assert (
+        done.stderr.strip().splitlines()[-1]
+        == 'fusionbook: interrupted; what was measured is in the folder of the run'
+    )
     assert 'Traceback' not in done.stderr and (tmp_path/'mine.json').read_text() == earlier
     folder, = (tmp_path/'_runs').iterdir()
     report = json.loads((folder/'report.json').read_text())
-    assert report['interrupted'] is True and len([r for r in report['rows'] if r['metric'] == 'accuracy']) == 5
+    assert (
+        report['interrupted'] is True and len([r for r in report['rows'] if r['metric'] == 'accuracy']) == 5
+    )
 
 
-TRAIN = '--model_type MLP_NOBIAS --dataset_name MNIST --width 1/4 --epochs 400 --batch_size 8 --experiment_name e --data own'.split()
+TRAIN = (
+    '--model_type MLP_NOBIAS --dataset_name MNIST --width 1/4 --epochs 400 --batch_size 8 '
+    '--experiment_name e --data own'
+).split()
 
 def digits(folder):
     "A folder of small pictures for `train`."
@@ -44,8 +53,16 @@ def digits(folder):
     from PIL import Image
     draw = np.random.default_rng(0)
     for split, n in dict(train=120, test=40).items():
-        rows = {'image': [Image.fromarray(draw.integers(0, 255, (8, 8), dtype=np.uint8)) for _ in range(n)], 'label': [i % 10 for i in range(n)]}
-        table = datasets.Dataset.from_dict(rows, features=datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(num_classes=10)}))
+        rows = {
+            'image': [Image.fromarray(draw.integers(0, 255, (8, 8), dtype=np.uint8)) for _ in range(n)],
+            'label': [i % 10 for i in range(n)],
+        }
+        table = datasets.Dataset.from_dict(
+            rows,
+            features=datasets.Features(
+                {'image': datasets.Image(), 'label': datasets.ClassLabel(num_classes=10)}
+            ),
+        )
         folder.mkdir(exist_ok=True)
         table.to_parquet(folder/f'{split}-00000-of-00001.parquet')
 
@@ -68,7 +85,15 @@ def test_stopped_training_leaves_whole_files(tmp_path):
 @pytest.mark.parametrize('name, status', [('SIGINT', 130), ('SIGTERM', 143)])
 def test_a_stopped_sweep_keeps_its_points(tmp_path, two, mine, name, status):
     "The points that were scored are there, and the same call takes them."
-    sweep = warm.Started('sweep', *two, *mine, 'method.scaling_factor=0:1:0.02', 'fast_dev_run=true', 'print_config=false', cwd=tmp_path)
+    sweep = warm.Started(
+        'sweep',
+        *two,
+        *mine,
+        'method.scaling_factor=0:1:0.02',
+        'fast_dev_run=true',
+        'print_config=false',
+        cwd=tmp_path,
+    )
     def points(): return list(tmp_path.glob('_runs/sweep_*/points/*.json'))
     while len(points()) < 2 and sweep.poll() is None: time.sleep(.02)
     sweep.send_signal(signal.Signals[name])
@@ -79,12 +104,32 @@ def test_a_stopped_sweep_keeps_its_points(tmp_path, two, mine, name, status):
 
 def test_a_stopped_experiment_leaves_no_kernel(tmp_path):
     "SIGTERM while a cell runs: status 143, the copy does not count as finished, and the kernel is gone."
-    cells = [dict(cell_type='markdown', id='a', metadata={}, source='# Slow\n\n> Never done.'),
-             dict(cell_type='code', id='b', metadata={'tags': ['parameters']}, source='x = 1', outputs=[], execution_count=None),
-             dict(cell_type='code', id='c', metadata={}, outputs=[], execution_count=None,
-                  source='import os, time\nopen("pid", "w").write(str(os.getpid()))\nos.rename("pid", "kernel")\ntime.sleep(600)')]
+    cells = [
+        dict(cell_type='markdown', id='a', metadata={}, source='# Slow\n\n> Never done.'),
+        dict(
+            cell_type='code',
+            id='b',
+            metadata={'tags': ['parameters']},
+            source='x = 1',
+            outputs=[],
+            execution_count=None,
+        ),
+        dict(
+            cell_type='code',
+            id='c',
+            metadata={},
+            outputs=[],
+            execution_count=None,
+            source=(
+                'import os, time\nopen("pid", "w").write(str(os.getpid()))\nos.rename("pid", '
+                '"kernel")\ntime.sleep(600)'
+            ),
+        ),
+    ]
     spec = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
-    (tmp_path/'slow.ipynb').write_text(json.dumps(dict(cells=cells, metadata=spec, nbformat=4, nbformat_minor=5)))
+    (tmp_path / 'slow.ipynb').write_text(
+        json.dumps(dict(cells=cells, metadata=spec, nbformat=4, nbformat_minor=5))
+    )
     run = warm.Started('experiment', 'slow.ipynb', '-o', 'copy.ipynb', cwd=tmp_path)
     while not (tmp_path/'kernel').exists() and run.poll() is None: time.sleep(.05)
     kernel = int((tmp_path/'kernel').read_text())
@@ -95,4 +140,6 @@ def test_a_stopped_experiment_leaves_no_kernel(tmp_path):
     while Path(f'/proc/{kernel}').exists() and time.time() < end: time.sleep(.1)
     assert not Path(f'/proc/{kernel}').exists()
     if (tmp_path/'copy.ipynb').exists():
-        assert json.loads((tmp_path/'copy.ipynb').read_text())['metadata']['fusionbook']['state'] != 'finished'
+        assert (
+            json.loads((tmp_path / 'copy.ipynb').read_text())['metadata']['fusionbook']['state'] != 'finished'
+        )

@@ -1,4 +1,5 @@
-"What the methods that merge matrix by matrix promise, on experts that are drawn: hypothesis looks for the ones for which it is not so."
+"""What the methods that merge matrix by matrix promise, on experts that are drawn: hypothesis looks for the
+ones for which it is not so."""
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -44,7 +45,9 @@ EVERY = TURNED | OTHERS
 SHIFTED = [n for n in EVERY if n != 'OrthoMerge'] # its rotation is one of the base
 SCALED = [*TURNED, 'KnOTS with TIES']
 # experts whose rows and columns do not meet are all recovered
-APART = {n: EVERY[n] for n in ('WUDI', 'WUDI, closed form', 'SWUDI', 'SWUDI-soft', 'ASWUDI', 'ActMerge', 'TSV-M')}
+APART = {
+    n: EVERY[n] for n in ('WUDI', 'WUDI, closed form', 'SWUDI', 'SWUDI-soft', 'ASWUDI', 'ActMerge', 'TSV-M')
+}
 APART['DC-Merge, all entries'] = make('DCMerge', density=1.)
 # copies of one expert give it back
 ALIKE = ('WUDI, closed form', 'ActMerge', 'CART')
@@ -72,7 +75,8 @@ def turn(seed, n):
     return torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0]
 
 
-def close(a, b, tolerance=1e-6): assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), (a - b).abs().max()
+def close(a, b, tolerance=1e-6):
+    assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), (a - b).abs().max()
 
 
 @pytest.mark.parametrize('name', TURNED)

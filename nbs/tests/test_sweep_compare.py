@@ -22,13 +22,18 @@ def mine(here, world):
     "A folder of configurations with a validation pool: the training images."
     entry = '  {task}: {{_target_: datasets.load_dataset, _args_: [{task}], split: train}}\n'
     (Path('mine')/'taskpool').mkdir(parents=True)
-    Path('mine/taskpool/ours_validation.yaml').write_text(POOL + ''.join(entry.format(task=t) for t in EXPERTS))
+    Path('mine/taskpool/ours_validation.yaml').write_text(
+        POOL + ''.join(entry.format(task=t) for t in EXPERTS)
+    )
     return ['--config-dir', 'mine', 'validation=ours_validation']
 
 
 def scores(folder):
     "What a sweep found, without its times."
-    return [{k: v for k, v in p.items() if k != 'seconds'} for p in json.loads((folder/'sweep.json').read_text())['points']]
+    return [
+        {k: v for k, v in p.items() if k != 'seconds'}
+        for p in json.loads((folder / 'sweep.json').read_text())['points']
+    ]
 
 
 @pytest.fixture
@@ -47,21 +52,44 @@ def test_sweep_chooses_on_validation_and_reports_on_test(sweep, here, two):
     points = facts['points']
     assert [p['point']['method.scaling_factor'] for p in points] == ['0.0', '0.2', '0.4', '0.6']
     best = max(range(4), key=lambda i: (points[i]['accuracy'], -i))
-    assert facts['chosen'] == points[best]['point'] and facts['chosen_on'] == report['sweep']['chosen_on'] == 'validation'
+    assert (
+        facts['chosen'] == points[best]['point']
+        and facts['chosen_on'] == report['sweep']['chosen_on'] == 'validation'
+    )
     assert report['config']['method']['scaling_factor'] == float(facts['chosen']['method.scaling_factor'])
     plain = here(*two, f'method.scaling_factor={facts["chosen"]["method.scaling_factor"]}').report
     assert report['rows'] == plain['rows'] and report['hashes'] == plain['hashes']
-    assert report['hashes']['data'] != points[0]['hashes']['data'] and report['hashes']['models'] == points[0]['hashes']['models']
-    assert (done.folder/'sweep.png').read_bytes().startswith(b'\x89PNG') and sorted(f.name for f in (done.folder/'points').iterdir()) == [f'000{i}.json' for i in range(4)]
-    for word in ('chosen   method.scaling_factor=', 'on ours_validation', 'report   _runs/sweep_', 'curve    _runs/sweep_'): assert word in done.out
+    assert (
+        report['hashes']['data'] != points[0]['hashes']['data']
+        and report['hashes']['models'] == points[0]['hashes']['models']
+    )
+    assert (done.folder / 'sweep.png').read_bytes().startswith(b'\x89PNG') and sorted(
+        f.name for f in (done.folder / 'points').iterdir()
+    ) == [f'000{i}.json' for i in range(4)]
+    for word in (
+        'chosen   method.scaling_factor=',
+        'on ours_validation',
+        'report   _runs/sweep_',
+        'curve    _runs/sweep_',
+    ):
+        assert word in done.out
 
 
 def test_sweep_over_groups_and_choices(sweep):
-    done = sweep('method=task_arithmetic,ties_merging', SCALES.replace('0.6', '0.2'), 'taskpool.dataloader_kwargs.batch_size=8,16', 'references=false')
+    done = sweep(
+        'method=task_arithmetic,ties_merging',
+        SCALES.replace('0.6', '0.2'),
+        'taskpool.dataloader_kwargs.batch_size=8,16',
+        'references=false',
+    )
     assert done.status == 0, done.err
     points = json.loads((done.folder/'sweep.json').read_text())['points']
-    assert len(points) == 8 and [p['point']['method'] for p in points] == ['task_arithmetic'] * 4 + ['ties_merging'] * 4
-    for a, b in zip(points[::2], points[1::2], strict=True): assert a['accuracy'] == b['accuracy'] # the batch changes nothing
+    assert (
+        len(points) == 8
+        and [p['point']['method'] for p in points] == ['task_arithmetic'] * 4 + ['ties_merging'] * 4
+    )
+    # the batch changes nothing
+    for a, b in zip(points[::2], points[1::2], strict=True): assert a['accuracy'] == b['accuracy']
     assert points[0]['accuracy'] == points[4]['accuracy'] # at scale 0 both are the base
 
 
@@ -75,12 +103,21 @@ def test_a_choice_on_test_under_another_name_is_refused(here, two, mine):
     file = Path('mine/taskpool/ours_validation.yaml')
     file.write_text(file.read_text().replace('split: train', 'split: test'))
     refused = here('sweep', *two, *mine, SCALES)
-    assert refused.status == 2 and 'of the 20 test examples of' in refused.line and 'in `ours_validation`' in refused.line
+    assert (
+        refused.status == 2
+        and 'of the 20 test examples of' in refused.line
+        and 'in `ours_validation`' in refused.line
+    )
     assert not list(Path('_runs').glob('sweep_*/points'))
     asked = here('sweep', *two, *mine, SCALES, 'allow_overlap=true')
     assert asked.status == 0, asked.err
-    assert asked.report['sweep']['chosen_on'] == 'validation, partly test' and asked.report['sweep']['meets'] == {'svhn': 20, 'mnist': 20}
-    assert 'chosen on validation, partly test' in asked.out and 'test examples among those to choose on: 20 of svhn, 20 of mnist' in asked.out
+    assert asked.report['sweep']['chosen_on'] == 'validation, partly test' and asked.report['sweep'][
+        'meets'
+    ] == {'svhn': 20, 'mnist': 20}
+    assert (
+        'chosen on validation, partly test' in asked.out
+        and 'test examples among those to choose on: 20 of svhn, 20 of mnist' in asked.out
+    )
 
 
 def test_models_and_data_are_opened_once(sweep, monkeypatch):
@@ -88,7 +125,8 @@ def test_models_and_data_are_opened_once(sweep, monkeypatch):
     built, kinds = module.build_part, []
     monkeypatch.setattr(module, 'build_part', lambda cfg, kind: kinds.append(kind) or built(cfg, kind))
     assert sweep(SCALES).status == 0
-    assert (kinds.count('modelpool'), kinds.count('taskpool')) == (1, 2) # the test data, compared with those to choose on, and these
+    # the test data, compared with those to choose on, and these
+    assert (kinds.count('modelpool'), kinds.count('taskpool')) == (1, 2)
 
 
 def test_a_killed_sweep_goes_on_with_the_same_numbers(two, mine, tmp_path, sweep):
@@ -108,7 +146,11 @@ def test_a_killed_sweep_goes_on_with_the_same_numbers(two, mine, tmp_path, sweep
     for file in there: json.loads(file.read_text()) # none is half written
     again = sweep('method.scaling_factor=0:1:0.05')
     assert f'resumed  {len(there)} of 21 points were already there' in again.out
-    assert again.folder == whole.folder and scores(again.folder) == want and again.report['rows'] == report['rows']
+    assert (
+        again.folder == whole.folder
+        and scores(again.folder) == want
+        and again.report['rows'] == report['rows']
+    )
 
 
 def test_other_models_under_the_same_name_are_measured_again(sweep, world, hub, two):
@@ -124,11 +166,23 @@ def test_other_models_under_the_same_name_are_measured_again(sweep, world, hub, 
     assert 'resumed' not in again.out and scores(again.folder) != kept
 
 
-@pytest.mark.parametrize('words, told', [
-    ([], 'expected a grid'), (['method.scaling_factor=1:0:.1'], 'which is empty'), (['method.scaling_factor=0:1:0'], 'which is empty'), (['method.scaling_factor=0:1'], 'start:stop:step'),
-    (['method.scaling_factor=0.1,,0.2'], 'between commas'), (['method.scaling_factor=0:2:0.001'], 'at most 1,000 points'), (['method.scaling_facto=0:1:0.1'], 'did you mean `scaling_factor`'),
-    (['sede=0,1'], '`seed`'), (['method=task_arithmetic,ties_mergin'], 'did you mean `ties_merging`'), ([SCALES, 'validation=mini8_valid'], 'did you mean `mini8_validation`'),
-    (['method=ties_merging', 'method.merge_func=sum,meen'], 'expected `merge_func` as one of'), (['-m', SCALES], 'expected a sweep without `-m`')])
+@pytest.mark.parametrize(
+    'words, told',
+    [
+        ([], 'expected a grid'),
+        (['method.scaling_factor=1:0:.1'], 'which is empty'),
+        (['method.scaling_factor=0:1:0'], 'which is empty'),
+        (['method.scaling_factor=0:1'], 'start:stop:step'),
+        (['method.scaling_factor=0.1,,0.2'], 'between commas'),
+        (['method.scaling_factor=0:2:0.001'], 'at most 1,000 points'),
+        (['method.scaling_facto=0:1:0.1'], 'did you mean `scaling_factor`'),
+        (['sede=0,1'], '`seed`'),
+        (['method=task_arithmetic,ties_mergin'], 'did you mean `ties_merging`'),
+        ([SCALES, 'validation=mini8_valid'], 'did you mean `mini8_validation`'),
+        (['method=ties_merging', 'method.merge_func=sum,meen'], 'expected `merge_func` as one of'),
+        (['-m', SCALES], 'expected a sweep without `-m`'),
+    ],
+)
 def test_sweeps_that_are_refused_before_any_work(sweep, monkeypatch, words, told):
     monkeypatch.setattr('fusionbook.bench.sweep._walk', lambda *args: pytest.fail('work was begun'))
     done = sweep(*words)
@@ -171,16 +225,32 @@ def test_compare(here, two):
     a, b = (here(*two, f'method.scaling_factor={s}').folder for s in (.3, 1))
     done = here('compare', a/'report.json', b/'report.json', '-o', 'out')
     assert done.status == 0, done.err
-    found, reports = json.loads(Path('out/comparison.json').read_text()), [json.loads((f/'report.json').read_text()) for f in (a, b)]
+    found, reports = (
+        json.loads(Path('out/comparison.json').read_text()),
+        [json.loads((f / 'report.json').read_text()) for f in (a, b)],
+    )
     (pair,) = found['pairs']
-    assert (pair['first'], pair['second']) == ('task_arithmetic scaling_factor=0.3', 'task_arithmetic scaling_factor=1')
+    assert (pair['first'], pair['second']) == (
+        'task_arithmetic scaling_factor=0.3',
+        'task_arithmetic scaling_factor=1',
+    )
     for task in ('svhn', 'mnist', 'average'):
         d = pair['differences'][task]
-        assert d['difference'] == pytest.approx(reports[1][task]['accuracy'] - reports[0][task]['accuracy'], abs=1e-12) and d['low'] <= d['difference'] <= d['high']
-    assert Path('out/comparison.png').read_bytes().startswith(b'\x89PNG') and '|average|' in Path('out/comparison.md').read_text()
+        assert (
+            d['difference']
+            == pytest.approx(reports[1][task]['accuracy'] - reports[0][task]['accuracy'], abs=1e-12)
+            and d['low'] <= d['difference'] <= d['high']
+        )
+    assert (
+        Path('out/comparison.png').read_bytes().startswith(b'\x89PNG')
+        and '|average|' in Path('out/comparison.md').read_text()
+    )
     assert 'mean rank' in done.out and 'table    out/comparison.md' in done.out
     same = here('compare', a, a, '-o', 'same')
-    assert same.status == 0 and all(d['low'] == d['high'] == 0 for d in json.loads(Path('same/comparison.json').read_text())['pairs'][0]['differences'].values())
+    assert same.status == 0 and all(
+        d['low'] == d['high'] == 0
+        for d in json.loads(Path('same/comparison.json').read_text())['pairs'][0]['differences'].values()
+    )
 
 
 def test_comparison_at_80_columns_loses_nothing(here, two, monkeypatch):
@@ -189,18 +259,25 @@ def test_comparison_at_80_columns_loses_nothing(here, two, monkeypatch):
     out = here('compare', *runs, '-o', 'out').out
     found = json.loads(Path('out/comparison.json').read_text())
     lines = out.splitlines()
-    assert max(len(l) for l in lines[:next(i for i, l in enumerate(lines) if l.startswith('table'))]) <= 80 and '…' not in out
+    assert (
+        max(len(l) for l in lines[: next(i for i, l in enumerate(lines) if l.startswith('table'))]) <= 80
+        and '…' not in out
+    )
     for values in found['values'].values():
         assert all(f'{100 * a:.1f}' in out for a in values.values())
-    for word in ('svhn', 'mnist', 'average', 'mean rank', 'read', 'tuned on', 'no data', '[95 %]'): assert word in out and word in Path('out/comparison.md').read_text()
-    for p in found['pairs'][:2]: assert all(f'{100 * d["difference"]:+.1f}' in out for d in p['differences'].values())
+    for word in ('svhn', 'mnist', 'average', 'mean rank', 'read', 'tuned on', 'no data', '[95 %]'):
+        assert word in out and word in Path('out/comparison.md').read_text()
+    for p in found['pairs'][:2]:
+        assert all(f'{100 * d["difference"]:+.1f}' in out for d in p['differences'].values())
 
 
 def test_comparisons_that_are_refused(here, two):
     a, b = (here(*two, f'method.scaling_factor={s}').folder for s in (.3, 1))
     other = here(*two, 'taskpool.test_datasets.svhn.split=train').folder
     assert 'with other examples of `svhn`' in here('compare', a, other).line
-    assert 'got 1' in here('compare', a).line and 'does not exist' in here('compare', a, 'no/report.json').line
+    assert (
+        'got 1' in here('compare', a).line and 'does not exist' in here('compare', a, 'no/report.json').line
+    )
     shutil.copy(b/'predictions.parquet', a/'predictions.parquet')
     assert 'of another run' in here('compare', a, b).line
     (a/'predictions.parquet').unlink()
@@ -213,7 +290,10 @@ def test_comparisons_that_are_refused(here, two):
 def test_seeds(here, two, monkeypatch):
     once = here(*two, 'seeds=[0,1,2]')
     assert once.status == 0, once.err
-    assert once.report['seeds'] == {'values': [0, 1, 2], 'note': 'task_arithmetic has no `seed`'} and 'run once' in once.out
+    assert (
+        once.report['seeds'] == {'values': [0, 1, 2], 'note': 'task_arithmetic has no `seed`'}
+        and 'run once' in once.out
+    )
     assert len([r for r in once.report['rows'] if r['role'] == 'merged' and r['metric'] == 'accuracy']) == 2
     Path('shaken.py').write_text('''from dataclasses import dataclass
 import torch
@@ -234,13 +314,21 @@ class Shaken(TaskArithmetic):
     merged = [r for r in report['rows'] if r['role'] == 'merged' and r['metric'] == 'accuracy']
     assert [r['seed'] for r in merged] == [0, 0, 1, 1, 2, 2]
     assert [r['model'] for r in merged] == [f'merged, seed {k}' for k in (0, 0, 1, 1, 2, 2)]
-    losses = [r['value'] for r in report['rows'] if (r['role'], r['task'], r['metric']) == ('merged', 'svhn', 'loss')]
+    losses = [
+        r['value']
+        for r in report['rows']
+        if (r['role'], r['task'], r['metric']) == ('merged', 'svhn', 'loss')
+    ]
     assert len(set(losses)) == 3 and report['svhn']['loss'] == pytest.approx(sum(losses) / 3)
     spread = report['seeds']['accuracy']['average']
-    assert spread['min'] <= spread['mean'] <= spread['max'] and spread['mean'] == pytest.approx(report['average']['accuracy'])
+    assert spread['min'] <= spread['mean'] <= spread['max'] and spread['mean'] == pytest.approx(
+        report['average']['accuracy']
+    )
     assert sorted(f.name for f in done.folder.glob('model*')) == [f'model_seed_{k}' for k in range(3)]
     alone = here(*two, *toy, '+method.seed=1', 'references=false').report
-    assert [r['value'] for r in alone['rows'] if r['metric'] == 'accuracy'] == [r['value'] for r in merged[2:4]]
+    assert [r['value'] for r in alone['rows'] if r['metric'] == 'accuracy'] == [
+        r['value'] for r in merged[2:4]
+    ]
     assert 'expected `seeds` as a list' in here(*two, 'seeds=3').line
     mixed = here('compare', done.folder, once.folder, '-o', 'out')
     assert mixed.status == 0, mixed.err
@@ -250,7 +338,8 @@ class Shaken(TaskArithmetic):
 # ---- reports of before
 
 def test_an_old_report_opens():
-    "A file from before metrics were declared: a column for accuracy, one for loss. Its table, average and remarks are those of that time."
+    """A file from before metrics were declared: a column for accuracy, one for loss. Its table, average and
+    remarks are those of that time."""
     from fusionbook.bench.report import comparison, read_report
     report = read_report(Path(__file__).with_name('old_report.json'))
     assert report.primary.name == 'accuracy' and list(report.metrics) == ['accuracy', 'loss']
@@ -258,9 +347,22 @@ def test_an_old_report_opens():
         ['digits', '1,000', '334', '52.8', '92.5', '60.7 [55.4, 65.8]', '65.6'],
         ['photographs', '1,000', '2', '44.0', '75.9', '46.8 [no interval]', '61.7'],
         ['average', '', '', '48.4', '84.2', '53.8 [50.7, 56.8]', '63.6']]
-    assert report['average'] == {'accuracy': 0.5375, 'loss': 1.1414681940602605, 'normalised_accuracy': 0.6364085033650251,
-                                 'low': 0.5070191107981129, 'high': 0.5677031412889237}
+    assert report['average'] == {
+        'accuracy': 0.5375,
+        'loss': 1.1414681940602605,
+        'normalised_accuracy': 0.6364085033650251,
+        'low': 0.5070191107981129,
+        'high': 0.5677031412889237,
+    }
     assert report['digits'] == {'accuracy': 0.607, 'loss': 1.110174374340102}
     assert report.remarks() == ' (photographs: 2 sources, which the interval of the average takes as given)'
-    assert comparison({'a': report})[1][1] == ['a', '60.7 −5.3 +5.1', '46.8 [no interval]', '53.8 ±3.0', '63.6', 'no data', 'nothing']
+    assert comparison({'a': report})[1][1] == [
+        'a',
+        '60.7 −5.3 +5.1',
+        '46.8 [no interval]',
+        '53.8 ±3.0',
+        '63.6',
+        'no data',
+        'nothing',
+    ]
     assert [r['metric'] for r in report['rows'][:2]] == ['accuracy', 'loss'] and len(report['rows']) == 12

@@ -1,6 +1,8 @@
-"""A process that has imported what a run imports, and is forked for each call: a process of its own, without four seconds of imports.
+"""A process that has imported what a run imports, and is forked for each call: a process of its own, without
+four seconds of imports.
 
-The child has its memory, folder, environment, output, signals and status for itself, and ends as Python ends. What looks at imports, at threads, at
+The child has its memory, folder, environment, output, signals and status for itself, and ends as Python ends.
+What looks at imports, at threads, at
 memory or at the very first words of the program starts Python anew: `run_program(…, anew=True)`.
 """
 import atexit, json, os, signal, socket, subprocess, sys, tempfile, time
@@ -8,7 +10,15 @@ from functools import cache
 from pathlib import Path
 
 CODE = 'from fusionbook.bench.cli import main; raise SystemExit(main())'
-IMPORTED = 'torch', 'datasets', 'transformers.models.clip.modeling_clip', 'fusionbook.bench.configured', 'fusionbook.bench.sweep_command', 'fusionbook.core.plot', 'matplotlib.pyplot'
+IMPORTED = (
+    'torch',
+    'datasets',
+    'transformers.models.clip.modeling_clip',
+    'fusionbook.bench.configured',
+    'fusionbook.bench.sweep_command',
+    'fusionbook.core.plot',
+    'matplotlib.pyplot',
+)
 
 
 def serve(room):
@@ -42,8 +52,13 @@ def serve(room):
 def server():
     "The process, started when first asked for; it ends with this one."
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    server.process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                      cwd=tempfile.gettempdir())
+    server.process = subprocess.Popen(
+        [sys.executable, __file__, str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        cwd=tempfile.gettempdir(),
+    )
     theirs.close()
     atexit.register(lambda: (ours.close(), server.process.wait()))
     return ours
@@ -58,7 +73,14 @@ class Started:
     "A call that runs: what `subprocess.Popen` tells of one."
     def __init__(self, *words, cwd, code=CODE, env=None, apart=False):
         self.files, self.returncode = [tempfile.TemporaryFile() for _ in range(2)], None
-        self.pid = ask([f.fileno() for f in self.files], words=[str(w) for w in words], code=code, cwd=str(cwd), env=dict(os.environ if env is None else env), apart=apart)
+        self.pid = ask(
+            [f.fileno() for f in self.files],
+            words=[str(w) for w in words],
+            code=code,
+            cwd=str(cwd),
+            env=dict(os.environ if env is None else env),
+            apart=apart,
+        )
     def poll(self, long=False):
         if self.returncode is None: self.returncode = ask(wait=self.pid, long=long)
         return self.returncode
