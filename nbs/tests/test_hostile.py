@@ -395,7 +395,7 @@ def selves(node, draw):
 
 def loaders(draw):
     "Keywords that a file may not give to what loads a model or data."
-    classes = 'AutoModel', 'CLIPVisionModel', 'AutoTokenizer', 'AutoConfig', 'CLIPProcessor', 'AutoModelForCausalLM'
+    classes = 'AutoModel CLIPVisionModel AutoTokenizer AutoConfig CLIPProcessor AutoModelForCausalLM'.split()
     hub = {'_target_': f'transformers.{draw.choice(classes)}.from_pretrained'}
     odd = [
         {'trust_remote_code': True},
