@@ -2,8 +2,7 @@
 compared with the files.
 
 `-o DIR` keeps the pages: open DIR/index.html. They need no network: formulas are MathML, pictures lie in the
-pages. `-s` (`--same`) takes nbdev's
-last result as it is.
+pages. `-s` (`--same`) takes nbdev's last result as it is.
 """
 import argparse, json, re, tempfile
 from functools import cache

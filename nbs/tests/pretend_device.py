@@ -2,13 +2,10 @@
 GPU's.
 
 Import it before anything else; then `device='pretend'` works wherever `device='cuda'` would. Tensors say
-`device=pretend:0`, an
-operation that mixes devices raises (a 0-d tensor of the processor may join), `.numpy()` refuses, autograd and
-`nn.Module.to` work.
-So a machine without an accelerator proves that a path is whole: no forgotten `.to(device)`, no result left on
-the device, the same
-numbers. It says nothing about speed. It needs torch 2.13 or later: the interface behind it is an experiment
-of PyTorch's.
+`device=pretend:0`, an operation that mixes devices raises (a 0-d tensor of the processor may join),
+`.numpy()` refuses, autograd and `nn.Module.to` work. So a machine without an accelerator proves that a path
+is whole: no forgotten `.to(device)`, no result left on the device, the same numbers. It says nothing about
+speed. It needs torch 2.13 or later: the interface behind it is an experiment of PyTorch's.
 """
 import torch
 from torch.utils._pytree import tree_flatten, tree_map

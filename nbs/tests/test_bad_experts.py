@@ -1,7 +1,6 @@
 """Experts that cannot be merged, tensors that lie in memory in other ways, too little memory and numbers at
-their ends: every method
-that needs no data says in one line what is wrong, with the tensor's name, or gives the result that is
-right."""
+their ends: every method that needs no data says in one line what is wrong, with the tensor's name, or gives
+the result that is right."""
 from dataclasses import fields, replace
 
 import pytest

@@ -2,8 +2,8 @@
 kind.
 
 A merge keeps names, shapes, types, integers and ties, and its numbers are finite; what cannot be merged is
-refused in one line. No
-network is evaluated: whether the numbers are right is the lesson of each method's page.
+refused in one line. No network is evaluated: whether the numbers are right is the lesson of each method's
+page.
 """
 from functools import cache
 from pathlib import Path

@@ -12,7 +12,8 @@ from conftest import run_program
 from fusionbook.core.errors import FusionError
 from test_merge_command import made
 
-ANSWER = """
+ANSWER =
+"""
 import sys, torch, fusionbook
 words = torch.arange(6)[None] + 3
 for folder in sys.argv[2:]:
@@ -125,7 +126,7 @@ def test_a_run_of_the_method(tmp_path):
         'method.experts_per_token=1',
         'modelpool=CausalLMPool/mixtral_moe_merging',
         'modelpool.models={' + models + '}',
-        f'++modelpool.tokenizer=null',
+        '++modelpool.tokenizer=null',
         'merged_model_save_path=out',
         cwd=tmp_path,
     )

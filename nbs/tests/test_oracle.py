@@ -2,8 +2,7 @@
 tolerance that is stored with it.
 
 What a case's own tool cannot do, we can; what is no single merge (masks drawn at random, parts, given
-statistics) is compared on the page that is
-named, and a case that neither this file nor a page knows fails.
+statistics) is compared on the page that is named, and a case that neither this file nor a page knows fails.
 """
 import json
 from functools import cache

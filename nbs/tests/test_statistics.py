@@ -15,7 +15,7 @@ from fusionbook.method import RegMean
 from fusionbook.method.base import fuse, load_algorithm_from_config
 from fusionbook.method.from_statistics.essential import Residual
 from fusionbook.method.from_statistics.grams import expert_grams
-from fusionbook.method.check import toy_data_pool, toy_pool, ToyPool, ToyTasks
+from fusionbook.method.check import toy_data_pool, ToyPool, ToyTasks
 from fusionbook.method.statistics import input_axis
 from fusionbook.modelpool import CLIPVisionModelPool
 from fusionbook.models.clip import tiny_clip

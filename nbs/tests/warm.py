@@ -2,11 +2,10 @@
 four seconds of imports.
 
 The child has its memory, folder, environment, output, signals and status for itself, and ends as Python ends.
-What looks at imports, at threads, at
-memory or at the very first words of the program starts Python anew: `run_program(…, anew=True)`.
+What looks at imports, at threads, at memory or at the very first words of the program starts Python anew:
+`run_program(…, anew=True)`.
 """
 import atexit, json, os, signal, socket, subprocess, sys, tempfile, time
-from functools import cache
 from pathlib import Path
 
 CODE = 'from fusionbook.bench.cli import main; raise SystemExit(main())'
