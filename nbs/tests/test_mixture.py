@@ -12,8 +12,7 @@ from conftest import run_program
 from fusionbook.core.errors import FusionError
 from test_merge_command import made
 
-ANSWER =
-"""
+ANSWER = """
 import sys, torch, fusionbook
 words = torch.arange(6)[None] + 3
 for folder in sys.argv[2:]:

@@ -6,7 +6,7 @@ What looks at imports, at threads, at memory or at the very first words of the p
 `run_program(…, anew=True)`.
 """
 import atexit, json, os, signal, socket, subprocess, sys, tempfile, time
-from pathlib import Path
+from functools import cache
 
 CODE = 'from fusionbook.bench.cli import main; raise SystemExit(main())'
 IMPORTED = (
