@@ -5,7 +5,7 @@ show is what registry and digest say now.
 notebook.
 """
 import json, pkgutil, re, sys
-from book import finish, module, nbs
+from book import finish, nbs
 import fusionbook.method
 from fusionbook.method import board
 from fusionbook.method.map import family_methods, family_table, page_of
