@@ -7,6 +7,7 @@ notebook.
 import json, pkgutil, re, sys
 from book import finish, nbs
 import fusionbook.method
+from fusionbook.method.base import method_yaml
 from fusionbook.method import board
 from fusionbook.method.map import family_methods, family_table, page_of
 
@@ -66,18 +67,33 @@ def families():
     ]
     return {f"table = family_table('{p}')": lambda p=p: family_table(p) for p in packages}
 
+def configured(cells, classes):
+    "The cells that print nothing but the YAML of a class, with the YAML as it is now."
+    def fresh(c):
+        found = re.findall(r'(?m)^print\(method_yaml\((\w+)\)\)$', source(c))
+        if c['cell_type'] != 'code' or len(found) != 1 or source(c).count('print(') != 1: return c
+        if found[0] not in classes: return c
+        text = lines(f'{method_yaml(classes[found[0]])}\n')
+        others = [o for o in c['outputs'] if o.get('name') != 'stdout']
+        return c | dict(outputs=[dict(output_type='stream', name='stdout', text=text), *others])
+    return [fresh(c) for c in cells]
+
 def texts(cells):
-    return [
-        [''.join(o.get('data', {}).get('text/markdown', '')) for o in c.get('outputs', ())] for c in cells
-    ]
+    "What cells show in words."
+    def said(o): return ''.join(o.get('text') or o.get('data', {}).get('text/markdown', ''))
+    return [[said(o) for o in c.get('outputs', ())] for c in cells]
 
 def wanted():
     "Notebook -> its cells as they should be."
     pages = {}
-    for cls in family_methods('fusionbook.method'):
+    every = family_methods('fusionbook.method')
+    for cls in every:
         pages.setdefault(nbs / page_of(cls), []).append(cls.config_names[0])
     for nb, names in sorted(pages.items()):
-        yield nb, lambda cells, names=names: refreshed(placed(cells), {CALL: lambda: board.rows_of(names)})
+        own = {cls.__name__: cls for cls in every if nbs / page_of(cls) == nb}
+        def page(cells, names=names, own=own):
+            return configured(refreshed(placed(cells), {CALL: lambda: board.rows_of(names)}), own)
+        yield nb, page
     tables = {
         'methods_table()': board.methods_table,
         'families_table()': board.families_table,
@@ -104,7 +120,7 @@ for nb, how in wanted():
         )
 if '--check' in sys.argv:
     finish(
-        [f'{nb.relative_to(nbs)} does not show the board as it is; run .ci/board.py' for nb in stale],
-        'every method shows its line of the board',
+        [f'{nb.relative_to(nbs)} does not show the board, the methods or their YAML as they are; run .ci/board.py' for nb in stale],
+        'every page shows its methods, their YAML and their lines of the board as they are',
     )
-print(f'{len(stale)} pages show the board as it is now')
+print(f'{len(stale)} pages show methods and board as they are now')
