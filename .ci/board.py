@@ -14,6 +14,7 @@ from fusionbook.method.map import family_methods, family_table, page_of
 HEAD = '''## On the board
 This method between its two neighbours on [the board](../60_method/08_board.ipynb): hyper-parameters chosen on validation data, scores on test data.'''
 IMPORT, CALL = 'from fusionbook.method.board import rows_of_page', 'rows_of_page(globals())'
+WHAT = 'the board, the methods or their YAML'
 BEFORE = r'(?m)^#+ (Try it|Contract|Against other implementations)\b'   # what a page ends with after it
 
 def lines(text): return text.splitlines(keepends=True)
@@ -120,7 +121,7 @@ for nb, how in wanted():
         )
 if '--check' in sys.argv:
     finish(
-        [f'{nb.relative_to(nbs)} does not show the board, the methods or their YAML as they are; run .ci/board.py' for nb in stale],
+        [f'{nb.relative_to(nbs)} does not show {WHAT} as they are; run .ci/board.py' for nb in stale],
         'every page shows its methods, their YAML and their lines of the board as they are',
     )
 print(f'{len(stale)} pages show methods and board as they are now')
