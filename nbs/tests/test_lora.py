@@ -6,78 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as t
 from safetensors import safe_open
 
 import fusionbook
 from fusionbook.core.checkpoint import Checkpoint, save
 from fusionbook.models.hub import hub_network, module_names
 from fusionbook.models.lora import adapted
+from networks import NETS
 
-TEXT = dict(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    vocab_size=40,
-    max_position_embeddings=32,
-)
-IDS = dict(input_ids=torch.arange(6)[None] + 3)
-PIXELS = dict(pixel_values=torch.linspace(0, 1, 3*16*16).view(1, 3, 16, 16))
-SMALL_GPT = dict(
-    n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32, bos_token_id=0, eos_token_id=1
-)
-
-def llama(**more): return t.LlamaForCausalLM(t.LlamaConfig(**TEXT, num_key_value_heads=1, **more))
-NETS = {
-    'llama': (llama, IDS),
-    'gpt2': (lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL_GPT)), IDS),
-    'gpt2_classes': (lambda: t.GPT2ForSequenceClassification(t.GPT2Config(**SMALL_GPT, pad_token_id=0)), IDS),
-    'bert': (lambda: t.BertForSequenceClassification(t.BertConfig(**TEXT)), IDS),
-    't5': (
-        lambda: t.T5ForConditionalGeneration(
-            t.T5Config(d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2, vocab_size=40)
-        ),
-        IDS | dict(decoder_input_ids=torch.arange(4)[None]),
-    ),
-    'clip': (
-        lambda: t.CLIPVisionModel(
-            t.CLIPVisionConfig(
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=16,
-                patch_size=8,
-            )
-        ),
-        PIXELS,
-    ),
-    'resnet': (
-        lambda: t.ResNetForImageClassification(
-            t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
-        ),
-        PIXELS,
-    ),
-    'vit': (
-        lambda: t.ViTForImageClassification(
-            t.ViTConfig(
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=16,
-                patch_size=8,
-                num_labels=3,
-            )
-        ),
-        PIXELS,
-    ),
-    'mixtral': (
-        lambda: t.MixtralForCausalLM(t.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=2)),
-        IDS,
-    ),
-}
 QV, ALL = ['q_proj', 'v_proj'], ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj']
 VARIANTS = {  # name -> (network, settings of PEFT)
     'plain': ('llama', dict(r=3, lora_alpha=5, target_modules=ALL)),
@@ -131,9 +67,9 @@ VARIANTS = {  # name -> (network, settings of PEFT)
     ),
     'conv1d_unsaid': ('gpt2_classes', dict(r=2, lora_alpha=3, target_modules=['c_attn', 'c_proj', 'score'])),
     't5': ('t5', dict(r=2, lora_alpha=3, target_modules=['q', 'v', 'wo'])),
-    'clip': ('clip', dict(r=2, lora_alpha=3, target_modules=QV)),
+    'clip': ('clip_vision', dict(r=2, lora_alpha=3, target_modules=QV)),
     'clip_dora': (
-        'clip',
+        'clip_vision',
         dict(r=2, lora_alpha=3, target_modules=QV + ['fc1'], use_dora=True, use_rslora=True),
     ),
     'kernels': (
@@ -381,8 +317,8 @@ def check_left_out(found, folder):
     [
         ('llama', False),
         ('llama', True),
-        ('tied', True),
-        ('tied', False),
+        ('llama_tied', True),
+        ('llama_tied', False),
         ('gpt2', False),
         ('bert', False),
         ('t5', True),
@@ -393,8 +329,7 @@ def test_an_extracted_adapter_is_the_model(kind, embeddings, tmp_path):
     """Of full rank, opened by PEFT on the base: the answers of the fine-tuned model. The same by our own
     expansion."""
     peft = pytest.importorskip('peft', reason='the comparison with PEFT itself needs it installed')
-    make = (lambda: llama(tie_word_embeddings=True)) if kind == 'tied' else NETS[kind][0]
-    inputs = NETS['llama' if kind == 'tied' else kind][1]
+    make, inputs = NETS[kind]
     for i, name in enumerate(('base', 'tuned')):
         network = make().eval()
         with torch.no_grad():

@@ -11,73 +11,7 @@ import fusionbook
 import warm
 from fusionbook.core.errors import FusionError
 from fusionbook.core.resumable import unfinished_room
-
-
-def small(kind):
-    "A tiny network of a kind, its inputs, and what opens it."
-    import transformers as t
-
-    text = dict(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=40,
-        max_position_embeddings=32,
-    )
-    ids = dict(input_ids=torch.arange(6)[None] + 3)
-    pixels = dict(pixel_values=torch.linspace(0, 1, 3*16*16).view(1, 3, 16, 16))
-    kv = dict(num_key_value_heads=1)
-    clip = lambda: t.CLIPConfig(
-        text_config=dict(text, projection_dim=8),
-        vision_config=dict(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        ),
-        projection_dim=8,
-    )
-    table = {
-        'llama': lambda: (t.LlamaForCausalLM(t.LlamaConfig(**text, **kv)), ids),
-        'llama_tied': lambda: (
-            t.LlamaForCausalLM(t.LlamaConfig(**text, **kv, tie_word_embeddings=True)),
-            ids,
-        ),
-        'mistral': lambda: (t.MistralForCausalLM(t.MistralConfig(**text, **kv)), ids),
-        'qwen2': lambda: (t.Qwen2ForCausalLM(t.Qwen2Config(**text, **kv)), ids),
-        'qwen3': lambda: (t.Qwen3ForCausalLM(t.Qwen3Config(**text, **kv, head_dim=8)), ids),
-        'gpt2': lambda: (
-            t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32)),
-            ids,
-        ),
-        'bert': lambda: (t.BertForSequenceClassification(t.BertConfig(**text)), ids),
-        't5': lambda: (
-            t.T5ForConditionalGeneration(
-                t.T5Config(d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2, vocab_size=40)
-            ),
-            ids | dict(decoder_input_ids=torch.arange(4)[None]),
-        ),
-        'vit': lambda: (
-            t.ViTForImageClassification(
-                t.ViTConfig(
-                    hidden_size=16,
-                    intermediate_size=24,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    image_size=16,
-                    patch_size=8,
-                    num_labels=3,
-                )
-            ),
-            pixels,
-        ),
-        'clip': lambda: (t.CLIPModel(clip()), ids | pixels),
-        'mixtral': lambda: (t.MixtralForCausalLM(t.MixtralConfig(**text, **kv, num_local_experts=2)), ids),
-    }
-    return table[kind]()
+from networks import NETS
 
 
 def made(kind, folder, count=3):
@@ -85,8 +19,8 @@ def made(kind, folder, count=3):
     networks = []
     for i in range(count):
         torch.manual_seed(i)
-        network, inputs = small(kind)
-        networks.append(network.eval())
+        make, inputs = NETS[kind]
+        networks.append(network := make().eval())
         network.save_pretrained(folder/f'm{i}')
     return networks, inputs, [str(folder/f'm{i}') for i in range(count)]
 
